@@ -109,15 +109,15 @@ def score_with_torch(checkpoint: Checkpoint, texts: Sequence[EncodedText]) -> li
     return rewards
 
 
-def certify(bundle: Path) -> Certificate:
-    """Score the golden texts through the public runtime, and say how far off the torch model it is.
+def certify(bundle: Path, precision: str) -> Certificate:
+    """Score the golden texts through the public runtime with one of the graphs, and say how far off torch it is.
 
     Raises CertificateError when that is over the precision's tolerance, or not a number.
     """
-    found = verify(RewardModel.load(bundle, provider="cpu", check_hashes=False))
+    found = verify(RewardModel.load(bundle, provider="cpu", precision=precision, check_hashes=False))
     if found.problems:
         raise CertificateError(
-            f"the exported bundle failed its certificate, so none was written: {'; '.join(found.problems)}"
+            f"the exported bundle failed its certificate, so none was written: {precision}: {'; '.join(found.problems)}"
         )
     return Certificate(
         precision=found.precision,

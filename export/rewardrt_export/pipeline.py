@@ -38,10 +38,10 @@ from rewardrt_export.backbone import meta_backbone
 from rewardrt_export.certify import certify, score_golden
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.lower import lower
+from rewardrt_export.precision import PRECISIONS, check_precisions
 from rewardrt_export.trace import attention_name, trace
 
 Progress = Callable[[str], None]
-FP32 = Variant("fp32", "model.onnx", ("model.onnx.data",))
 VERSIONED = ("torch", "transformers", "tokenizers", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -56,6 +56,7 @@ def export(
     max_length: int | None = None,
     weights: Sequence[float] = (),
     normalise: bool = False,
+    precisions: Sequence[str] = ("fp32",),
     golden: Path | None = None,
     force: bool = False,
     progress: Progress = lambda step: None,
@@ -63,10 +64,12 @@ def export(
     """Export the reward model in the folder `source` to the bundle folder `target`, and certify it.
 
     `source` may be a LoRA adapter; `base` is then its base's folder, unless adapter_config.json names one that is here.
+    `precisions` are names of `precision.PRECISIONS`: a graph each, and scoring takes the first unless it is told.
 
     Raises a RewardRTError and leaves nothing behind when any step fails. An existing `target` is replaced only with
     `force`, and only once the new bundle is certified.
     """
+    check_precisions(precisions)
     progress("reading the checkpoint")
     checkpoint = read_checkpoint(
         Path(source),
@@ -82,15 +85,20 @@ def export(
     with _workplace(target, force) as folder:
         progress(f"tracing {checkpoint.source.architecture} ({checkpoint.spec.backbone})")
         graph = _make_graph(checkpoint)
-        progress("writing the bundle")
-        _write_graph(graph, folder)
+        variants = []
+        for precision in precisions:
+            progress(f"writing the {precision} graph")
+            variants.append(_write_graph(graph, precision, checkpoint, folder))
         _write_text_files(checkpoint, folder)
         progress("scoring the golden texts with torch")
         write_golden(folder / GOLDEN, score_golden(checkpoint, folder, golden))
-        progress("certifying the bundle against torch")
-        manifest = _make_manifest(checkpoint, folder)
+        manifest = _make_manifest(checkpoint, variants, folder)
         write_manifest(folder, manifest)
-        write_manifest(folder, dataclasses.replace(manifest, certificates=(certify(folder),)))
+        certificates = []
+        for precision in precisions:
+            progress(f"certifying the {precision} graph against torch")
+            certificates.append(certify(folder, precision))
+        write_manifest(folder, dataclasses.replace(manifest, certificates=tuple(certificates)))
         return _move(folder, target)
 
 
@@ -101,10 +109,17 @@ def _make_graph(checkpoint: Checkpoint) -> ir.Model:
     return lower(model, weights | {f"head.{name}": read for name, read in head.sources.items()})
 
 
-def _write_graph(graph: ir.Model, folder: Path) -> None:
-    """Write graph and weights, one tensor in memory at a time; page-aligned, so that onnxruntime can map the file."""
-    graph.producer_name, graph.producer_version = "rewardrt", rewardrt.__version__
-    ir.save(graph, folder / FP32.graph, external_data=FP32.data[0], alignment=4096, align_threshold=65_536)
+def _write_graph(graph: ir.Model, precision: str, checkpoint: Checkpoint, folder: Path) -> Variant:
+    """Write the graph in this precision, and its weights, one tensor in memory at a time.
+
+    The weights are aligned to pages, so that onnxruntime can map the file.
+    """
+    name = "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
+    variant = Variant(precision, name, (f"{name}.data",), PRECISIONS[precision].needs)
+    written = PRECISIONS[precision].lower(graph.clone(), checkpoint)
+    written.producer_name, written.producer_version = "rewardrt", rewardrt.__version__
+    ir.save(written, folder / variant.graph, external_data=variant.data[0], alignment=4096, align_threshold=65_536)
+    return variant
 
 
 def _write_text_files(checkpoint: Checkpoint, folder: Path) -> None:
@@ -114,11 +129,10 @@ def _write_text_files(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / CHAT_TEMPLATE).write_text(checkpoint.source.chat_template, encoding="utf-8")
 
 
-def _make_manifest(checkpoint: Checkpoint, folder: Path) -> Manifest:
-    """Describe what is in the folder; the certificate is not there yet."""
+def _make_manifest(checkpoint: Checkpoint, variants: Sequence[Variant], folder: Path) -> Manifest:
+    """Describe what is in the folder; the certificates are not there yet."""
     names = [
-        FP32.graph,
-        *FP32.data,
+        *[name for variant in variants for name in (variant.graph, *variant.data)],
         TOKENIZER,
         GOLDEN,
         *([CHAT_TEMPLATE] if checkpoint.source.chat_template is not None else []),
@@ -126,7 +140,7 @@ def _make_manifest(checkpoint: Checkpoint, folder: Path) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         spec=checkpoint.spec,
-        variants=(FP32,),
+        variants=tuple(variants),
         files=tuple(record_file(folder, name) for name in names),
         provenance=_provenance(checkpoint),
         certificates=(),

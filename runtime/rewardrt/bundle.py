@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from rewardrt.errors import BundleError
-from rewardrt.spec import Spec, from_json, to_json
+from rewardrt.spec import OPTIONAL, Spec, from_json, to_json
 
 FORMAT_VERSION = 1
 MANIFEST = "reward.json"
@@ -32,11 +32,15 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Variant:
-    """One graph of the bundle: its precision, and the manifest paths of the graph and of its weights."""
+    """One graph of the bundle: its precision, and the manifest paths of the graph and of its weights.
+
+    `needs` are the CPU features that it is good for, as `rewardrt doctor` calls them: none means any machine.
+    """
 
     precision: str
     graph: str
     data: tuple[str, ...]
+    needs: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,13 @@ class Bundle:
             raise BundleError(f"{self.path}: the manifest lists no {name}")
         return self.path / name
 
-    def variant(self, precision: str) -> Variant:
-        """Return the graph of this precision, or raise BundleError naming those there are."""
+    def variant(self, precision: str = "auto") -> Variant:
+        """Return the graph of this precision, or raise BundleError naming those there are.
+
+        "auto" is the first that was asked for at export.
+        """
         for variant in self.manifest.variants:
-            if variant.precision == precision:
+            if precision in (variant.precision, "auto"):
                 return variant
         found = ", ".join(variant.precision for variant in self.manifest.variants)
         raise BundleError(f"{self.path}: no {precision} graph; the bundle has {found}")

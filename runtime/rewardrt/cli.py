@@ -31,6 +31,9 @@ provider_option = click.option(
     show_default=True,
     help="Execution provider. A named one is obtained or refused; auto takes CUDA where it starts, else the CPU.",
 )
+precision_option = click.option(
+    "--precision", default="auto", show_default=True, help="One of the bundle's graphs; auto takes its first."
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: physical cores]")
 
 
@@ -78,6 +81,7 @@ def main() -> None:
 @click.option("--prompt", help="Score one prompt instead of a file.")
 @click.option("--response", "responses", multiple=True, help="An answer to --prompt; several are ranked.")
 @provider_option
+@precision_option
 @click.option("--normalize/--raw", default=None, help="Normalised or raw rewards.  [default: as the bundle says, raw]")
 @click.option("--objectives", is_flag=True, help="Add the values that the reward is made of, by name.")
 @click.option(
@@ -96,6 +100,7 @@ def score(
     prompt: str | None,
     responses: tuple[str, ...],
     provider: ProviderChoice,
+    precision: str,
     normalize: bool | None,
     objectives: bool,
     aggregate: AggregateRule | None,
@@ -122,7 +127,13 @@ def score(
         raise click.UsageError("--aggregate is for rows with steps; --prompt with --response has none")
     if table and (as_json or output or prompt is not None):
         raise click.UsageError("--table prints a file's rows for people; it goes with no --json, --output or --prompt")
-    model = RewardModel.load(bundle, provider=provider, threads=threads, batch_tokens=batch_tokens or BATCH_TOKENS)
+    model = RewardModel.load(
+        bundle,
+        provider=provider,
+        precision=precision,
+        threads=threads,
+        batch_tokens=batch_tokens or BATCH_TOKENS,
+    )
     _say(
         f"{bundle}: {model.precision} on {model.provider}" + (f" ({model.session.note})" if model.session.note else "")
     )
@@ -300,9 +311,10 @@ def _say_truncated(cut: int, texts: int, limit: int) -> None:
 @app.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @provider_option
+@precision_option
 @threads_option
 @json_option
-def verify(bundle: Path, provider: ProviderChoice, threads: int | None, as_json: bool) -> None:
+def verify(bundle: Path, provider: ProviderChoice, precision: str, threads: int | None, as_json: bool) -> None:
     """Score the bundle's golden texts on this machine and compare with what torch gave at export.
 
     Exit status 1 when a reward, or a text's tokens, differ by more than the certificate allows.
@@ -310,7 +322,7 @@ def verify(bundle: Path, provider: ProviderChoice, threads: int | None, as_json:
     from rewardrt.reward_model import RewardModel
     from rewardrt.verify import verify as run
 
-    found = run(RewardModel.load(bundle, provider=provider, threads=threads))
+    found = run(RewardModel.load(bundle, provider=provider, precision=precision, threads=threads))
     if as_json:
         click.echo(_json(dataclasses.asdict(found) | {"passed": found.passed}))
     else:

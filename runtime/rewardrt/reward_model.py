@@ -49,7 +49,13 @@ class RewardModel:
     """A loaded bundle. Scoring is thread-safe, and a text's reward does not depend on what is scored with it."""
 
     def __init__(
-        self, bundle: Bundle, session: GraphSession, *, batch_tokens: int = BATCH_TOKENS, padding: bool | None = None
+        self,
+        bundle: Bundle,
+        session: GraphSession,
+        *,
+        precision: str = "fp32",
+        batch_tokens: int = BATCH_TOKENS,
+        padding: bool | None = None,
     ) -> None:
         if batch_tokens < 1:
             raise RewardRTError(f"batch_tokens {batch_tokens}: expected at least 1")
@@ -58,7 +64,7 @@ class RewardModel:
         if self.spec.input == "steps" and not session.has_token_rewards:
             raise BundleError(f"{bundle.path}: the model rewards steps, and its graph has no output token_rewards")
         self.session = session
-        self.precision = "fp32"
+        self.precision = precision
         self.tokenizer = Tokenizer(bundle.file(TOKENIZER), self.spec)
         template = _read_template(bundle)
         self.renderer = Renderer(self.spec.text, template, with_prompt=self.spec.reads_prompt_end)
@@ -73,6 +79,7 @@ class RewardModel:
         bundle: str | Path,
         *,
         provider: ProviderChoice = "auto",
+        precision: str = "auto",
         threads: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         padding: bool | None = None,
@@ -81,6 +88,7 @@ class RewardModel:
         """Load a bundle folder.
 
         `provider`      "auto" takes CUDA where it really starts, else the CPU; a named one is obtained or raises
+        `precision`     one of the bundle's graphs; "auto" takes the first that was asked for at export
         `threads`       of the CPU provider; None leaves it to onnxruntime (the physical cores)
         `batch_tokens`  budget of one batch in tokens, padding included
         `padding`       whether texts of different lengths may share a batch; None: not on a CPU
@@ -89,8 +97,9 @@ class RewardModel:
         Raises BundleError or ProviderError.
         """
         opened = read_bundle(bundle, check_hashes=check_hashes)
-        session = GraphSession.open(opened.file(opened.variant("fp32").graph), provider, threads)
-        return cls(opened, session, batch_tokens=batch_tokens, padding=padding)
+        variant = opened.variant(precision)
+        session = GraphSession.open(opened.file(variant.graph), provider, threads)
+        return cls(opened, session, precision=variant.precision, batch_tokens=batch_tokens, padding=padding)
 
     @property
     def provider(self) -> Provider:

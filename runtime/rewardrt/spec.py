@@ -285,6 +285,10 @@ def to_json(value: Any) -> Any:
     return dataclasses.asdict(value)
 
 
+# Metadata of a field that came later, which a manifest may leave out: what is written has it.
+OPTIONAL = "optional"
+
+
 def from_json(cls: type[T], data: Any, where: str = "", *, complete: bool = True) -> T:
     """Build the dataclass `cls` from parsed JSON or TOML, strictly.
 
@@ -327,7 +331,9 @@ def _decode_dataclass(cls: type, data: Any, where: str, complete: bool) -> Any:
         raise BundleError(f"{where}: expected an object, found {type(data).__name__}")
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)
-    needed = [field.name for field in fields if complete or _has_no_default(field)]
+    needed = [
+        field.name for field in fields if (complete and not field.metadata.get(OPTIONAL)) or _has_no_default(field)
+    ]
     unknown = sorted(data.keys() - {field.name for field in fields})
     missing = [name for name in needed if name not in data]
     if unknown or missing:

@@ -73,6 +73,8 @@ def verify(model: RewardModel) -> Verification:
 
     Raises BundleError for a golden.jsonl that cannot be read; differences are in the result.
     """
+    if model.precision not in TOLERANCES:
+        raise BundleError(f"{model.bundle.path}: no tolerance is known for {model.precision}; upgrade rewardrt")
     texts = read_golden(model.bundle.file(GOLDEN))
     expected = np.array([reward for text in texts for reward in text.rewards], dtype=np.float64)
     std = float(expected.std())
