@@ -6,6 +6,7 @@
     ├── ProviderError         the execution provider that was asked for is not the one obtained
     ├── RowError              one input cannot be scored (the others can)
     ├── InferenceError        the graph failed, or gave a value that is not a number
+    ├── WorkerError           a process that was to be measured could not load its model, or not score with it
     └── ExportError
         ├── CheckpointError   the checkpoint is not a reward model that can be exported exactly
         ├── TraceError        the backbone could not be turned into a graph
@@ -39,6 +40,10 @@ class RowError(RewardRTError):
 
 class InferenceError(RewardRTError):
     """The graph failed, or gave a reward that is not a finite number."""
+
+
+class WorkerError(RewardRTError):
+    """A process that was to be measured could not load its model, or not score with it; the message is its own."""
 
 
 class ExportError(RewardRTError):
