@@ -87,8 +87,7 @@ def why_not(provider: Provider) -> str | None:
     """Try a provider on a graph of one node; return None if it ran there, else the reason and what mends it."""
     ort = import_onnxruntime()
     if ORT_NAMES[provider] not in ort.get_available_providers():
-        found = ", ".join(f"{name} {version}" for name, version in onnxruntime_distributions().items())
-        return f"{found or 'this onnxruntime'} was not built with it: `{reinstall_command('gpu')}`"
+        return f"{_installed() or 'this onnxruntime'} was not built with it: `{reinstall_command('gpu')}`"
     if provider != "cpu" and (reason := why_no_gpu(getattr(ort, "cuda_version", None))) is not None:
         return reason
     try:
@@ -147,10 +146,10 @@ def import_onnxruntime() -> ModuleType:
     """
     if conflict := onnxruntime_conflict():
         raise ProviderError(f"{conflict}; keep one: `{_mending_command()}`")  # case 1
-    installed = " and ".join(f"{name} {version}" for name, version in onnxruntime_distributions().items())
     try:
         module = importlib.import_module("onnxruntime")
     except Exception as error:  # a broken wheel raises ImportError, but also AttributeError, OSError, ...
+        installed = _installed()
         if not (isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"):
             reason = f"does not import ({type(error).__name__}: {one_line(error)})"
             raise ProviderError(f"{installed or 'onnxruntime'} {reason}: `{_mending_command()}`") from error  # case 4
@@ -159,7 +158,7 @@ def import_onnxruntime() -> ModuleType:
         raise ProviderError(f"no onnxruntime is installed: `{_mending_command()}` (or `[gpu]` for CUDA)") from None
     if not hasattr(module, "InferenceSession"):  # case 3
         del sys.modules["onnxruntime"]  # so that a later call sees a repaired installation
-        folder = f"{installed} is installed, but its folder" if installed else "onnxruntime's folder"
+        folder = f"{_installed()} is installed, but its folder" if _installed() else "onnxruntime's folder"
         raise ProviderError(f"{folder} is hollow, what an uninstall left behind: `{_mending_command()}`")
     return module
 
@@ -167,6 +166,10 @@ def import_onnxruntime() -> ModuleType:
 def onnxruntime_distributions() -> dict[str, str]:
     """Return name and version of every installed distribution that owns the import package `onnxruntime`."""
     return {item.name: item.version for item in _owners()}
+
+
+def _installed() -> str:
+    return " and ".join(f"{name} {version}" for name, version in onnxruntime_distributions().items())
 
 
 def onnxruntime_conflict() -> str | None:
