@@ -384,8 +384,9 @@ def _signature(spec: Spec, config: PretrainedConfig) -> _Signature:
     if spec.causal:
         shape = AttentionShape.of(config)
         layers = range(shape.layers)
-        cache = [torch.zeros(2, shape.kv_heads, 3, shape.head_dim) for _ in layers]
-        inputs |= {"past_keys": cache, "past_values": list(cache)}
+        # A tensor of its own for each: the exporter would wire one that stands for both to one of the two inputs.
+        for name in ("past_keys", "past_values"):
+            inputs[name] = [torch.zeros(2, shape.kv_heads, 3, shape.head_dim) for _ in layers]
         axes |= {name: [{0: batch, 2: past} for _ in layers] for name in ("past_keys", "past_values")}
         names += [f"past_{part}.{i}" for part in ("key", "value") for i in layers]
         outputs += [f"present_{part}.{i}" for i in layers for part in ("key", "value")]
