@@ -43,5 +43,5 @@ smollm2: $(VENV)/installed  ## build and export the 135M reference model: make s
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,dev,serve-test]'
 	@touch $@

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "rewardrt": [
         "errors", "spec", "bundle", "providers", "session", "text", "tokens", "batching", "rows", "pairwise", "reward_model",
-        "verify", "files", "workers", "bench", "doctor", "cli",
+        "verify", "files", "workers", "bench", "doctor", "server", "cli",
     ],
     "rewardrt_export": [
         "weights", "adapters", "backbone", "layouts", "source", "heads", "families", "checkpoint", "explain", "trace", "lower",

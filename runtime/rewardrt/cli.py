@@ -440,6 +440,94 @@ def bench(
 
 
 @app.command()
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--bundle", "more", multiple=True, metavar="NAME=PATH", help="A further bundle, chosen by `model`.")
+@click.option("--served-name", "names", multiple=True, help="What clients call BUNDLE.  [default: its folder's name]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=5000, show_default=True, help="0: any that is free.")
+@click.option("--api-key", envvar="REWARDRT_API_KEY", help="Asked of every client.  [environment: REWARDRT_API_KEY]")
+@provider_option
+@precision_option
+@threads_option
+@click.option("--normalize/--raw", default=None, help="Normalised or raw rewards.  [default: as the bundle says, raw]")
+@click.option("--max-length", type=click.IntRange(min=1), help="Limit of a text in tokens.  [default: the model's]")
+@click.option(
+    "--overflow",
+    type=click.Choice(("error", "cut")),
+    default="cut",
+    show_default=True,
+    help="Of long texts.",
+)
+@click.option("--max-queue-tokens", type=click.IntRange(min=1), default=262_144, show_default=True)
+@click.option("--max-body-mb", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--max-items", type=click.IntRange(min=1), default=1024, show_default=True, help="Texts in one request.")
+@click.option("--drain-seconds", type=click.FloatRange(min=0), default=30, show_default=True, help="After SIGTERM.")
+@click.option("--open-metrics", is_flag=True, help="Give /metrics to clients without the key.")
+@click.option("--log-texts", is_flag=True, help="Write what was scored to the log.")
+def serve(
+    bundle: Path | None,
+    more: tuple[str, ...],
+    names: tuple[str, ...],
+    host: str,
+    port: int,
+    api_key: str | None,
+    provider: ProviderChoice,
+    precision: str,
+    threads: int | None,
+    normalize: bool | None,
+    max_length: int | None,
+    overflow: Any,
+    max_queue_tokens: int,
+    max_body_mb: int,
+    max_items: int,
+    drain_seconds: float,
+    open_metrics: bool,
+    log_texts: bool,
+) -> None:
+    """Serve rewards over HTTP, to clients of OpenRLHF and to programs of your own.
+
+    The bundle is loaded once. SIGTERM answers what was accepted, and new requests with 503, before it ends.
+    """
+    bundles = [_named_bundle(value) for value in more]
+    if bundle is not None:
+        bundles.insert(0, (names or (bundle.resolve().name,), bundle))
+    elif names:
+        raise click.UsageError("--served-name goes with BUNDLE; --bundle name=path brings its own")
+    if not bundles:
+        raise click.UsageError("give a BUNDLE, or --bundle name=path")
+    try:
+        from rewardrt.server.options import ServerOptions
+        from rewardrt.server.process import serve as run
+    except ModuleNotFoundError as error:
+        from rewardrt.errors import MissingExtraError
+
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise MissingExtraError(f"serve needs {missing}: pip install 'rewardrt[serve]'") from error
+    options = ServerOptions(
+        api_key=api_key or "",
+        normalize=normalize,
+        overflow=overflow,
+        max_queue_tokens=max_queue_tokens,
+        max_body_bytes=max_body_mb * 2**20,
+        max_items=max_items,
+        max_length=max_length,
+        open_metrics=open_metrics,
+        log_texts=log_texts,
+        drain_seconds=drain_seconds,
+    )
+    run(bundles, options, host=host, port=port, provider=provider, precision=precision, threads=threads)
+
+
+def _named_bundle(value: str) -> tuple[tuple[str, ...], Path]:
+    name, found, path = value.partition("=")
+    if not (name and found and path):
+        raise click.UsageError(f"--bundle {value}: expected name=path")
+    return (name,), Path(path)
+
+
+@app.command()
 @json_option
 def doctor(as_json: bool) -> None:
     """Show what is installed, which providers really start here, and what to do about the rest."""

@@ -223,21 +223,50 @@ class RewardModel:
 
         `max_length` lowers the model's limit for this call.
         """
-        affine = self._normalisation(normalize)
+        self.check_options(normalize=normalize, aggregate=aggregate)
+        results: list[Any] = list(self.encode(items, max_length=max_length))
+        good = [index for index, text in enumerate(results) if isinstance(text, EncodedText)]
+        for index, values in zip(good, self.score_encoded([results[index] for index in good]), strict=True):
+            results[index] = self.finish(results[index], values, normalize=normalize, aggregate=aggregate)
+        return results
+
+    def check_options(self, *, normalize: bool | None = None, aggregate: AggregateRule | None = None) -> None:
+        """Raise RewardRTError for options that this model cannot honour."""
+        self._normalisation(normalize)
         if aggregate is not None and self.spec.input != "steps":
             raise RewardRTError(f"aggregate {aggregate!r}: this model gives one reward to a text, there are no steps")
         if aggregate not in (None, *AGGREGATE_RULES):
             raise RewardRTError(f"aggregate {aggregate!r}: expected one of {', '.join(AGGREGATE_RULES)}")
-        results: list[Any] = list(self.encode(items, max_length=max_length))
-        good = [index for index, text in enumerate(results) if isinstance(text, EncodedText)]
-        for index, values in zip(good, self.score_encoded([results[index] for index in good]), strict=True):
-            if isinstance(values, InferenceError):
-                results[index] = values
-            elif self.spec.input == "steps":
-                results[index] = _scored_steps(values, results[index], affine, aggregate)
-            else:
-                results[index] = _scored(values, results[index], affine)
-        return results
+
+    def finish(
+        self,
+        text: EncodedText,
+        values: Values | InferenceError,
+        *,
+        normalize: bool | None = None,
+        aggregate: AggregateRule | None = None,
+    ) -> Scored | InferenceError:
+        """Return what `score_items` gives for a text, from what `score_encoded` gave for it."""
+        if isinstance(values, InferenceError):
+            return values
+        affine = self._normalisation(normalize)
+        if self.spec.input == "steps":
+            return _scored_steps(values, text, affine, aggregate)
+        return _scored(values, text, affine)
+
+    def token_rewards(self, text: EncodedText, *, normalize: bool | None = None) -> Values:
+        """Return the reward after every token of a text, [tokens] float32, where the graph has them.
+
+        Raises RewardRTError where it has not, and InferenceError.
+        """
+        if not self.session.has_token_rewards:
+            raise RewardRTError("this bundle has no rewards of tokens")
+        batch = make_batch([text], causal=False, with_positions=False)
+        (rewards,) = self.session.run(batch.input_ids, batch.lengths, output="token_rewards")
+        normalised = _normalised(_finite(rewards[:, 0]), self._normalisation(normalize))
+        if isinstance(normalised, InferenceError):
+            raise normalised
+        return normalised
 
     def encode(self, items: Sequence[Item], *, max_length: int | None = None) -> list[EncodedText | RewardRTError]:
         """Render and tokenize items; an item that cannot be has its error in its place."""
@@ -307,6 +336,13 @@ class RewardModel:
         if self.spec.normalise is None:
             raise RewardRTError("normalize: the checkpoint had no mean and std; only raw rewards are there")
         return self.spec.normalise
+
+
+def _finite(values: Values) -> Values:
+    checked = _check_finite(values)
+    if isinstance(checked, InferenceError):
+        raise checked
+    return checked
 
 
 def _check_finite(values: Values) -> Values | InferenceError:

@@ -27,9 +27,10 @@ KNOWN_ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 @dataclass(frozen=True)
 class RawText:
-    """A text that is scored exactly as sent."""
+    """A text that is scored exactly as sent; on request with the special tokens that the tokenizer itself adds."""
 
     text: str
+    special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class RenderedText:
     is_raw: bool
     pair: str | None = None  # the second text, for models that read a pair
     prompt: str | None = None  # the first message alone, for models that read at its end
+    special_tokens: bool = False  # whether raw text gets the tokenizer's own special tokens
     steps: int | None = None  # how many the row has; None where it does not say
     # Texts that are tokenized each by itself, one after the other; together they are `text`. Of the step layout
     # "apart": what comes before the response, then each step and its step token.
@@ -144,7 +146,7 @@ class Renderer:
     def render(self, item: Item) -> RenderedText:
         """Return the string that is tokenized for this item, or raise RowError."""
         if isinstance(item, RawText):
-            return RenderedText(item.text, is_raw=True)
+            return RenderedText(item.text, is_raw=True, special_tokens=item.special_tokens)
         shown = item if isinstance(item, Pair) else self.conversation(item)
         steps = len(item.steps) if self.rewards_steps and isinstance(item, Steps) else None
         if self._rule.source == "pair" and isinstance(shown, Conversation):

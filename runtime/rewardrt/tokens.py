@@ -72,6 +72,28 @@ class Tokenizer:
         special = self.adds_special_tokens(text)
         return np.array(self._backend.encode(text.text, text.pair, add_special_tokens=special).ids, dtype=np.int64)
 
+    def encode_ids(self, ids: Sequence[int], *, max_length: int | None = None) -> EncodedText:
+        """Take token ids as they are, cut to the limit. Raises RowError for an id that the tokenizer does not have."""
+        whole = np.array(ids, dtype=np.int64)
+        if len(whole) == 0:
+            raise RowError("the text has no tokens; expected at least one")
+        known = self._backend.get_vocab_size()
+        if whole.min() < 0 or whole.max() >= known:
+            wrong = int(whole[(whole < 0) | (whole >= known)][0])
+            raise RowError(f"token id {wrong}: expected 0 to {known - 1}")
+        if self._spec.input == "steps" or self._spec.reads_prompt_end:
+            raise RowError("this model reads more of a text than its token ids say; send the text")
+        kept = whole[: min(self._spec.max_length, max_length or self._spec.max_length)]
+        type_ids = np.zeros_like(kept) if self._spec.text.type_ids else None
+        return EncodedText(kept, len(whole) - len(kept), tap_positions(kept, self._spec.taps), type_ids)
+
+    def pieces(self, text: RenderedText) -> list[str]:
+        """Return the part of the text that each token ends, for people: together they are the text."""
+        encoding = self._backend.encode(text.text, add_special_tokens=self.adds_special_tokens(text))
+        ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], dtype=np.int64))
+        starts = np.concatenate([[0], ends[:-1]])
+        return [text.text[start:end] for start, end in zip(starts, ends, strict=True)]
+
     def encode_many(
         self, texts: Sequence[RenderedText], *, max_length: int | None = None
     ) -> list[EncodedText | RowError]:
@@ -104,7 +126,12 @@ class Tokenizer:
         return [result for result in results if result is not None]
 
     def adds_special_tokens(self, text: RenderedText) -> bool:
-        """Whether the tokenizer's own special tokens come in; into raw text only where the model reads pairs."""
+        """Whether the tokenizer's own special tokens come in.
+
+        Into raw text only where the model reads pairs, or where they were asked for.
+        """
+        if text.is_raw and text.special_tokens:
+            return True
         rule = self._spec.text
         return rule.add_special_tokens and (rule.source == "pair" or not text.is_raw)
 

@@ -1,0 +1,217 @@
+"""The one internal call: every protocol makes a Call of its body, and its body of the Outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rewardrt.errors import InferenceError, RewardRTError, RowError
+from rewardrt.pairwise import settle
+from rewardrt.rows import Row, Scored
+from rewardrt.server.engine import Job, TokenIds, TokenReward, Work
+from rewardrt.server.models import Models, Served
+from rewardrt.server.options import Overflow, ServerOptions
+from rewardrt.server.problem import Kind, Problem
+from rewardrt.server.schema import Schema
+from rewardrt.spec import AggregateRule
+from rewardrt.text import RawText
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a call: for each row the scores of its answers, or why it has none."""
+
+    rows: tuple[tuple[Scored, ...] | RewardRTError, ...]
+    token_rewards: Mapping[int, list[TokenReward]]  # by item
+
+    @property
+    def scores(self) -> list[Scored]:
+        """The scores of all rows in order; raises Problem for the first row that has none."""
+        found: list[Scored] = []
+        for index, row in enumerate(self.rows):
+            if isinstance(row, RewardRTError):
+                kind: Kind = "backend" if isinstance(row, InferenceError) else "validation"
+                raise Problem(kind, f"item {index}: {row}")
+            found += row
+        return found
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A body and its content type, where it is not JSON of its value."""
+
+    body: bytes
+    content_type: str
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a request wants scored, and how its answer is written. A row that was refused already holds its error."""
+
+    served: Served
+    rows: tuple[Row | TokenIds | RewardRTError, ...]
+    render: Callable[[Outcome], Any]
+    normalize: bool | None = None
+    aggregate: AggregateRule | None = None
+    max_length: int | None = None
+    overflow: Overflow | None = None
+    every_token: bool = False
+
+    def work(self, options: ServerOptions) -> Work:
+        """Return the items of all rows, with the server's defaults where the request says nothing."""
+        items: list[Any] = []
+        for row in self.rows:
+            if isinstance(row, Row):
+                items += row.items
+            elif isinstance(row, TokenIds):
+                items.append(row)
+        if len(items) > options.max_items:
+            raise Problem("validation", f"{len(items)} texts in one request; expected at most {options.max_items}")
+        limits = [limit for limit in (self.max_length, options.max_length) if limit is not None]
+        normalize = options.normalize if self.normalize is None else self.normalize
+        try:
+            self.served.model.check_options(normalize=normalize, aggregate=self.aggregate)
+        except RewardRTError as error:
+            raise Problem("validation", str(error)) from error
+        return Work(
+            tuple(items),
+            normalize=normalize,
+            aggregate=self.aggregate,
+            max_length=min(limits, default=None),
+            overflow=self.overflow or options.overflow,
+            every_token=self.every_token,
+        )
+
+    def outcome(self, job: Job | None) -> Outcome:
+        """Put the engine's results back into rows; there is no job where nothing was to be scored."""
+        results = iter(job.results if job is not None else ())
+        rows: list[tuple[Scored, ...] | RewardRTError] = []
+        for row in self.rows:
+            if isinstance(row, RewardRTError):
+                rows.append(row)
+                continue
+            own = [next(results) for _ in (row.items if isinstance(row, Row) else (row,))]
+            failed = [(index, result) for index, result in enumerate(own) if isinstance(result, RewardRTError)]
+            if failed:
+                kind = InferenceError if isinstance(failed[0][1], InferenceError) else RowError
+                label = row.label if isinstance(row, Row) else _no_label
+                rows.append(kind("; ".join(f"{label(index)}{error}" for index, error in failed)))
+                continue
+            scores = [result for result in own if isinstance(result, Scored)]
+            rows.append(tuple(settle(row, scores) if isinstance(row, Row) else scores))
+        return Outcome(tuple(rows), job.token_rewards if job is not None else {})
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """One request: its decoded body, and what else a protocol reads."""
+
+    body: Any
+    models: Models
+    options: ServerOptions
+    headers: Mapping[str, str] = field(default_factory=dict)  # lower-case names
+    path: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a protocol refuses: the status of each kind of problem that is not the common one, and the body."""
+
+    name: str
+    body: Callable[[int, Problem], Any]
+    statuses: Mapping[Kind, int] = field(default_factory=dict)
+
+    def status(self, problem: Problem) -> int:
+        """Return the HTTP status of a problem."""
+        return self.statuses.get(problem.kind, COMMON_STATUS[problem.kind])
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """One thing that a route can do: the body it takes, and how the body becomes a Call."""
+
+    dialect: Dialect
+    body: Schema
+    prepare: Callable[[Incoming], Call]
+    answer: Schema  # of the JSON body of a 200
+
+
+COMMON_STATUS: dict[Kind, int] = {
+    "unauthorized": 401,
+    "validation": 400,
+    "empty": 400,
+    "unknown_model": 404,
+    "too_large": 413,
+    "overloaded": 503,
+    "draining": 503,
+    "backend": 500,
+}
+
+
+def texts(served: Served, values: Sequence[str], *, special_tokens: bool = False) -> tuple[Row, ...]:
+    """Return a row for each text that is scored as sent, on request with the tokenizer's own special tokens."""
+    rows = []
+    for index, value in enumerate(values):
+        row = _parse(served, {"text": value}, f"item {index}")
+        if special_tokens:
+            row = Row(row.kind, tuple(RawText(value, special_tokens=True) for _ in row.items))
+        rows.append(row)
+    return tuple(rows)
+
+
+def answers(served: Served, pairs: Sequence[tuple[str, str]]) -> tuple[Row, ...]:
+    """Return a row for each (prompt, answer)."""
+    return tuple(
+        _parse(served, {"prompt": prompt, "response": answer}, f"item {index}")
+        for index, (prompt, answer) in enumerate(pairs)
+    )
+
+
+def ranking(served: Served, query: str, documents: Sequence[str]) -> tuple[Row, ...]:
+    """Return the one row of a query and its documents; () for no documents."""
+    return (_parse(served, {"prompt": query, "responses": list(documents)}, ""),) if documents else ()
+
+
+def conversation(served: Served, messages: Sequence[Any]) -> tuple[Row, ...]:
+    """Return the row of a conversation that ends with the assistant."""
+    return (_parse(served, {"messages": list(messages)}, ""),)
+
+
+def single_rewards(served: Served) -> None:
+    """Refuse a model that has no one reward for a text, where a protocol has place for just that."""
+    if served.model.spec.input == "steps":
+        message = f"model {served.name!r} rewards steps; expected POST /v1/reward with steps"
+        raise Problem("validation", message)
+
+
+def number(value: float) -> float:
+    """Return the float whose decimal is the shortest one that is this float32."""
+    return float(str(np.float32(value)))
+
+
+def reward_of(score: Scored, *, sigmoid: bool = False) -> float:
+    """Return the reward to send, on request between 0 and 1."""
+    if not sigmoid:
+        return number(score.reward)
+    value = float(score.reward)
+    return number(1 / (1 + np.exp(-value)) if value >= 0 else np.exp(value) / (1 + np.exp(value)))
+
+
+def cut(score: Scored) -> dict[str, int]:
+    """Return what is added to an item whose text was cut: by how many tokens."""
+    return {"truncated": score.truncated} if score.truncated else {}
+
+
+def _parse(served: Served, row: dict[str, Any], where: str) -> Row:
+    try:
+        return served.model.parse(row)
+    except RowError as error:
+        raise Problem("validation", f"{where}: {error}" if where else str(error)) from error
+
+
+def _no_label(index: int) -> str:
+    return ""

@@ -1,0 +1,152 @@
+"""The bundles of a server: what was loaded of each, by the names that clients call them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewardrt.bundle import MANIFEST
+from rewardrt.errors import BundleError, RewardRTError
+from rewardrt.providers import ProviderChoice
+from rewardrt.reward_model import RewardModel
+from rewardrt.server.engine import Engine, Turn
+from rewardrt.server.options import ServerOptions
+from rewardrt.server.problem import Problem
+from rewardrt.text import Conversation
+
+
+@dataclass(frozen=True)
+class Served:
+    """One loaded bundle and its engine; `sha256` is that of the manifest that was loaded, which names all files'."""
+
+    name: str
+    model: RewardModel
+    engine: Engine
+    sha256: str
+    created: int  # when it was loaded, Unix time
+    files: Mapping[Path, tuple[int, int, int]]  # inode, size and time of change of each file when it was loaded
+
+    @property
+    def changed_on_disk(self) -> bool:
+        """Whether the folder holds something else than what was loaded."""
+        return any(_stamp(path) != stamp for path, stamp in self.files.items())
+
+    def describe(self) -> dict[str, Any]:
+        """Return what clients are told about the model: what was loaded, and what really runs."""
+        model, manifest = self.model, self.model.bundle.manifest
+        certificate = manifest_certificate(model)
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "checkpoint": manifest.provenance.checkpoint,
+            "parameters": manifest.provenance.parameters,
+            "family": model.spec.family,
+            "input": model.spec.input,
+            "provider": model.provider,
+            "precision": model.precision,
+            "max_length": model.spec.max_length,
+            "objectives": list(model.spec.output.labels),
+            "token_rewards": model.session.has_token_rewards,
+            "normalisation": model.spec.normalise is not None,
+            "changed_on_disk": self.changed_on_disk,
+            "fault": self.engine.fault,
+            "certificate": certificate,
+        }
+
+
+class Models:
+    """Every served bundle by its names; the first is taken where a protocol names none."""
+
+    def __init__(self, served: Mapping[str, Served]) -> None:
+        self._served = dict(served)
+
+    def choose(self, name: str | None) -> Served:
+        """Return the bundle of this name, or raise Problem("unknown_model")."""
+        if name is None:
+            return next(iter(self._served.values()))
+        if name not in self._served:
+            known = ", ".join(self._served)
+            raise Problem("unknown_model", f"model {name[:80]!r} is not served here; expected {known}")
+        return self._served[name]
+
+    @property
+    def names(self) -> list[str]:
+        """All names, those of the first bundle first."""
+        return list(self._served)
+
+    @property
+    def each(self) -> list[Served]:
+        """Every bundle once."""
+        return list({id(served): served for served in self._served.values()}.values())
+
+
+def load_models(
+    bundles: Sequence[tuple[tuple[str, ...], Path]],
+    options: ServerOptions,
+    *,
+    provider: ProviderChoice,
+    precision: str,
+    threads: int | None,
+    observe: Callable[[str, Turn], None],
+) -> Models:
+    """Load bundles, each under its names, and start their engines."""
+    served: dict[str, Served] = {}
+    for names, path in bundles:
+        one = _load(names[0], path, options, provider, precision, threads, observe)
+        for name in names:
+            if name in served:
+                raise RewardRTError(f"two bundles are called {name!r}; name each by --bundle name=path")
+            served[name] = one
+    return Models(served)
+
+
+def _load(
+    name: str,
+    path: Path,
+    options: ServerOptions,
+    provider: ProviderChoice,
+    precision: str,
+    threads: int | None,
+    observe: Callable[[str, Turn], None],
+) -> Served:
+    digest = _manifest_sha256(path)
+    model = RewardModel.load(path, provider=provider, precision=precision, threads=threads)
+    if _manifest_sha256(path) != digest:
+        raise BundleError(f"{path}: changed while it was loaded; start again once it is whole")
+    try:
+        model.check_options(normalize=options.normalize)
+    except RewardRTError as error:
+        raise type(error)(f"{path}: {error}") from error
+    # What is imported and set up by the first text (templates, kernels) is not for the first client to wait for.
+    model.score_items([Conversation("a", {"role": "assistant", "content": "b"})])
+    engine = Engine(model, max_queue_tokens=options.max_queue_tokens, observe=lambda turn: observe(name, turn))
+    files = [path / MANIFEST, *(path / record.path for record in model.bundle.manifest.files)]
+    stamps = {file: stamp for file in files if (stamp := _stamp(file)) is not None}
+    return Served(name, model, engine, digest, int(time.time()), stamps)
+
+
+def _manifest_sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return ""  # read_bundle says what is wrong
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
+
+
+def manifest_certificate(model: RewardModel) -> dict[str, Any] | None:
+    """Return what was certified at export for the graph that runs."""
+    found = model.bundle.certificate(model.precision)
+    return None if found is None else dataclasses.asdict(found)

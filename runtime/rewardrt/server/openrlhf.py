@@ -1,0 +1,46 @@
+"""OpenRLHF's remote reward model, `POST /get_reward`, from 0.4 on.
+
+Its trainer tries again on everything but a 2xx, five times, and then dies. Each text is scored as sent. With several
+URLs a server may get empty lists, and has to answer them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring, reward_of, single_rewards, texts
+from rewardrt.server.problem import Problem
+from rewardrt.server.schema import NUMBER, STRINGS, array, body
+
+BODY = body(
+    {"query": STRINGS},
+    prompts=array({}),  # what the texts were made of, and what their answers should be: neither is scored
+    labels=array({}),
+)
+ANSWER = {
+    "type": "object",
+    "properties": {"rewards": array(NUMBER), "scores": array(NUMBER), "extra_logs": {"type": "object"}},
+    "required": ["rewards", "scores", "extra_logs"],
+}
+
+
+def refusal(status: int, problem: Problem) -> dict[str, Any]:
+    """Return the body of a request that is not answered."""
+    return {"error": problem.message}
+
+
+def prepare(incoming: Incoming) -> Call:
+    """Score every text of `query` as sent."""
+    served = incoming.models.choose(None)
+    single_rewards(served)
+
+    def render(outcome: Outcome) -> dict[str, Any]:
+        scores = outcome.scores
+        rewards = [reward_of(score) for score in scores]
+        logs = {"dummy_scores": rewards, "truncated": [score.truncated for score in scores]}
+        return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+
+    return Call(served, texts(served, incoming.body["query"]), render)
+
+
+GET_REWARD = Scoring(Dialect("openrlhf", refusal), BODY, prepare, ANSWER)

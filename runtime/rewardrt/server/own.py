@@ -1,0 +1,82 @@
+"""Our own protocol, `POST /v1/reward`: the rows that `rewardrt score` takes, and the rows that it gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rewardrt.errors import RewardRTError, RowError
+from rewardrt.rows import Row, error_row, fill_row
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring, number
+from rewardrt.server.problem import Problem
+from rewardrt.server.schema import BOOLEAN, INTEGER, STRING, array, body, only
+from rewardrt.spec import AGGREGATE_RULES
+
+ROW = {"type": "object", "additionalProperties": True}
+BODY = body(
+    {"rows": array(ROW)},
+    model=STRING,
+    normalize=BOOLEAN,
+    objectives=BOOLEAN,
+    aggregate=only(*AGGREGATE_RULES),
+    max_length=INTEGER | {"minimum": 1},
+    overflow=only("error", "cut"),
+    token_rewards=BOOLEAN,
+)
+ANSWER = {
+    "type": "object",
+    "properties": {"model": STRING, "rows": array(ROW), "tokens": INTEGER},
+    "required": ["model", "rows", "tokens"],
+}
+
+
+def refusal(status: int, problem: Problem) -> dict[str, Any]:
+    """Return the body of a request that is not answered."""
+    return {"error": {"message": problem.message, "type": problem.kind, "code": status}}
+
+
+def prepare(incoming: Incoming) -> Call:
+    """Make rows of the rows; one that is refused has its error in its place."""
+    wanted = incoming.body
+    served = incoming.models.choose(wanted.get("model"))
+    labels = served.model.spec.output.labels if wanted.get("objectives") else ()
+    if wanted.get("objectives") and not labels:
+        raise Problem("validation", f"objectives: model {served.name!r} has none; its reward is not made of several")
+    if wanted.get("token_rewards") and not served.model.session.has_token_rewards:
+        raise Problem("validation", f"token_rewards: the bundle of model {served.name!r} has none")
+    rows: list[Row | RewardRTError] = []
+    for row in wanted["rows"]:
+        try:
+            rows.append(served.model.parse(row))
+        except RowError as error:
+            rows.append(error)
+
+    def render(outcome: Outcome) -> dict[str, Any]:
+        filled: list[dict[str, Any]] = []
+        tokens = item = 0
+        for row, parsed, scores in zip(wanted["rows"], rows, outcome.rows, strict=True):
+            if isinstance(parsed, RewardRTError) or isinstance(scores, RewardRTError):
+                filled.append(error_row(row, str(parsed if isinstance(parsed, RewardRTError) else scores)))
+            else:
+                filled.append(fill_row(row, parsed, list(scores), labels))
+                tokens += sum(score.tokens for score in scores)
+                if wanted.get("token_rewards"):
+                    every = [outcome.token_rewards.get(item + index, []) for index in range(len(parsed.items))]
+                    pieces = [[[text, number(reward)] for text, reward in each] for each in every]
+                    filled[-1]["token_rewards"] = pieces[0] if parsed.kind == "single" else pieces
+            item += len(parsed.items) if isinstance(parsed, Row) else 0
+        return {"model": served.name, "rows": filled, "tokens": tokens}
+
+    return Call(
+        served,
+        tuple(rows),
+        render,
+        normalize=wanted.get("normalize"),
+        aggregate=wanted.get("aggregate"),
+        max_length=None if wanted.get("max_length") is None else int(wanted["max_length"]),
+        overflow=wanted.get("overflow"),
+        every_token=bool(wanted.get("token_rewards")),
+    )
+
+
+DIALECT = Dialect("rewardrt", refusal)
+REWARD = Scoring(DIALECT, BODY, prepare, ANSWER)

@@ -1,0 +1,142 @@
+"""The part of JSON Schema that the bodies of the protocols need, checked by the schemas that OpenAPI shows.
+
+One description does both, so the document cannot say what the server does not do.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from rewardrt.server.problem import Problem
+
+Schema = dict[str, Any]
+
+STRING: Schema = {"type": "string"}
+BOOLEAN: Schema = {"type": "boolean"}
+INTEGER: Schema = {"type": "integer"}
+NUMBER: Schema = {"type": "number"}
+STRINGS: Schema = {"type": "array", "items": STRING}
+MESSAGES: Schema = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"role": STRING, "content": STRING},
+        "required": ["role", "content"],
+        "additionalProperties": True,
+    },
+}
+_NAMES = {
+    "string": str,
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+    "null": type(None),
+}
+
+
+def body(required: dict[str, Schema] | None = None, **optional: Schema) -> Schema:
+    """Return the schema of an object without further fields; the optional ones may be null."""
+    properties = (required or {}) | {name: nullable(schema) for name, schema in optional.items()}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": sorted(required or {}),
+        "additionalProperties": False,
+    }
+
+
+def nullable(schema: Schema) -> Schema:
+    """Return the schema that takes null as well."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def only(*values: Any) -> Schema:
+    """Return the schema of the values that are understood, of a field whose other values would change scores."""
+    return {"enum": list(values)}
+
+
+def array(items: Schema, **limits: int) -> Schema:
+    """Return the schema of a list."""
+    return {"type": "array", "items": items, **limits}
+
+
+def check(value: Any, schema: Schema, where: str = "body") -> None:
+    """Raise Problem("validation") that names the first field which is not as the schema says."""
+    if "anyOf" in schema:
+        _check_any(value, schema["anyOf"], where)
+        return
+    if "enum" in schema:
+        if not any(value == known and type(value) is type(known) for known in schema["enum"]):
+            expected = " or ".join(json.dumps(known) for known in schema["enum"])
+            _refuse(where, expected, _shown(value))
+        return
+    kind = schema.get("type")
+    if kind is not None and not _is(value, kind):
+        _refuse(where, kind, _kind_of(value))
+    if kind == "object":
+        _check_object(value, schema, where)
+    elif kind == "array":
+        _check_limit(len(value), schema.get("minItems"), where, "items")
+        for index, item in enumerate(value):
+            check(item, schema.get("items", {}), f"{where}[{index}]")
+    elif kind in ("integer", "number"):
+        _check_limit(value, schema.get("minimum"), where, "")
+    elif kind == "string":
+        _check_limit(len(value), schema.get("minLength"), where, "characters")
+
+
+def _check_limit(value: float, least: float | None, where: str, unit: str) -> None:
+    if least is not None and value < least:
+        _refuse(where, f"at least {least} {unit}".rstrip(), str(value)[:40])
+
+
+def _check_object(value: dict[str, Any], schema: Schema, where: str) -> None:
+    properties = schema.get("properties", {})
+    prefix = "" if where == "body" else f"{where}."
+    for name in schema.get("required", ()):
+        if name not in value:
+            raise Problem("validation", f"{prefix}{name}: expected this field, found none")
+    for name, item in value.items():
+        if name in properties:
+            check(item, properties[name], f"{prefix}{name}")
+        elif schema.get("additionalProperties") is False:
+            known = ", ".join(properties)
+            raise Problem(
+                "validation", f"{prefix}{name[:80]}: not a field that is understood here; expected only {known}"
+            )
+
+
+def _check_any(value: Any, choices: list[Schema], where: str) -> None:
+    problems = []
+    for choice in choices:
+        try:
+            check(value, choice, where)
+        except Problem as problem:
+            problems.append((_is(value, choice.get("type", "")), problem))
+        else:
+            return
+    # The most telling one: of the choice whose type the value has.
+    raise next((problem for right_type, problem in problems if right_type), problems[0][1])
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind == "integer":
+        return (isinstance(value, int) and not isinstance(value, bool)) or (
+            isinstance(value, float) and value.is_integer()
+        )
+    if kind == "number":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return kind in _NAMES and isinstance(value, _NAMES[kind])
+
+
+def _kind_of(value: Any) -> str:
+    return next((name for name in ("boolean", "integer", "number", *_NAMES) if _is(value, name)), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:80]
+
+
+def _refuse(where: str, expected: str, found: str) -> NoReturn:
+    raise Problem("validation", f"{where}: expected {expected}, found {found}")

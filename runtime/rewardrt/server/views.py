@@ -1,0 +1,119 @@
+"""What is served to GET: health, metrics, what the models are, the page and the document of all this."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rewardrt.files import to_line
+from rewardrt.server import metrics, own
+from rewardrt.server.call import Dialect
+from rewardrt.server.engine import TURN_TOKENS
+
+if TYPE_CHECKING:
+    from rewardrt.server.app import Server
+
+JSON = "application/json"
+VERSION = importlib.metadata.version("rewardrt")
+
+
+@dataclass(frozen=True)
+class ViewAnswer:
+    """Status, body and headers of one answer."""
+
+    body: bytes
+    status: int = 200
+    content_type: str | None = JSON
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """A path that takes GET. `guarded` ones want the key; `quiet` ones leave no line in the log."""
+
+    path: str
+    answer: Callable[[Server, Mapping[str, str]], ViewAnswer]
+    summary: str
+    guarded: bool = True
+    quiet: bool = False
+    dialect: Dialect = own.DIALECT
+    statuses: tuple[int, ...] = (200,)
+    content_type: str = JSON
+
+
+def _json(value: Any, status: int = 200) -> ViewAnswer:
+    return ViewAnswer(to_line(value), status)
+
+
+def _health(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    models = [served.describe() for served in server.models.each]
+    fault = next((f"{model['name']}: {model['fault']}" for model in models if model["fault"]), None)
+    return _json({"status": "ok" if fault is None else fault, "models": models}, 200 if fault is None else 503)
+
+
+def _ready(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    faults = any(served.engine.fault for served in server.models.each)
+    status = "draining" if server.draining else "fault" if faults else "ready"
+    return _json({"status": status}, 200 if status == "ready" else 503)
+
+
+def _ping(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    healthy = all(served.engine.fault is None for served in server.models.each)
+    return ViewAnswer(b"", 200 if healthy else 503, content_type=None)
+
+
+def _info(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    """Answer with the fields of text-embeddings-inference for the first model, and ours for each."""
+    first, options = server.models.each[0], server.options
+    limit = min(first.model.spec.max_length, options.max_length or first.model.spec.max_length)
+    return _json(
+        {
+            "model_id": first.name,
+            "model_sha": first.sha256,
+            "model_dtype": first.model.precision,
+            "model_type": {"classifier": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
+            "max_concurrent_requests": max(1, options.max_queue_tokens // limit),
+            "max_input_length": limit,
+            "max_batch_tokens": TURN_TOKENS,
+            "max_batch_requests": None,
+            "max_client_batch_size": options.max_items,
+            "auto_truncate": options.overflow == "cut",
+            "tokenization_workers": 1,
+            "version": VERSION,
+            "sha": None,
+            "docker_label": None,
+            "server": "rewardrt",
+            "models": [served.describe() for served in server.models.each],
+        }
+    )
+
+
+def _models(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    data = [
+        {
+            "id": name,
+            "object": "model",
+            "created": server.models.choose(name).created,
+            "owned_by": "rewardrt",
+            "root": server.models.choose(name).name,
+            "max_model_len": server.models.choose(name).model.spec.max_length,
+        }
+        for name in server.models.names
+    ]
+    return _json({"object": "list", "data": data})
+
+
+def _metrics(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    return ViewAnswer(server.metrics.page(), 200, metrics.CONTENT_TYPE)
+
+
+VIEWS: tuple[View, ...] = (
+    View("/health", _health, "Whether the models can score, and what was loaded.", False, True, statuses=(200, 503)),
+    View("/ready", _ready, "Whether requests are taken.", False, True, statuses=(200, 503)),
+    View("/ping", _ping, "As /health, without a body.", False, True, statuses=(200, 503), content_type=""),
+    View("/info", _info, "What is served: the first model as text-embeddings-inference says it, and each as we do."),
+    View("/v1/models", _models, "The names that `model` may have."),
+    View("/metrics", _metrics, "For Prometheus.", quiet=True, content_type="text/plain"),
+)
