@@ -484,7 +484,7 @@ def serve(
     open_metrics: bool,
     log_texts: bool,
 ) -> None:
-    """Serve rewards over HTTP, to clients of OpenRLHF and to programs of your own.
+    """Serve rewards over HTTP, to the clients of OpenRLHF, vLLM, SGLang, TEI, Cohere, Jina and KServe.
 
     The bundle is loaded once. SIGTERM answers what was accepted, and new requests with 503, before it ends.
     """

@@ -57,6 +57,8 @@ class Tokenizer:
         self._backend.no_truncation()
         self._spec = spec
         self._cuts = spec.text.source in ("pair", "segments")
+        # What the tokenizer itself puts before a text, such as BOS; -1 where it puts nothing.
+        self._first_special = next(iter(self._backend.encode("", add_special_tokens=True).ids), -1)
 
     def encode(self, text: RenderedText, *, max_length: int | None = None) -> EncodedText:
         """Encode one text; see `encode_many`."""
@@ -156,6 +158,8 @@ class Tokenizer:
 
     def _finish(self, encoding: Any, cut: int, text: RenderedText, limit: int) -> EncodedText:
         whole = np.array(encoding.ids, dtype=np.int64)
+        if text.is_raw and text.special_tokens and len(whole) > 1 and whole[0] == whole[1] == self._first_special:
+            whole = whole[1:]  # the text brought it: a second one is of no training
         ids, truncated = self._fit(whole, text, limit)
         if self._spec.input == "steps":
             positions = self._step_positions(_run_starts(whole, self._spec.taps[0].ids), text, limit)

@@ -22,10 +22,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from rewardrt.files import to_line
+from rewardrt.server import kserve
 from rewardrt.server.call import Call, Dialect, Incoming, Reply, Scoring
 from rewardrt.server.engine import Job
 from rewardrt.server.metrics import Metrics, Record, log
 from rewardrt.server.models import Models
+from rewardrt.server.openapi import document
 from rewardrt.server.options import ServerOptions
 from rewardrt.server.problem import Problem
 from rewardrt.server.routes import ROUTES, ScoringRoute
@@ -65,7 +67,9 @@ class Server:
 def make_app(server: Server) -> Starlette:
     """Return the ASGI application of a server."""
     routes = [Route(route.path, _Endpoint(server, route), methods=["POST"]) for route in ROUTES]
-    routes += [Route(view.path, partial(_view, server, view), methods=["GET"]) for view in VIEWS]
+    page = ViewAnswer(to_line(document()))
+    described = View("/openapi.json", lambda server, path: page, "This document.", guarded=False, quiet=True)
+    routes += [Route(view.path, partial(_view, server, view), methods=["GET"]) for view in (*VIEWS, described)]
     return Starlette(routes=_merged(routes), exception_handlers={HTTPException: _not_served})
 
 
@@ -122,10 +126,11 @@ class _Endpoint:
                 if server.draining:
                     raise Problem("draining", "the server is shutting down", retry_after=1)
                 data = await _read_body(receive, headers, server.options.max_body_bytes)
-                body = await _maybe_thread(len(data), partial(_decode, data, headers))
+                text, binary = kserve.split(data, headers)
+                body = await _maybe_thread(len(data), partial(_decode, text))
                 scoring = self._route.choose(body)
                 dialect = scoring.dialect
-                incoming = Incoming(body, server.models, server.options, headers, scope["path_params"])
+                incoming = Incoming(body, server.models, scope["path_params"], scope["path"], binary)
                 call = await _maybe_thread(len(data), partial(_prepare, scoring, incoming))
                 record.model, record.protocol = call.served.name, dialect.name
                 job = await self._score(call, receive, len(data))
@@ -220,7 +225,7 @@ async def _maybe_thread(size: int, work: Callable[[], Any]) -> Any:
     return work() if size <= SMALL_BODY else await asyncio.to_thread(work)
 
 
-def _decode(data: bytes, headers: Mapping[str, str]) -> Any:
+def _decode(data: bytes) -> Any:
     """Return the JSON of a body, and raise Problem for what JSON is not."""
     try:
         return json.loads(data, parse_constant=_refuse_number)

@@ -112,9 +112,9 @@ class Incoming:
 
     body: Any
     models: Models
-    options: ServerOptions
-    headers: Mapping[str, str] = field(default_factory=dict)  # lower-case names
     path: Mapping[str, str] = field(default_factory=dict)
+    route: str = ""
+    binary: bytes = b""  # what came behind the JSON, in KServe's protocol
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rewardrt.server import openrlhf, own
+from rewardrt.server import cohere, kserve, openrlhf, own, sglang, tei, vllm
 from rewardrt.server.call import Scoring
 
 
@@ -24,7 +24,29 @@ class ScoringRoute:
         return self.scorings[self.pick(body) if isinstance(body, dict) else 0]
 
 
+def _has(name: str) -> Callable[[Any], int]:
+    """Return the choice of the second protocol where the body has this field."""
+    return lambda body: int(name in body)
+
+
+def _lacks(name: str) -> Callable[[Any], int]:
+    """Return the choice of the second protocol where the body lacks this field."""
+    return lambda body: int(name not in body)
+
+
 ROUTES: tuple[ScoringRoute, ...] = (
     ScoringRoute("/v1/reward", (own.REWARD,), "Score rows as `rewardrt score` does."),
     ScoringRoute("/get_reward", (openrlhf.GET_REWARD,), "OpenRLHF's remote reward model."),
+    ScoringRoute("/classify", (vllm.CLASSIFY, sglang.CLASSIFY), "vLLM; SGLang with `text`.", _has("text")),
+    ScoringRoute("/pooling", (vllm.POOLING,), "vLLM."),
+    ScoringRoute("/score", (vllm.SCORE,), "vLLM."),
+    ScoringRoute("/v1/score", (vllm.SCORE,), "vLLM."),
+    ScoringRoute("/rerank", (vllm.RERANK, tei.RERANK), "vLLM; text-embeddings-inference with `texts`.", _has("texts")),
+    ScoringRoute(
+        "/v1/rerank", (sglang.RERANK, cohere.RERANK), "SGLang; Cohere, Jina, vLLM with `model`.", _has("model")
+    ),
+    ScoringRoute("/v2/rerank", (cohere.RERANK,), "Cohere, Jina, vLLM."),
+    ScoringRoute("/v1/embeddings", (sglang.EMBEDDINGS,), "SGLang, as verl reads it: the reward is the embedding."),
+    ScoringRoute("/predict", (tei.PREDICT,), "text-embeddings-inference."),
+    ScoringRoute("/v2/models/{model}/infer", (kserve.INFER,), "KServe's Open Inference Protocol."),
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rewardrt.files import to_line
-from rewardrt.server import metrics, own
+from rewardrt.server import kserve, metrics, own
 from rewardrt.server.call import Dialect
 from rewardrt.server.engine import TURN_TOKENS
 
@@ -109,11 +109,43 @@ def _metrics(server: Server, path: Mapping[str, str]) -> ViewAnswer:
     return ViewAnswer(server.metrics.page(), 200, metrics.CONTENT_TYPE)
 
 
+def _kserve_live(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    return _json({"live": True})
+
+
+def _kserve_ready(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    ready = _ready(server, path).status == 200
+    return _json({"ready": ready}, 200 if ready else 503)
+
+
+def _kserve_server(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    return _json({"name": "rewardrt", "version": VERSION, "extensions": ["binary_tensor_data"]})
+
+
+def _kserve_model(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    served = server.models.choose(path["model"])
+    inputs = [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in ("text", "prompt", "response")]
+    outputs = [{"name": name, "datatype": kind, "shape": [-1, 1]} for name, kind in kserve.TENSORS.items()]
+    return _json({"name": served.name, "versions": ["1"], "platform": "rewardrt", "inputs": inputs, "outputs": outputs})
+
+
+def _kserve_model_ready(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    served = server.models.choose(path["model"])
+    ready = served.engine.fault is None and not server.draining
+    return _json({"name": served.name, "ready": ready}, 200 if ready else 503)
+
+
+KSERVE = kserve.INFER.dialect
 VIEWS: tuple[View, ...] = (
     View("/health", _health, "Whether the models can score, and what was loaded.", False, True, statuses=(200, 503)),
     View("/ready", _ready, "Whether requests are taken.", False, True, statuses=(200, 503)),
     View("/ping", _ping, "As /health, without a body.", False, True, statuses=(200, 503), content_type=""),
     View("/info", _info, "What is served: the first model as text-embeddings-inference says it, and each as we do."),
     View("/v1/models", _models, "The names that `model` may have."),
+    View("/v2", _kserve_server, "KServe: the server.", dialect=KSERVE),
+    View("/v2/health/live", _kserve_live, "KServe.", False, True, KSERVE),
+    View("/v2/health/ready", _kserve_ready, "KServe.", False, True, KSERVE, (200, 503)),
+    View("/v2/models/{model}", _kserve_model, "KServe: the model's tensors.", dialect=KSERVE, statuses=(200, 404)),
+    View("/v2/models/{model}/ready", _kserve_model_ready, "KServe.", dialect=KSERVE, statuses=(200, 404, 503)),
     View("/metrics", _metrics, "For Prometheus.", quiet=True, content_type="text/plain"),
 )

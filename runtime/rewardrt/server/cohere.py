@@ -1,0 +1,44 @@
+"""Cohere's and Jina's rerank, `/v1/rerank` and `/v2/rerank` with `model`; vLLM's clients post to the same paths.
+
+The answer has the fields of all three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rewardrt.server import vllm
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring
+from rewardrt.server.problem import Problem
+from rewardrt.server.schema import INTEGER, nullable
+
+RERANK_BODY = vllm.RERANK_BODY | {
+    "properties": vllm.RERANK_BODY["properties"] | {"max_tokens_per_doc": nullable(INTEGER | {"minimum": 1})}
+}
+
+
+def refusal(status: int, problem: Problem) -> dict[str, Any]:
+    """Return the body of a request that is not answered."""
+    return {"message": problem.message} | vllm.refusal(status, problem)
+
+
+def rerank(incoming: Incoming) -> Call:
+    """Rank documents as answers to the query, best first."""
+    wanted = incoming.body
+    call = vllm.rerank(incoming)
+    limit, least = wanted.get("max_tokens_per_doc"), call.served.model.spec.max_length
+    if limit is not None and limit < least:
+        # The model's own cut is of the whole text; a document is never cut by itself.
+        raise Problem("validation", f"max_tokens_per_doc: expected at least the model's limit of {least}, or none")
+    version = incoming.route[2:3]  # of /v1/rerank or /v2/rerank
+
+    def render(outcome: Outcome) -> Any:
+        meta = {"api_version": {"version": version}, "billed_units": {"search_units": 1}}
+        return call.render(outcome) | {"meta": meta}
+
+    return dataclasses.replace(call, render=render)
+
+
+DIALECT = Dialect("cohere", refusal)
+RERANK = Scoring(DIALECT, RERANK_BODY, rerank, vllm.RANKED)

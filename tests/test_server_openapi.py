@@ -1,0 +1,44 @@
+"""The OpenAPI document says what the server does."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from rewardrt.server.routes import ROUTES
+from rewardrt.server.views import VIEWS
+from server_process import Running, serving
+
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: Path) -> Iterator[Running]:
+    with serving(tiny_bundle) as running:
+        yield running
+
+
+def test_every_route_is_in_the_document(server: Running) -> None:
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    assert set(paths) == {route.path for route in ROUTES} | {view.path for view in VIEWS}
+
+
+def test_schemathesis_finds_no_server_error_and_no_status_that_is_not_documented(
+    server: Running, tmp_path: Path
+) -> None:
+    program = Path(sys.executable).with_name("schemathesis")
+    if not program.exists() and shutil.which("schemathesis") is None:
+        pytest.skip("schemathesis is not installed")
+    command = [program if program.exists() else "schemathesis", "run", f"{server.url}/openapi.json"]
+    options = ["--checks", f"{CHECKS},unsupported_method", "--max-examples", "8", "--seed", "1", "--no-color"]
+    done = subprocess.run(
+        [*map(str, command), *options, "--phases", "examples,coverage,fuzzing", "--workers", "2"],
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
