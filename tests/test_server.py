@@ -137,7 +137,7 @@ def test_every_route_but_these_wants_the_key(tiny_bundle: Path) -> None:
             for method, path in paths
             for headers in ({}, {"x-api-key": "wrong"}, {"authorization": "Bearer wröng".encode()})
         }
-        opened = {"/health", "/ready", "/ping"}
+        opened = {"/", "/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"}
         assert {path for (_, path), status in found.items() if status != 401} == opened
         for headers in ({"authorization": "Bearer sesame"}, {"x-api-key": "sesame"}):
             answer = httpx.post(f"{running.url}/get_reward", json={"query": ["a"]}, headers=headers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewardrt.files import to_line
@@ -135,8 +136,21 @@ def _kserve_model_ready(server: Server, path: Mapping[str, str]) -> ViewAnswer:
     return _json({"name": served.name, "ready": ready}, 200 if ready else 503)
 
 
+# The page asks this server and nobody else, and the browser holds it to that.
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def _page(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    body = Path(__file__).with_name("page.html").read_bytes()
+    return ViewAnswer(body, 200, "text/html", (("content-security-policy", _PAGE_POLICY),))
+
+
 KSERVE = kserve.INFER.dialect
 VIEWS: tuple[View, ...] = (
+    View("/", _page, "A page for people.", guarded=False, quiet=True, content_type="text/html"),
     View("/health", _health, "Whether the models can score, and what was loaded.", False, True, statuses=(200, 503)),
     View("/ready", _ready, "Whether requests are taken.", False, True, statuses=(200, 503)),
     View("/ping", _ping, "As /health, without a body.", False, True, statuses=(200, 503), content_type=""),
