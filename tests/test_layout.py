@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of one group may not import each other unless the order inside the group says so.
 ORDER = {
     "rewardrt": [
-        "errors", "spec", "bundle", "providers", "session", "text", "tokens", "batching", "rows", "pairwise", "reward_model",
+        "errors", "spec", "bundle", "providers", "session", "text", "tokens", "batching", "prefix", "rows", "pairwise", "reward_model",
         "verify", "files", "workers", "bench", "doctor", "server", "cli",
     ],
     "rewardrt_export": [

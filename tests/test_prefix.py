@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
-from rewardrt import RewardModel
+from checkpoints_process import write_qwen_prm
+from rewardrt import RewardModel, prefix
+from rewardrt.session import KeyValues
+from rewardrt.tokens import EncodedText
+from rewardrt_export.pipeline import export
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +22,128 @@ def model(tiny_bundle: Path) -> RewardModel:
     return RewardModel.load(tiny_bundle, provider="cpu")
 
 
+@pytest.fixture(scope="module")
+def steps_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prm")
+    write_qwen_prm(folder)
+    return export(folder, folder / "bundle").path
+
+
 def test_every_attention_layer_has_its_own_past(tiny_bundle: Path) -> None:
     graph = onnx.load(tiny_bundle / "model.onnx", load_external_data=False).graph
     layers = [list(node.input[4:6]) for node in graph.node if node.op_type == "Attention"]
     assert layers == [[f"past_key.{layer}", f"past_value.{layer}"] for layer in range(4)]
+
+
+def encoded(ids: Sequence[int]) -> EncodedText:
+    return EncodedText(np.array(ids, dtype=np.int64), 0, np.array([len(ids) - 1], dtype=np.int64))
+
+
+def awkward_texts(vocabulary: int) -> list[EncodedText]:
+    """Texts whose shared and own parts have the lengths at which kernels change their ways."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(5, vocabulary, 200).tolist()
+    texts = []
+    for shared in (0, 1, 2, 15, 16, 17, 31, 32, 33, 64, 127, 128, 129):
+        for own in (1, 2, 3, 5, 16, 31, 32, 33):
+            texts.append(encoded([*base[:shared], *rng.integers(5, vocabulary, own).tolist()]))
+    return [*texts, encoded(base[:1]), encoded(base[:17]), encoded(base[:17]), encoded(base)]
+
+
+def rewards(model: RewardModel, texts: Sequence[EncodedText]) -> list[float]:
+    found = model.score_encoded(texts)
+    assert all(isinstance(value, np.ndarray) for value in found), found
+    return [float(value[0]) for value in found]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 40, 10_000])
+def test_sharing_and_parts_do_not_show_in_a_bit(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(prefix, "CHUNK", 10_000)
+    plain = RewardModel.load(tiny_bundle, provider="cpu", prefix_reuse=False)
+    texts = awkward_texts(400)
+    expected = [rewards(plain, [text])[0] for text in texts]
+    assert plain.statistics.shared == 0
+    assert len(set(expected)) >= len(texts) - 5  # the rewards tell the texts apart
+    monkeypatch.setattr(prefix, "CHUNK", chunk)
+    for cache in (0, 1, 64):
+        model = RewardModel.load(tiny_bundle, provider="cpu", prefix_cache_mb=cache)
+        for seed, size in ((1, 1), (2, 10), (3, len(texts))):
+            order = np.random.default_rng(seed).permutation(len(texts)).tolist()
+            for start in range(0, len(order), size):
+                part = order[start : start + size]
+                assert rewards(model, [texts[index] for index in part]) == [expected[index] for index in part]
+        assert model.statistics.shared > (0.5 if cache else 0.1)
+
+
+def test_two_callers_at_once_get_the_bits_of_one(tiny_bundle: Path) -> None:
+    texts = awkward_texts(400)
+    expected = rewards(RewardModel.load(tiny_bundle, provider="cpu", prefix_reuse=False), texts)
+    model = RewardModel.load(tiny_bundle, provider="cpu", prefix_cache_mb=1)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: rewards(model, texts), range(6)))
+    assert found == [expected] * 6
+
+
+def test_one_prompt_of_sixteen_answers_is_computed_once(model: RewardModel) -> None:
+    prompt = list(range(5, 105))
+    texts = [encoded([*prompt, 200 + answer, *range(9, 29)]) for answer in range(16)]
+    before = model.statistics
+    rewards(model, texts)
+    assert model.statistics.given - before.given == 16 * 121
+    assert model.statistics.computed - before.computed == 100 + 16 * 21
+
+
+def test_positions_that_are_read_are_never_shared() -> None:
+    text = EncodedText(np.arange(100), 0, np.array([40, 99]))
+    assert prefix.legal_cut(90, text) == 40
+    assert prefix.legal_cut(30, text) == 30
+    assert prefix.legal_cut(100, encoded(list(range(100)))) == 98  # two tokens stay
+    assert prefix.legal_cut(prefix.MIN_SHARED - 1, text) == 0
+
+
+@pytest.mark.parametrize("length", [1, 2, 256, 257, 258, 511, 512, 513, 8192])
+def test_parts_are_of_equal_length_and_never_one_token(length: int) -> None:
+    ends = prefix.chunk_ends(0, encoded(list(range(length))))
+    sizes = np.diff([0, *ends])
+    assert sizes.sum() == length
+    assert sizes.max() <= prefix.CHUNK
+    assert length == 1 or (sizes.min() >= 2 and sizes.max() - sizes.min() <= 1)
+
+
+def test_the_cache_keeps_within_its_budget_and_drops_the_least_recently_used() -> None:
+    def values(tokens: int) -> KeyValues:
+        return KeyValues((np.zeros((1, 1, tokens, 4), np.float32),))  # 16 bytes a token
+
+    first, second, third = (list(range(start, start + 100)) for start in (0, 1000, 2000))
+    cache = prefix.PrefixCache(3200)
+    cache.keep(np.array(first), values(100))
+    cache.keep(np.array(second), values(100))
+    assert cache.bytes == 3200
+    assert cache.find(encoded([*first, 7, 8])) is not None
+    cache.keep(np.array(third), values(100))
+    assert cache.bytes == 3200
+    assert cache.find(encoded([*second, 7, 8])) is None
+    found = cache.find(encoded([*first[:50], 7, 8]))
+    assert found is not None and found.tokens == 50
+
+
+def test_a_text_that_shares_its_beginning_leaves_that_much_of_the_other() -> None:
+    cache = prefix.PrefixCache(10_000)
+    cache.keep(np.arange(100), KeyValues((np.zeros((1, 1, 100, 4), np.float32),)))
+    cache.keep(np.array([*range(60), 7, 7, 7]), KeyValues((np.zeros((1, 1, 63, 4), np.float32),)))
+    assert cache.bytes == 60 * 16
+
+
+def test_a_process_model_shares_only_what_comes_before_its_first_step(steps_bundle: Path) -> None:
+    plain = RewardModel.load(steps_bundle, provider="cpu", prefix_reuse=False)
+    rng = np.random.default_rng(1)
+    base = rng.integers(5, 60, 60).tolist()
+    texts = [
+        EncodedText(np.array([*base, *rng.integers(5, 60, 40)]), 0, np.array([70, 80 + extra, 99]))
+        for extra in range(6)
+    ]
+    expected = [plain.score_encoded([text])[0] for text in texts]
+    model = RewardModel.load(steps_bundle, provider="cpu")
+    found = model.score_encoded(texts)
+    assert [np.asarray(each).tobytes() for each in found] == [np.asarray(each).tobytes() for each in expected]
+    assert model.statistics.shared > 0.4

@@ -90,6 +90,14 @@ def main() -> None:
     help="One reward of those of the steps, for models that give those.",
 )
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens in one batch, padding included.")
+@click.option("--no-prefix-reuse", is_flag=True, help="Compute every text from its first token, shared or not.")
+@click.option(
+    "--prefix-cache-mb",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Memory for beginnings that later parts of a long file share.",
+)
 @threads_option
 @click.option("--table", is_flag=True, help="Print answers ranked, for people, instead of JSONL rows.")
 @json_option
@@ -105,6 +113,8 @@ def score(
     objectives: bool,
     aggregate: AggregateRule | None,
     batch_tokens: int | None,
+    no_prefix_reuse: bool,
+    prefix_cache_mb: int,
     threads: int | None,
     table: bool,
     as_json: bool,
@@ -133,6 +143,8 @@ def score(
         precision=precision,
         threads=threads,
         batch_tokens=batch_tokens or BATCH_TOKENS,
+        prefix_reuse=not no_prefix_reuse,
+        prefix_cache_mb=prefix_cache_mb,
     )
     _say(
         f"{bundle}: {model.precision} on {model.provider}" + (f" ({model.session.note})" if model.session.note else "")

@@ -7,6 +7,7 @@ Order, errors and normalisation are decided here; every step is somebody else's.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from rewardrt.batching import BATCH_TOKENS, make_batch, plan_batches
 from rewardrt.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, read_bundle
 from rewardrt.errors import BundleError, InferenceError, RewardRTError, RowError, TruncationWarning
 from rewardrt.pairwise import plan, settle
+from rewardrt.prefix import Link, PrefixCache, Statistics, chunk_ends, plan_chains
 from rewardrt.providers import Provider, ProviderChoice
 from rewardrt.rows import Row, Scored, parse_row
-from rewardrt.session import GraphSession
+from rewardrt.session import GraphSession, KeyValues
 from rewardrt.spec import AGGREGATE_RULES, Affine, AggregateRule, Spec
 from rewardrt.text import ChatTemplate, Item, RenderedText, Renderer
 from rewardrt.tokens import EncodedText, Tokenizer
@@ -56,9 +58,13 @@ class RewardModel:
         precision: str = "fp32",
         batch_tokens: int = BATCH_TOKENS,
         padding: bool | None = None,
+        prefix_reuse: bool = True,
+        prefix_cache_mb: int = 0,
     ) -> None:
         if batch_tokens < 1:
             raise RewardRTError(f"batch_tokens {batch_tokens}: expected at least 1")
+        if prefix_cache_mb < 0:
+            raise RewardRTError(f"prefix_cache_mb {prefix_cache_mb}: expected 0 (nothing is kept) or more")
         self.bundle = bundle
         self.spec: Spec = bundle.manifest.spec
         if self.spec.input == "steps" and not session.has_token_rewards:
@@ -72,6 +78,13 @@ class RewardModel:
         self._batch_tokens = batch_tokens
         # On a CPU padding is arithmetic for nothing; an accelerator is fed better by full batches.
         self._padding = session.provider != "cpu" if padding is None else padding
+        # A mean is over all tokens, and a first token is read in the first part: such a text is computed whole.
+        whole = any(tap.rule in ("first", "mean") for tap in self.spec.taps)
+        self._takes_parts = bool(session.past) and not whole
+        self._prefix_reuse = prefix_reuse and self._takes_parts
+        self._cache = PrefixCache(prefix_cache_mb * 2**20) if self._prefix_reuse and prefix_cache_mb else None
+        self._statistics = Statistics()
+        self._lock = threading.Lock()
 
     @classmethod
     def load(
@@ -83,6 +96,8 @@ class RewardModel:
         threads: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         padding: bool | None = None,
+        prefix_reuse: bool = True,
+        prefix_cache_mb: int = 0,
         check_hashes: bool = True,
     ) -> RewardModel:
         """Load a bundle folder.
@@ -92,6 +107,8 @@ class RewardModel:
         `threads`       of the CPU provider; None leaves it to onnxruntime (the physical cores)
         `batch_tokens`  budget of one batch in tokens, padding included
         `padding`       whether texts of different lengths may share a batch; None: not on a CPU
+        `prefix_reuse`  compute once what texts of one call begin with; never with padding, and it shows in no reward
+        `prefix_cache_mb` memory for beginnings of texts that are kept between calls, in MiB; 0: none
         `check_hashes`  read every file once and compare its SHA-256 with the manifest
 
         Raises BundleError or ProviderError.
@@ -99,12 +116,25 @@ class RewardModel:
         opened = read_bundle(bundle, check_hashes=check_hashes)
         variant = opened.variant(precision)
         session = GraphSession.open(opened.file(variant.graph), provider, threads)
-        return cls(opened, session, precision=variant.precision, batch_tokens=batch_tokens, padding=padding)
+        return cls(
+            opened,
+            session,
+            precision=variant.precision,
+            batch_tokens=batch_tokens,
+            padding=padding,
+            prefix_reuse=prefix_reuse,
+            prefix_cache_mb=prefix_cache_mb,
+        )
 
     @property
     def provider(self) -> Provider:
         """The execution provider that runs, whatever was asked for."""
         return self.session.provider
+
+    @property
+    def statistics(self) -> Statistics:
+        """The tokens that were scored since the model was loaded, and how many of them were computed."""
+        return self._statistics
 
     def score(
         self,
@@ -292,11 +322,16 @@ class RewardModel:
         `batch_tokens` override the model's own.
         """
         results: dict[int, Values | InferenceError] = {}
+        padding = self._padding if padding is None else padding
+        chains = plan_chains(texts) if self._prefix_reuse and not padding else [[Link(i, 0)] for i in range(len(texts))]
+        rest = [chain[0].index for chain in chains if not (self._runs_alone(texts, chain) and not padding)]
+        alone = set(rest)
         batches = plan_batches(
-            [text.needed if self.spec.causal else len(text.ids) for text in texts],
+            [texts[index].needed if self.spec.causal else len(texts[index].ids) for index in rest],
             batch_tokens=batch_tokens or self._batch_tokens,
-            padding=self._padding if padding is None else padding,
+            padding=padding,
         )
+        batches = [[rest[place] for place in batch] for batch in batches]
         while batches:
             chosen = batches.pop(0)
             try:
@@ -309,10 +344,66 @@ class RewardModel:
                 continue
             for index, values in zip(chosen, rewards, strict=True):
                 results[index] = _check_finite(values)
+        for chain in chains:
+            if chain[0].index not in alone:
+                results |= self._run_chain(texts, chain)
         return [results[index] for index in range(len(texts))]
+
+    def _runs_alone(self, texts: Sequence[EncodedText], chain: Sequence[Link]) -> bool:
+        """Whether a chain's texts go through the graph one by one and in parts, not in a batch."""
+        first = texts[chain[0].index]
+        return self._takes_parts and (len(chain) > 1 or len(chunk_ends(0, first)) > 1 or self._cache is not None)
+
+    def _run_chain(self, texts: Sequence[EncodedText], chain: Sequence[Link]) -> dict[int, Values | InferenceError]:
+        results: dict[int, Values | InferenceError] = {}
+        held: KeyValues | None = None
+        for link, following in zip(chain, [*(link.cut for link in chain[1:]), 0], strict=True):
+            text = texts[link.index]
+            if link.cut:
+                past = held.first(link.cut) if held is not None else None
+            else:
+                past = self._cache.find(text) if self._cache is not None else None
+            keep = following > (past.tokens if past is not None else 0) or (self._cache is not None and not link.cut)
+            try:
+                values, present = self._run_parts(text, past, keep)
+                results[link.index] = _check_finite(values)
+            except InferenceError as error:
+                results[link.index], present = error, None
+            held = present if keep else past
+            if self._cache is not None and not link.cut and present is not None:
+                self._cache.keep(text.ids[: text.needed], present)
+        return results
+
+    def _run_parts(self, text: EncodedText, past: KeyValues | None, keep: bool) -> tuple[Values, KeyValues | None]:
+        """Compute what is new of one text, part after part; with `keep`, give its keys and values."""
+        first = start = past.tokens if past is not None else 0
+        steps = self.spec.input == "steps"
+        found: list[Values] = []
+        for end in chunk_ends(start, text):
+            last = end == text.needed
+            positions = None
+            if self.spec.has_positions:
+                positions = (text.positions - start if last else np.zeros_like(text.positions))[None]
+            part = self.session.run_part(
+                text.ids[None, start:end],
+                positions,
+                past=past,
+                keep=keep or not last,
+                output="token_rewards" if steps else "rewards",
+            )
+            past, start = part.values, end
+            found.append(part.rewards[0])
+        self._count(text.needed, text.needed - first)
+        values = np.concatenate(found)[text.positions - first, 0] if steps else found[-1]
+        return values, past
+
+    def _count(self, given: int, computed: int) -> None:
+        with self._lock:
+            self._statistics = Statistics(self._statistics.given + given, self._statistics.computed + computed)
 
     def _run(self, texts: Sequence[EncodedText]) -> Sequence[Values]:
         batch = make_batch(texts, causal=self.spec.causal, with_positions=self.spec.has_positions)
+        self._count(int(batch.lengths.sum()), int(batch.lengths.sum()))
         if self.spec.input != "steps":
             return list(self.session.run(batch.input_ids, batch.lengths, batch.positions, batch.type_ids))
         every = self.session.run(batch.input_ids, batch.lengths, output="token_rewards")  # [batch, tokens, 1]

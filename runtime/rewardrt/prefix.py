@@ -1,0 +1,154 @@
+"""Tokens that several texts begin with are computed once: which texts follow which, and what is kept between calls.
+
+A token's keys and values depend on the tokens up to it alone, so those of one text serve every text that begins the
+same way. onnxruntime's kernels give a token the same bits however many others are computed beside it, with one
+exception: a call of exactly one token takes other kernels. `legal_cut` is the one place that keeps clear of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rewardrt.session import KeyValues
+from rewardrt.tokens import EncodedText, Ids
+
+MIN_SHARED = 16  # tokens; for fewer, cutting and copying keys and values costs what it saves
+CHUNK = 256  # most tokens of one call: their activations stay in a core's cache, and attention's scores stay small
+
+
+def legal_cut(shared: int, text: EncodedText) -> int:
+    """Return how many of the tokens that a text shares may come from another: 0 where it does not pay.
+
+    At least two tokens are left to compute, and all that are read lie among them.
+    """
+    cut = min(shared, text.needed - 2, int(text.positions.min()))
+    return cut if cut >= MIN_SHARED else 0
+
+
+def chunk_ends(start: int, text: EncodedText) -> list[int]:
+    """Return where the calls end that compute a text from token `start` on: parts of equal length, at most CHUNK each.
+
+    Positions that are read lie in the last part, which may be longer for it; no part is a single token.
+    """
+    new = text.needed - start
+    parts = -(-new // CHUNK)
+    ends = [start + new * part // parts for part in range(1, parts)]
+    return [end for end in ends if end <= int(text.positions.min())] + [text.needed]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One text of a chain, by its index, and how many of its tokens come from the text before it."""
+
+    index: int
+    cut: int
+
+
+def plan_chains(texts: Sequence[EncodedText]) -> list[list[Link]]:
+    """Order texts so that each follows the one it shares most with; a chain ends where a text shares nothing.
+
+    In the order of their tokens, no text shares more with any earlier one than with the one right before it. So only
+    one text's keys and values are held at a time.
+    """
+    ids = [text.ids[: text.needed] for text in texts]
+    order = sorted(range(len(texts)), key=lambda index: ids[index].astype(">i8").tobytes())
+    chains: list[list[Link]] = []
+    held = 0  # tokens whose keys and values the text before was given: taken over as they are where that is enough
+    for place, index in enumerate(order):
+        cut = legal_cut(shared_tokens(ids[order[place - 1]], ids[index]), texts[index]) if place else 0
+        if held <= cut < held + MIN_SHARED:
+            cut = held
+        held = cut
+        if cut:
+            chains[-1].append(Link(index, cut))
+        else:
+            chains.append([Link(index, 0)])
+    return chains
+
+
+def shared_tokens(first: Ids, second: Ids) -> int:
+    """Return how many tokens two texts share at their beginning."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if different.size else length
+
+
+@dataclass(frozen=True)
+class _Kept:
+    ids: Ids
+    values: KeyValues
+
+
+class PrefixCache:
+    """Keys and values that stay between calls, up to `budget` bytes; the least recently used go first.
+
+    A text that nothing is known of is kept whole. Once another shares only its beginning, that much is kept of it.
+    Safe to use from several threads.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._kept: OrderedDict[int, _Kept] = OrderedDict()
+        self._next = 0
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """What is held."""
+        with self._lock:
+            return self._bytes()
+
+    def find(self, text: EncodedText) -> KeyValues | None:
+        """Return the keys and values of the longest beginning that is kept and may be used, or None."""
+        with self._lock:
+            best, cut = None, 0
+            for number, kept in self._kept.items():
+                found = legal_cut(shared_tokens(kept.ids, text.ids), text)
+                if found > cut:
+                    best, cut = number, found
+            if best is None:
+                return None
+            self._kept.move_to_end(best)
+            values = self._kept[best].values
+        return values.first(cut)
+
+    def keep(self, ids: Ids, values: KeyValues) -> None:
+        """Keep the keys and values of a text that was just computed."""
+        with self._lock:
+            for number, kept in list(self._kept.items()):
+                shared = shared_tokens(kept.ids, ids)
+                if shared >= min(len(kept.ids), len(ids)):
+                    if len(ids) <= len(kept.ids):  # known already
+                        self._kept.move_to_end(number)
+                        return
+                    del self._kept[number]  # it goes on where that one ended
+                elif shared >= MIN_SHARED:
+                    if shared < len(kept.ids):
+                        self._kept[number] = _Kept(kept.ids[:shared], kept.values.first(shared))
+                    self._kept.move_to_end(number)
+                    return
+            self._kept[self._next] = _Kept(ids, values)
+            self._next += 1
+            while self._kept and self._bytes() > self._budget:
+                self._kept.popitem(last=False)
+
+    def _bytes(self) -> int:
+        return sum(kept.values.bytes for kept in self._kept.values())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Tokens since the model was loaded: of the texts as they are, and of those the graph computed for them."""
+
+    given: int = 0
+    computed: int = 0
+
+    @property
+    def shared(self) -> float:
+        """Share of the tokens that were not computed, 0..1."""
+        return 1 - self.computed / self.given if self.given else 0.0
