@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from rewardrt import doctor
-from rewardrt.doctor import Package, Processor, ProviderReport, Report, examine, format_report
+from rewardrt import doctor, processor
+from rewardrt.doctor import Package, ProviderReport, Report, examine, format_report
 from rewardrt.errors import ProviderError
+from rewardrt.processor import Processor
 from rewardrt.spec import from_json, to_json
 
 CPU = Processor("A CPU", ("avx2", "avx512f"), 8, 8, None)
@@ -108,14 +109,14 @@ def test_instruction_sets_are_read_on_each_system() -> None:
     x86 = (
         "processor\t: 0\nmodel name\t: Xeon\nflags\t\t: fpu avx avx2 avx512f avx512_vnni amx_int8\nbugs\t\t: avx_vnni\n"
     )
-    assert doctor._linux_instruction_sets(x86) == ("avx2", "avx512f", "avx512_vnni", "amx_int8")
-    assert doctor._model_name(x86) == "Xeon"
+    assert processor._linux_instruction_sets(x86) == ("avx2", "avx512f", "avx512_vnni", "amx_int8")
+    assert processor._model_name(x86) == "Xeon"
     arm = "processor\t: 0\nFeatures\t: fp asimd evtstrm asimddp sve i8mm bf16\nCPU part\t: 0xd40\n"
-    assert doctor._linux_instruction_sets(arm) == ("asimd", "dotprod", "i8mm", "bf16", "sve")
-    assert doctor._model_name(arm) is None
+    assert processor._linux_instruction_sets(arm) == ("asimd", "dotprod", "i8mm", "bf16", "sve")
+    assert processor._model_name(arm) is None
     mac = "machdep.cpu.brand_string: Apple M3\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_BF16: 0\n"
-    assert doctor._macos_instruction_sets(mac) == ("dotprod",)
-    assert doctor._model_name(mac) == "Apple M3"
+    assert processor._macos_instruction_sets(mac) == ("dotprod",)
+    assert processor._model_name(mac) == "Apple M3"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_the_container_limit_is_read(tmp_path: Path, files: dict[str, str], core
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert doctor._cpu_limit(tmp_path) == cores
+    assert processor._cpu_limit(tmp_path) == cores
 
 
 def test_the_text_is_aligned() -> None:

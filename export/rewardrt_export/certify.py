@@ -5,38 +5,38 @@ The reference is transformers' own forward pass in float32 with eager attention,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from rewardrt import RewardModel
-from rewardrt.bundle import TOKENIZER, Certificate
-from rewardrt.errors import CertificateError, RowError
+from rewardrt.bundle import TOKENIZER, Certificate, Fidelity
+from rewardrt.errors import CertificateError, InferenceError, RowError
 from rewardrt.text import ChatTemplate, RawText, Renderer
 from rewardrt.tokens import EncodedText, Tokenizer
-from rewardrt.verify import GoldenText, verify
+from rewardrt.verify import GoldenText, pair_order_agreement, verify
 from rewardrt_export.backbone import meta_backbone
 from rewardrt_export.checkpoint import Checkpoint
 from rewardrt_export.golden import Candidate, golden_texts
 
+Observer = Callable[[str, torch.Tensor], None]
 
-def score_golden(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> list[GoldenText]:
+
+def score_golden(
+    checkpoint: Checkpoint, bundle: Path, file: Path | None, observe: Observer | None = None
+) -> list[GoldenText]:
     """Tokenize the golden texts with what is in the bundle's folder, and score them with torch.
 
     Raises CertificateError when transformers' own template or tokenizer gives something else for one of them.
     """
-    spec = checkpoint.spec
-    template = (
-        ChatTemplate(checkpoint.source.chat_template, spec.special_tokens) if checkpoint.source.chat_template else None
-    )
-    renderer = Renderer(spec.text, template, with_prompt=spec.reads_prompt_end)
-    tokenizer = Tokenizer(bundle / TOKENIZER, spec)
-    candidates = golden_texts(renderer, tokenizer, spec, file)
-    encoded = [_encode(checkpoint, renderer, tokenizer, template, candidate) for candidate in candidates]
-    rewards = score_with_torch(checkpoint, encoded)
+    candidates, encoded = encode_texts(checkpoint, bundle, file)
+    # What calibration sees of the golden texts is every other one; the rest is left to be measured on.
+    rewards = score_with_torch(checkpoint, encoded, observe=observe, observed=slice(None, None, 2))
     return [
         GoldenText(
             candidate.row,
@@ -49,6 +49,22 @@ def score_golden(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> lis
         )
         for candidate, text, found in zip(candidates, encoded, rewards, strict=True)
     ]
+
+
+def encode_texts(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> tuple[list[Candidate], list[EncodedText]]:
+    """Read texts to score with torch from a file, or the default set, and tokenize them as the bundle will.
+
+    Raises CertificateError.
+    """
+    spec = checkpoint.spec
+    template = (
+        ChatTemplate(checkpoint.source.chat_template, spec.special_tokens) if checkpoint.source.chat_template else None
+    )
+    renderer = Renderer(spec.text, template, with_prompt=spec.reads_prompt_end)
+    tokenizer = Tokenizer(bundle / TOKENIZER, spec)
+    candidates = golden_texts(renderer, tokenizer, spec, file)
+    encoded = [_encode(checkpoint, renderer, tokenizer, template, candidate) for candidate in candidates]
+    return candidates, encoded
 
 
 def _encode(
@@ -81,22 +97,37 @@ def _encode(
         raise CertificateError(f"golden text {rendered.text[:80]!r}: {error}") from error
 
 
-def score_with_torch(checkpoint: Checkpoint, texts: Sequence[EncodedText]) -> list[tuple[float, ...]]:
+def score_with_torch(
+    checkpoint: Checkpoint,
+    texts: Sequence[EncodedText],
+    *,
+    dtype: torch.dtype = torch.float32,
+    observe: Observer | None = None,
+    observed: slice = slice(None),
+) -> list[tuple[float, ...]]:
     """Return the raw rewards of each text: one, one for each of its steps, or the vector that it is compared by.
 
-    The torch model is in memory only while this runs.
+    The backbone computes in `dtype`, the head in float32. `observe` is called with the name and the input of each
+    linear layer, [1, tokens, K], for the texts of the slice `observed`. The torch model is in memory only while this
+    runs.
     """
     model = meta_backbone(checkpoint.source.config, "eager")
-    state = {name: source.read().to(torch.float32) for name, source in checkpoint.backbone.sources.items()}
+    state = {name: source.read().to(dtype) for name, source in checkpoint.backbone.sources.items()}
     model.load_state_dict(state, strict=True, assign=True)
+    seen = set(range(len(texts))[observed]) if observe is not None else set()
+    watching = _Watch(observe)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and observe is not None:
+            module.register_forward_pre_hook(partial(watching.see, name))
     head = checkpoint.head()
     head.load_state_dict({name: read() for name, read in head.sources.items()}, strict=True, assign=True)
     rewards = []
     with torch.inference_mode():
-        for text in texts:
+        for index, text in enumerate(texts):
+            watching.on = index in seen
             inputs = {"input_ids": text.ids} | ({} if text.type_ids is None else {"token_type_ids": text.type_ids})
             batch: dict[str, Any] = {name: torch.from_numpy(ids).unsqueeze(0) for name, ids in inputs.items()}
-            hidden = model(**batch, use_cache=False).last_hidden_state[0]
+            hidden = model(**batch, use_cache=False).last_hidden_state[0].float()
             if checkpoint.spec.input == "steps":
                 states = {checkpoint.spec.taps[0].name: hidden[torch.from_numpy(text.positions)]}
             else:
@@ -109,7 +140,43 @@ def score_with_torch(checkpoint: Checkpoint, texts: Sequence[EncodedText]) -> li
     return rewards
 
 
-def certify(bundle: Path, precision: str) -> Certificate:
+class _Watch:
+    """Hands the inputs of linear layers on, for the texts that are to be seen."""
+
+    def __init__(self, observe: Observer | None) -> None:
+        self._observe = observe
+        self.on = False
+
+    def see(self, name: str, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if self.on and self._observe is not None:
+            self._observe(name, inputs[0])
+
+
+def measure_fidelity(
+    checkpoint: Checkpoint, bundle: Path, precision: str, golden: Sequence[GoldenText], unseen: slice
+) -> Fidelity:
+    """Compare a graph that rounds, and torch in bfloat16, with torch in float32 on the golden texts of a slice."""
+    texts = [text.encoded for text in golden[unseen]]
+    model = RewardModel.load(bundle, provider="cpu", precision=precision, check_hashes=False)
+    expected = np.array([reward for text in golden[unseen] for reward in text.rewards], dtype=np.float64)
+    found = []
+    for values in model.score_encoded(texts):
+        if isinstance(values, InferenceError):
+            raise CertificateError(f"{precision}: {values}")
+        found += values.tolist()
+    rounded = np.array(found)
+    bfloat16 = np.array([value for each in score_with_torch(checkpoint, texts, dtype=torch.bfloat16) for value in each])
+    std = float(np.array([reward for text in golden for reward in text.rewards]).std())
+    return Fidelity(
+        texts=len(texts),
+        rms_std=float(np.sqrt(np.mean((rounded - expected) ** 2))) / std,
+        pair_order_agreement=pair_order_agreement(rounded, expected),
+        bf16_rms_std=float(np.sqrt(np.mean((bfloat16 - expected) ** 2))) / std,
+        bf16_pair_order_agreement=pair_order_agreement(bfloat16, expected),
+    )
+
+
+def certify(bundle: Path, precision: str, fidelity: Fidelity | None = None) -> Certificate:
     """Score the golden texts through the public runtime with one of the graphs, and say how far off torch it is.
 
     Raises CertificateError when that is over the precision's tolerance, or not a number.
@@ -129,4 +196,5 @@ def certify(bundle: Path, precision: str) -> Certificate:
         batched=found.batched,
         pair_order_agreement=found.pair_order_agreement,
         provider=found.provider,
+        fidelity=fidelity,
     )

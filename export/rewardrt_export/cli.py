@@ -37,9 +37,15 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
 @click.option("--weights", callback=_parse_weights, help="Weight of each output of the head, as in 0.5,0.3,-0.2.")
 @click.option("--normalize", is_flag=True, help="Let scoring use the checkpoint's mean and std by default.")
 @click.option(
-    "--precision", "precisions", multiple=True, help="Precision of the graph: fp32. Again for more than one.  [fp32]"
+    "--precision",
+    "precisions",
+    multiple=True,
+    help="Precision of the graph: fp32, int8, weights8 or weights4. Again for more than one.  [default: fp32]",
 )
 @click.option("--golden", type=click.Path(path_type=Path), help="JSONL rows to certify on, at least 16 texts.")
+@click.option(
+    "--calibrate", type=click.Path(path_type=Path), help="JSONL rows to calibrate int8 on.  [default: golden texts]"
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
 def export(
@@ -55,6 +61,7 @@ def export(
     normalize: bool,
     precisions: tuple[str, ...],
     golden: Path | None,
+    calibrate: Path | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -96,6 +103,7 @@ def export(
         normalise=normalize,
         precisions=precisions or ("fp32",),
         golden=golden,
+        calibrate=calibrate,
         force=force,
         progress=lambda step: click.echo(step, err=True),
     )

@@ -35,7 +35,8 @@ from rewardrt.errors import ExportError
 from rewardrt.spec import PoolingRule
 from rewardrt.verify import write_golden
 from rewardrt_export.backbone import meta_backbone
-from rewardrt_export.certify import certify, score_golden
+from rewardrt_export.calibrate import Calibration
+from rewardrt_export.certify import certify, encode_texts, measure_fidelity, score_golden, score_with_torch
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.lower import lower
 from rewardrt_export.precision import PRECISIONS, check_precisions
@@ -58,13 +59,15 @@ def export(
     normalise: bool = False,
     precisions: Sequence[str] = ("fp32",),
     golden: Path | None = None,
+    calibrate: Path | None = None,
     force: bool = False,
     progress: Progress = lambda step: None,
 ) -> Bundle:
     """Export the reward model in the folder `source` to the bundle folder `target`, and certify it.
 
     `source` may be a LoRA adapter; `base` is then its base's folder, unless adapter_config.json names one that is here.
-    `precisions` are names of `precision.PRECISIONS`: a graph each, and scoring takes the first unless it is told.
+    `precisions` are names of `precision.PRECISIONS`: a graph each. int8 is calibrated on the texts of the JSONL file
+    `calibrate`, or else on every other one of the golden texts.
 
     Raises a RewardRTError and leaves nothing behind when any step fails. An existing `target` is replaced only with
     `force`, and only once the new bundle is certified.
@@ -85,19 +88,29 @@ def export(
     with _workplace(target, force) as folder:
         progress(f"tracing {checkpoint.source.architecture} ({checkpoint.spec.backbone})")
         graph = _make_graph(checkpoint)
+        _write_text_files(checkpoint, folder)
+        progress("scoring the golden texts with torch")
+        calibration = Calibration() if any(PRECISIONS[name].calibrated for name in precisions) else None
+        apart = calibration is not None and calibrate is not None  # calibrated on texts of their own
+        texts = score_golden(checkpoint, folder, golden, calibration.observe if calibration and not apart else None)
+        if calibration is not None and apart:
+            progress(f"calibrating on {calibrate}")
+            score_with_torch(checkpoint, encode_texts(checkpoint, folder, calibrate)[1], observe=calibration.observe)
         variants = []
         for precision in precisions:
             progress(f"writing the {precision} graph")
-            variants.append(_write_graph(graph, precision, checkpoint, folder))
-        _write_text_files(checkpoint, folder)
-        progress("scoring the golden texts with torch")
-        write_golden(folder / GOLDEN, score_golden(checkpoint, folder, golden))
+            variants.append(_write_graph(graph, precision, calibration or Calibration(), folder))
+        write_golden(folder / GOLDEN, texts)
         manifest = _make_manifest(checkpoint, variants, folder)
         write_manifest(folder, manifest)
         certificates = []
         for precision in precisions:
             progress(f"certifying the {precision} graph against torch")
-            certificates.append(certify(folder, precision))
+            fidelity = None
+            if PRECISIONS[precision].rounds:
+                unseen = slice(None) if apart or not PRECISIONS[precision].calibrated else slice(1, None, 2)
+                fidelity = measure_fidelity(checkpoint, folder, precision, texts, unseen)
+            certificates.append(certify(folder, precision, fidelity))
         write_manifest(folder, dataclasses.replace(manifest, certificates=tuple(certificates)))
         return _move(folder, target)
 
@@ -109,14 +122,14 @@ def _make_graph(checkpoint: Checkpoint) -> ir.Model:
     return lower(model, weights | {f"head.{name}": read for name, read in head.sources.items()})
 
 
-def _write_graph(graph: ir.Model, precision: str, checkpoint: Checkpoint, folder: Path) -> Variant:
+def _write_graph(graph: ir.Model, precision: str, calibration: Calibration, folder: Path) -> Variant:
     """Write the graph in this precision, and its weights, one tensor in memory at a time.
 
     The weights are aligned to pages, so that onnxruntime can map the file.
     """
     name = "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
     variant = Variant(precision, name, (f"{name}.data",), PRECISIONS[precision].needs)
-    written = PRECISIONS[precision].lower(graph.clone(), checkpoint)
+    written = PRECISIONS[precision].lower(graph.clone(), calibration)
     written.producer_name, written.producer_version = "rewardrt", rewardrt.__version__
     ir.save(written, folder / variant.graph, external_data=variant.data[0], alignment=4096, align_threshold=65_536)
     return variant

@@ -8,25 +8,47 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from rewardrt.errors import ExportError
-from rewardrt_export.checkpoint import Checkpoint
+from rewardrt_export.calibrate import Calibration
+from rewardrt_export.quantize import quantize, quantize_weights
+
+# onnxruntime's products of unsigned with signed integers overflow on an x86 processor that has neither.
+INTEGER_DOT = ("avx512_vnni", "avx_vnni", "dotprod")
 
 
 @dataclass(frozen=True)
 class Precision:
     """`lower` turns the float32 graph, whose weights are lazy, into this one; the graph is its own, to be changed.
 
-    `needs` are the CPU features without which it is not worth running, as `rewardrt doctor` calls them.
+    `needs` are instruction sets, one of which a machine must have, as `rewardrt doctor` calls them.
     """
 
-    lower: Callable[[ir.Model, Checkpoint], ir.Model]
+    description: str
+    lower: Callable[[ir.Model, Calibration], ir.Model]
+    calibrated: bool = False  # by texts that torch scores before
+    rounds: bool = False  # what float32 is: the certificate then says how near it stays, beside torch's bfloat16
     needs: tuple[str, ...] = ()
 
 
-def _leave(model: ir.Model, checkpoint: Checkpoint) -> ir.Model:
-    return model
-
-
-PRECISIONS: dict[str, Precision] = {"fp32": Precision(_leave)}
+PRECISIONS: dict[str, Precision] = {
+    "fp32": Precision("float32, as torch computes", lambda graph, calibration: graph),
+    "int8": Precision(
+        "integer products, each token by itself: fast on a CPU",
+        lambda graph, calibration: quantize(graph, calibration.sites()),
+        calibrated=True,
+        rounds=True,
+        needs=INTEGER_DOT,
+    ),
+    "weights8": Precision(
+        "8-bit weights in blocks of 32, float32 products: a third of the memory",
+        lambda graph, calibration: quantize_weights(graph, bits=8),
+        rounds=True,
+    ),
+    "weights4": Precision(
+        "4-bit weights in blocks of 32, float32 products: a sixth of the memory",
+        lambda graph, calibration: quantize_weights(graph, bits=4),
+        rounds=True,
+    ),
+}
 
 
 def check_precisions(names: Sequence[str]) -> None:

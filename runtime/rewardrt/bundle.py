@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from rewardrt.errors import BundleError
+from rewardrt.processor import read_processor
 from rewardrt.spec import OPTIONAL, Spec, from_json, to_json
 
 FORMAT_VERSION = 1
@@ -19,6 +21,7 @@ MANIFEST = "reward.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GOLDEN = "golden.jsonl"
+GOOD_RMS_STD = 0.03  # of a graph that rounds; about what torch in bfloat16 is off
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,18 @@ class FileRecord:
 class Variant:
     """One graph of the bundle: its precision, and the manifest paths of the graph and of its weights.
 
-    `needs` are the CPU features that it is good for, as `rewardrt doctor` calls them: none means any machine.
+    `needs` are the instruction sets that it is good for, one of which will do, as `rewardrt doctor` calls them: none
+    means any machine.
     """
 
     precision: str
     graph: str
     data: tuple[str, ...]
     needs: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
+
+    def runs_on(self, instruction_sets: Sequence[str]) -> bool:
+        """Whether a machine with these instruction sets has what the graph needs."""
+        return not self.needs or any(name in instruction_sets for name in self.needs)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,26 @@ class Deviation:
     max_absolute: float
     max_relative: float
     max_std: float  # max_absolute over the standard deviation of the reference rewards
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a rounded graph comes to torch in float32, on texts that its calibration did not see, beside bfloat16.
+
+    An rms is in standard deviations of torch's float32 rewards; an agreement is the share of all pairs of texts that
+    are ranked the same way, 0..1.
+    """
+
+    texts: int
+    rms_std: float
+    pair_order_agreement: float
+    bf16_rms_std: float  # of torch itself in bfloat16
+    bf16_pair_order_agreement: float
+
+    @property
+    def good(self) -> bool:
+        """Whether the rewards may stand for the float32 graph's without being asked for."""
+        return self.rms_std <= max(GOOD_RMS_STD, self.bf16_rms_std)
 
 
 @dataclass(frozen=True)
@@ -65,6 +93,7 @@ class Certificate:
     batched: Deviation  # all texts together, right-padded batches
     pair_order_agreement: float  # share of all pairs of texts that both rank the same way, 0..1
     provider: str
+    fidelity: Fidelity | None = field(default=None, metadata={OPTIONAL: True})  # of a graph that rounds
 
 
 @dataclass(frozen=True)
@@ -107,13 +136,22 @@ class Bundle:
     def variant(self, precision: str = "auto") -> Variant:
         """Return the graph of this precision, or raise BundleError naming those there are.
 
-        "auto" is the first that was asked for at export.
+        "auto" is an int8 graph where this machine is good for it and its certificate says that it may stand for
+        float32, and else the first that was asked for at export and that runs here.
         """
+        here = read_processor().instruction_sets or ()
+        if precision == "auto":
+            runs = [variant for variant in self.manifest.variants if variant.runs_on(here)]
+            return next((variant for variant in runs if self._stands_in(variant)), (runs or self.manifest.variants)[0])
         for variant in self.manifest.variants:
-            if precision in (variant.precision, "auto"):
+            if precision == variant.precision:
                 return variant
         found = ", ".join(variant.precision for variant in self.manifest.variants)
         raise BundleError(f"{self.path}: no {precision} graph; the bundle has {found}")
+
+    def _stands_in(self, variant: Variant) -> bool:
+        certificate = self.certificate(variant.precision)
+        return bool(variant.needs) and bool(certificate and certificate.fidelity and certificate.fidelity.good)
 
     def certificate(self, precision: str) -> Certificate | None:
         """Return what was certified for this precision at export."""

@@ -397,6 +397,13 @@ def describe_manifest(name: str, manifest: Any) -> str:
             f"  certified  {certificate.precision}: within {worst:.1e} std of torch on {certificate.texts} texts, "
             f"pair order {certificate.pair_order_agreement:.1%} ({certificate.reference})"
         )
+        if certificate.fidelity is not None:
+            near = certificate.fidelity
+            lines.append(
+                f"             rms {near.rms_std:.3f} std, pair order {near.pair_order_agreement:.1%} on {near.texts} "
+                f"texts unseen in calibration (torch bfloat16: {near.bf16_rms_std:.3f}, "
+                f"{near.bf16_pair_order_agreement:.1%})"
+            )
     if not manifest.certificates:
         lines.append("  certified  no")
     lines += [f"  {record.bytes:>13,}  {record.path}" for record in manifest.files]

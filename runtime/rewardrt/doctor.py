@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
-import re
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from rewardrt.errors import ProviderError
+from rewardrt.processor import Processor, read_processor
 from rewardrt.providers import (
     ORT_NAMES,
     PROVIDERS,
@@ -26,31 +23,6 @@ from rewardrt.providers import (
 
 _REQUIRED = ("numpy", "tokenizers", "jinja2", "click")
 _EXPORT = ("torch", "transformers")  # looked up, never imported
-
-# What a fast CPU kernel may need, by the names that the system uses -> the name shown.
-_INSTRUCTION_SETS = {
-    # x86: Linux
-    "avx2": "avx2",
-    "avx512f": "avx512f",
-    "avx512_vnni": "avx512_vnni",
-    "avx512_bf16": "avx512_bf16",
-    "avx_vnni": "avx_vnni",
-    "amx_int8": "amx_int8",
-    "amx_bf16": "amx_bf16",
-    # arm: Linux
-    "asimd": "asimd",
-    "asimddp": "dotprod",
-    "i8mm": "i8mm",
-    "bf16": "bf16",
-    "sve": "sve",
-    # macOS: sysctl hw.optional
-    "hw.optional.avx2_0": "avx2",
-    "hw.optional.avx512f": "avx512f",
-    "hw.optional.advsimd": "asimd",
-    "hw.optional.arm.feat_dotprod": "dotprod",
-    "hw.optional.arm.feat_i8mm": "i8mm",
-    "hw.optional.arm.feat_bf16": "bf16",
-}
 
 
 @dataclass(frozen=True)
@@ -69,17 +41,6 @@ class ProviderReport:
     name: Provider
     works: bool
     reason: str | None
-
-
-@dataclass(frozen=True)
-class Processor:
-    """The CPU as this process sees it."""
-
-    model: str
-    instruction_sets: tuple[str, ...] | None  # None: unknown on this system
-    logical_cores: int
-    usable_cores: int  # those this process may be scheduled on
-    cpu_limit: float | None  # of the container, in cores
 
 
 @dataclass(frozen=True)
@@ -102,7 +63,7 @@ def examine() -> Report:
     conflict = onnxruntime_conflict()
     packages = _packages()
     providers = _providers()
-    processor = _processor()
+    processor = read_processor()
     missing = [item.name for item in packages if item.required and item.version is None]
     return Report(
         ok=conflict is None and not missing and any(item.name == "cpu" and item.works for item in providers),
@@ -179,54 +140,6 @@ def _advice(missing: list[str], providers: tuple[ProviderReport, ...], processor
             f"which onnxruntime does not see: set threads to {threads}"
         )
     return tuple(advice)
-
-
-def _processor() -> Processor:
-    logical = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
-    model, sets = platform.processor() or platform.machine(), None
-    if sys.platform == "linux":
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        model, sets = _model_name(text) or model, _linux_instruction_sets(text)
-    elif sys.platform == "darwin":
-        command = ["/usr/sbin/sysctl", "machdep.cpu.brand_string", "hw.optional"]
-        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        model, sets = _model_name(text) or model, _macos_instruction_sets(text)
-    return Processor(model, sets, logical, usable, _cpu_limit(Path("/sys/fs/cgroup")))
-
-
-def _model_name(text: str) -> str | None:
-    found = re.search(r"^(?:model name\s*|machdep\.cpu\.brand_string): (.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else None
-
-
-def _linux_instruction_sets(cpuinfo: str) -> tuple[str, ...]:
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)  # x86, arm; the first core speaks for all
-    return _known(found[1].split() if found else [])
-
-
-def _macos_instruction_sets(sysctl: str) -> tuple[str, ...]:
-    return _known(re.findall(r"^(\S+): 1$", sysctl.lower(), re.MULTILINE))
-
-
-def _known(names: list[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(shown for name, shown in _INSTRUCTION_SETS.items() if name in names))
-
-
-def _cpu_limit(cgroup: Path) -> float | None:
-    """Read the container's CPU quota in cores: cgroup v2's one file, or v1's two."""
-    try:
-        quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        try:
-            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        except OSError:
-            return None
-    try:
-        cores = float(quota) / float(period)
-    except (ValueError, ZeroDivisionError):  # "max": no limit
-        return None
-    return cores if cores > 0 else None  # -1: no limit
 
 
 def _version(name: str) -> str | None:

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from rewardrt.batching import BATCH_TOKENS, make_batch, plan_batches
-from rewardrt.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, read_bundle
-from rewardrt.errors import BundleError, InferenceError, RewardRTError, RowError, TruncationWarning
+from rewardrt.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, Variant, read_bundle
+from rewardrt.errors import BundleError, InferenceError, ProviderError, RewardRTError, RowError, TruncationWarning
 from rewardrt.pairwise import plan, settle
 from rewardrt.prefix import Link, PrefixCache, Statistics, chunk_ends, plan_chains
-from rewardrt.providers import Provider, ProviderChoice
+from rewardrt.processor import read_processor
+from rewardrt.providers import Provider, ProviderChoice, select_provider
 from rewardrt.rows import Row, Scored, parse_row
 from rewardrt.session import GraphSession, KeyValues
 from rewardrt.spec import AGGREGATE_RULES, Affine, AggregateRule, Spec
@@ -103,7 +104,8 @@ class RewardModel:
         """Load a bundle folder.
 
         `provider`      "auto" takes CUDA where it really starts, else the CPU; a named one is obtained or raises
-        `precision`     one of the bundle's graphs; "auto" takes the first that was asked for at export
+        `precision`     one of the bundle's graphs; "auto" takes int8 on a CPU that is good for it, where its
+                        certificate allows, and else the first that was asked for at export
         `threads`       of the CPU provider; None leaves it to onnxruntime (the physical cores)
         `batch_tokens`  budget of one batch in tokens, padding included
         `padding`       whether texts of different lengths may share a batch; None: not on a CPU
@@ -114,7 +116,7 @@ class RewardModel:
         Raises BundleError or ProviderError.
         """
         opened = read_bundle(bundle, check_hashes=check_hashes)
-        variant = opened.variant(precision)
+        variant = _choose_variant(opened, precision, provider)
         session = GraphSession.open(opened.file(variant.graph), provider, threads)
         return cls(
             opened,
@@ -434,6 +436,23 @@ def _finite(values: Values) -> Values:
     if isinstance(checked, InferenceError):
         raise checked
     return checked
+
+
+def _choose_variant(bundle: Bundle, precision: str, provider: ProviderChoice) -> Variant:
+    """Return the graph to load; one that was made for CPUs is for no other provider."""
+    variant = bundle.variant(precision)
+    if not variant.needs:
+        return variant
+    if not variant.runs_on(read_processor().instruction_sets or ()):
+        raise BundleError(
+            f"{bundle.path}: the {variant.precision} graph needs a CPU with {' or '.join(variant.needs)}; "
+            "score with another precision"
+        )
+    if select_provider(provider).provider == "cpu":
+        return variant
+    if precision == "auto":
+        return next((other for other in bundle.manifest.variants if not other.needs), variant)
+    raise ProviderError(f"{bundle.path}: the {variant.precision} graph is for CPUs; score with the provider 'cpu'")
 
 
 def _check_finite(values: Values) -> Values | InferenceError:

@@ -1,0 +1,188 @@
+"""Graphs that round: each token by itself, as near to float32 as the certificate says, and chosen only where they are good."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from rewardrt import RewardModel, bundle, prefix, reward_model
+from rewardrt.bundle import Bundle, Fidelity, read_bundle
+from rewardrt.errors import BundleError
+from rewardrt.processor import Processor, read_processor
+from rewardrt_export.pipeline import export
+from rewardrt_export.quantize import Site, quantize, quantize_weights
+from test_prefix import awkward_texts, rewards
+
+TINY = Path(__file__).parent.parent / "models" / "tiny"
+GOOD = bool({"avx512_vnni", "avx_vnni", "dotprod"} & set(read_processor().instruction_sets or ()))
+needs_dot = pytest.mark.skipif(not GOOD, reason="this processor has no instructions for int8 products")
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("precisions")
+    return export(TINY, folder / "bundle", precisions=("fp32", "weights8", "weights4", *(["int8"] if GOOD else [])))
+
+
+def product(weight: np.ndarray) -> ir.Model:
+    """Make the graph of one product with a weight [K, N]."""
+    x = ir.Value(name="x", shape=ir.Shape(["batch", "tokens", len(weight)]), type=ir.TensorType(ir.DataType.FLOAT))
+    tensor = ir.tensor(weight, name="backbone.w")
+    w = ir.Value(name="backbone.w", const_value=tensor, shape=ir.Shape(weight.shape), type=ir.TensorType(tensor.dtype))
+    node = ir.node("MatMul", [x, w])
+    (y,) = node.outputs
+    y.name, y.shape = "y", ir.Shape(["batch", "tokens", weight.shape[1]])
+    y.type = ir.TensorType(ir.DataType.FLOAT)
+    last = ir.node("Identity", [y])
+    last.outputs[0].name, last.outputs[0].type = "out", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], last.outputs, nodes=[node, last], initializers=[w], opset_imports={"": 23}, name="product")
+    return ir.Model(graph, ir_version=10)
+
+
+def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    data = ir.serde.serialize_model(model).SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+def activations() -> np.ndarray:
+    x = RNG.standard_normal((2, 7, 96)).astype(np.float32)
+    x[..., [3, 50]] *= 40  # two channels like those of a language model
+    return x
+
+
+@needs_dot
+def test_a_product_is_its_formula() -> None:
+    x, weight = activations(), RNG.standard_normal((96, 40)).astype(np.float32)
+    exact, rest = [3, 50], np.delete(np.arange(96), [3, 50])
+    scale = np.abs(x[..., rest]).max(-1, keepdims=True) / 127
+    steps = np.abs(weight[rest]).max(0) / 127
+    integers = np.rint(x[..., rest] / scale) @ np.rint(weight[rest] / steps)
+    expected = integers * steps * scale + x[..., exact] @ weight[exact]
+    found = run(quantize(product(weight), {"backbone.w": Site(tuple(exact))}), x)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@needs_dot
+def test_what_each_measure_is_worth() -> None:
+    x, weight = activations(), RNG.standard_normal((96, 40)).astype(np.float32)
+    true = x.astype(np.float64) @ weight
+    errors = {}
+    for name, site in {"plain": Site(), "exact": Site((3, 50)), "planes": Site((3, 50), planes=2)}.items():
+        found = run(quantize(product(weight), {"backbone.w": site}), x)
+        errors[name] = float(np.sqrt(np.mean((found - true) ** 2)) / true.std())
+    assert errors["exact"] < errors["plain"] / 5
+    integers = np.rint(weight / (np.abs(weight).max(0) / 127)) * (np.abs(weight).max(0) / 127)
+    integers[[3, 50]] = weight[[3, 50]]
+    weights_alone = float(np.sqrt(np.mean((x @ integers - true) ** 2)) / true.std())
+    assert errors["planes"] < 1.5 * weights_alone  # what is left is the weights' own rounding
+
+
+@needs_dot
+def test_a_token_of_zeros_stays_zero() -> None:
+    weight = RNG.standard_normal((96, 8)).astype(np.float32)
+    found = run(quantize(product(weight), {"backbone.w": Site((1,), planes=2)}), np.zeros((1, 3, 96), np.float32))
+    assert (found == 0).all()
+
+
+@pytest.mark.parametrize(("bits", "rows"), [(8, 96), (4, 96), (8, 50), (4, 50)])
+def test_weights_alone_are_rounded_by_block(bits: Literal[4, 8], rows: int) -> None:
+    weight = RNG.standard_normal((rows, 24)).astype(np.float32)
+    x = RNG.standard_normal((1, 5, rows)).astype(np.float32)
+    rounded = weight.copy()
+    for start in range(0, rows, 32):
+        block = weight[start : start + 32]
+        steps = np.abs(block).max(0) / (2 ** (bits - 1) - 1)
+        rounded[start : start + 32] = np.rint(block / steps) * steps
+    found = run(quantize_weights(product(weight), bits=bits), x)
+    assert np.abs(found - x @ rounded).max() < 1e-4
+    assert np.abs(found - x @ weight).max() > 1e-3
+
+
+@needs_dot
+def test_int8_gives_the_same_bits_in_any_company(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = RewardModel.load(made.path, provider="cpu", precision="int8", prefix_reuse=False)
+    texts = awkward_texts(400)
+    expected = [rewards(plain, [text])[0] for text in texts]
+    for chunk in (5, 10_000):
+        monkeypatch.setattr(prefix, "CHUNK", chunk)
+        model = RewardModel.load(made.path, provider="cpu", precision="int8", prefix_cache_mb=8)
+        order = np.random.default_rng(chunk).permutation(len(texts)).tolist()
+        for size in (1, 9, len(texts)):
+            for start in range(0, len(order), size):
+                part = order[start : start + size]
+                assert rewards(model, [texts[index] for index in part]) == [expected[index] for index in part]
+        assert model.statistics.shared > 0.5
+
+
+def test_the_certificate_says_how_near_each_precision_stays(made: Bundle) -> None:
+    near = {item.precision: item.fidelity for item in made.manifest.certificates}
+    assert near.pop("fp32") is None
+    limits = {"int8": 0.03, "weights8": 0.01, "weights4": 0.2}
+    for precision, fidelity in near.items():
+        assert fidelity is not None
+        assert fidelity.rms_std < limits[precision]
+        assert fidelity.pair_order_agreement > 0.97
+        assert 0.001 < fidelity.bf16_rms_std < 0.03
+        assert fidelity.texts == (14 if precision == "int8" else 29)  # half of the golden texts calibrated it
+    assert read_bundle(made.path).manifest == made.manifest
+
+
+def with_fidelity(made: Bundle, **changes: float) -> Bundle:
+    good = Fidelity(20, 0.01, 1.0, 0.02, 1.0)
+    variants = tuple(
+        dataclasses.replace(variant, precision="int8", needs=("avx_vnni", "dotprod"))
+        if variant.precision == "weights8"
+        else variant
+        for variant in made.manifest.variants[:2]
+    )
+    certificates = [made.manifest.certificates[0]]
+    certificates += [
+        dataclasses.replace(
+            made.manifest.certificates[1], precision="int8", fidelity=dataclasses.replace(good, **changes)
+        )
+    ]
+    return dataclasses.replace(
+        made, manifest=dataclasses.replace(made.manifest, variants=variants, certificates=tuple(certificates))
+    )
+
+
+@pytest.mark.parametrize(
+    ("sets", "rms", "chosen"),
+    [
+        (("avx2", "avx_vnni"), 0.01, "int8"),
+        (("avx2",), 0.01, "fp32"),
+        (None, 0.01, "fp32"),
+        (("avx_vnni",), 0.03, "int8"),
+        (("avx_vnni",), 0.031, "fp32"),
+    ],
+)
+def test_auto_takes_int8_where_machine_and_certificate_allow(
+    made: Bundle, monkeypatch: pytest.MonkeyPatch, sets: Any, rms: float, chosen: str
+) -> None:
+    monkeypatch.setattr(bundle, "read_processor", lambda: Processor("A CPU", sets, 2, 2, None))
+    assert with_fidelity(made, rms_std=rms).variant().precision == chosen
+
+
+@needs_dot
+def test_a_processor_that_would_overflow_is_refused(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_model, "read_processor", lambda: Processor("A CPU", ("avx2",), 2, 2, None))
+    with pytest.raises(BundleError, match="int8 graph needs a CPU with avx512_vnni or avx_vnni or dotprod"):
+        RewardModel.load(made.path, provider="cpu", precision="int8")
+
+
+@needs_dot
+def test_auto_scores_with_int8_and_says_so(made: Bundle) -> None:
+    model = RewardModel.load(made.path)
+    assert model.precision == "int8"
+    exact = RewardModel.load(made.path, precision="fp32")
+    found, expected = ([each.score(prompt="Hi", response=answer) for answer in "abc"] for each in (model, exact))
+    assert found != expected
+    assert np.abs(np.subtract(found, expected)).max() < 0.1 * 1.915  # a twentieth of the rewards' spread
