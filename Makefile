@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-BUNDLE ?= .demo/tiny
-FILE ?= examples/answers.jsonl
+BUNDLE ?= .demo/smollm2/bundle
+CHECKPOINT ?= .demo/smollm2/checkpoint
+DATA ?= ../shared/data
+BENCH_CACHE ?= .bench
+BENCH ?=
 
 .PHONY: demo test test-frameworks check format docs bench smollm2
 
@@ -31,8 +34,9 @@ format: $(VENV)/installed
 docs: $(VENV)/installed  ## the pages that are made from tables
 	$(BIN)/rewardrt families --markdown > docs/families.md
 
-bench: $(VENV)/installed  ## throughput of a bundle against torch: make bench CHECKPOINT=... BUNDLE=... FILE=...
-	$(BIN)/python benchmarks/throughput.py $(or $(CHECKPOINT),models/tiny) $(BUNDLE) $(FILE)
+bench: $(VENV)/installed  ## docs/performance.md: make bench CHECKPOINT=... BUNDLE=... DATA=... [BENCH="--quick"]
+	$(BIN)/python benchmarks/bench.py $(CHECKPOINT) $(BUNDLE) $(DATA) --cache $(BENCH_CACHE) \
+	  -o $(BENCH_CACHE)/results.json $(BENCH)
 
 smollm2: $(VENV)/installed  ## build and export the 135M reference model: make smollm2 OUT=folder
 	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,dev,train]'

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,14 @@ def _answer(model: RewardModel, request: dict[str, Any]) -> dict[str, Any]:
                 raise text
         return {"texts": [text_to_json(text) for text in encoded if isinstance(text, EncodedText)]}
     texts = [text_from_json(text) for text in request["texts"]]
+    callers = request.get("callers", 1)
     start = time.perf_counter()
-    values = model.score_encoded(texts)
+    if callers == 1:
+        values = model.score_encoded(texts)
+    else:
+        with ThreadPoolExecutor(callers) as pool:
+            found = list(pool.map(model.score_encoded, [texts[first::callers] for first in range(callers)]))
+        values = [found[index % callers][index // callers] for index in range(len(texts))]
     seconds = time.perf_counter() - start
     outputs = []
     for value in values:
@@ -273,9 +280,10 @@ def bench(
 def list_candidates(bundle: Bundle, threads: int | None = None) -> dict[str, tuple[Variant, dict[str, Any]]]:
     """Return the ways to score with a bundle on a CPU, by name: the graph, and the options of RewardModel.load.
 
-    fp32 is the first, where there is one.
+    fp32 is the first, where there is one. No prefix is kept from one call to the next: every round then does all of its
+    work.
     """
-    options = {"provider": "cpu", "threads": threads, "check_hashes": False}  # `bench` has checked them
+    options = {"provider": "cpu", "threads": threads, "prefix_cache_mb": 0, "check_hashes": False}  # `bench` did check
     variants = sorted(bundle.manifest.variants, key=lambda variant: variant.precision != "fp32")
     return {variant.precision: (variant, options | {"precision": variant.precision}) for variant in variants}
 

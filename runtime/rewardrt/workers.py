@@ -4,6 +4,7 @@ What is measured of one model then holds for it alone: its peak of memory is its
 model is, so the repository's benchmarks put other systems behind the same ones.
 
     {"texts": [{"ids": [...], "positions": [...]}, ...]}   -> {"outputs": [[...], ...], "seconds": ...}
+    ... with "callers": n                                  -> the same, scored by n threads at once
     {"memory": true}                                       -> {"peak_bytes": ...}
 """
 
@@ -60,9 +61,9 @@ class Worker:
             self._process.stdin.flush()
         return self._read()
 
-    def score(self, texts: Sequence[EncodedText]) -> Timed:
-        """Score texts once. Raises WorkerError."""
-        answer = self.ask({"texts": [text_to_json(text) for text in texts]})
+    def score(self, texts: Sequence[EncodedText], **options: str | int) -> Timed:
+        """Score texts once; what the options of a request are is the worker's business. Raises WorkerError."""
+        answer = self.ask({"texts": [text_to_json(text) for text in texts], **options})
         return Timed([[float(value) for value in values] for values in answer["outputs"]], float(answer["seconds"]))
 
     def peak_bytes(self) -> int | None:
