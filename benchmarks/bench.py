@@ -29,7 +29,7 @@ from systems import ENVIRONMENTS, System, lean_command, list_own, list_peers
 from tokenizers import Tokenizer
 from workloads import DEFAULT, FULL, QUICK, Sizes, write_workloads
 
-from rewardrt.bench import LATENCY_TOKENS, LENGTHS, Workload, compare, measure_latency, read_workload, texts_of_length
+from rewardrt.bench import LATENCY_TOKENS, LENGTHS, Workload, compare, read_workload, texts_of_length
 from rewardrt.bundle import Bundle, read_bundle
 from rewardrt.errors import WorkerError
 from rewardrt.tokens import EncodedText
@@ -39,6 +39,7 @@ ROOT = Path(__file__).parent.parent
 MAX_LENGTH = 1024
 PEER_PAD = 3  # an id that no text of the reference model ends with
 SHAPE_TEXTS, SHAPE_TOKENS = 8, 512
+LATENCY_CALLS = 5  # of each system with a text of each length, at least
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 Candidate = tuple[System, str]  # a system and one of its loops
@@ -123,6 +124,8 @@ def measure_fidelity(
     assert reference is not None
     for system in list(crew.systems):
         for loop in (loop for loop in system.loops if loop != "file" and not system.name.endswith("no reuse")):
+            if system is ours:
+                continue
             if system.precision in ("fp32", "float32"):
                 found += [
                     _fidelity(system, loop, workload, outputs[system.name, loop], outputs[ours.name, "all"])
@@ -169,20 +172,27 @@ def measure_identity(crew: Crew, workloads: list[Workload], results: dict[str, d
 
 
 def measure_latencies(crew: Crew, workload: Workload, bundle: Bundle, seconds: float) -> list[dict[str, Any]]:
-    """Measure single texts: every graph of ours, and the others one by one."""
+    """Measure single texts, in turns: every graph of ours, and the others one by one; about so long for each length."""
     found = []
     spec = bundle.manifest.spec
-    for system in [system for system in crew.systems if not system.name.endswith("no reuse")]:
-        for tokens in LATENCY_TOKENS:
-            if tokens > spec.max_length:
-                continue
-            try:
-                worker = crew.workers[system.name]
-                texts = texts_of_length(workload, spec, tokens)
-                found.append({"system": system.name} | asdict(measure_latency(worker, texts, tokens, seconds)))
-            except WorkerError as error:
-                crew.drop(system, str(error))
+    for tokens in (length for length in LATENCY_TOKENS if length <= spec.max_length):
+        texts = texts_of_length(workload, spec, tokens)
+        times: dict[str, list[float]] = {}
+        end = time.monotonic() + seconds
+        for number in range(101):  # the first, which warms up, is not counted
+            text = next(texts)
+            for system in [each for each in crew.systems if not each.name.endswith("no reuse")]:
+                loop = "all" if system.kind == "ours" else "single"
+                scored = crew.score((system, loop), (text,))
+                if scored is not None and number:
+                    times.setdefault(system.name, []).append(scored[1])
+            if number >= LATENCY_CALLS and time.monotonic() > end:
                 break
+        for name, measured in times.items():
+            p50, p99 = np.percentile(measured, [50, 99])
+            found.append(
+                {"system": name, "tokens": tokens, "calls": len(measured), "p50": float(p50), "p99": float(p99)}
+            )
     return found
 
 
@@ -391,7 +401,7 @@ def measure(
         say("same bits")
         results["identity"] = measure_identity(crew, list(workloads.values()), outputs)
         say("latency")
-        results["latency"] = measure_latencies(crew, workloads["en"], opened, 0.5 if quick else 1.5)
+        results["latency"] = measure_latencies(crew, workloads["en"], opened, 3 if quick else 25)
         results["systems"] = describe_systems(systems, crew)
     finally:
         crew.close()
