@@ -204,6 +204,29 @@ def test_a_full_queue_is_a_503_that_says_when_to_try_again(tiny_bundle: Path) ->
             assert large.result().status_code == 200
 
 
+def test_metrics_tell_how_many_tokens_were_shared_in_a_turn_and_kept_between_turns(
+    tiny_bundle: Path, offline: RewardModel
+) -> None:
+    def counted(running: Running, name: str) -> int:
+        (line,) = [
+            line for line in httpx.get(f"{running.url}/metrics").text.splitlines() if line.startswith(f"{name}{{")
+        ]
+        return int(float(line.split()[-1]))
+
+    prompt = "word " * 100
+    with serving(tiny_bundle, "--prefix-cache-mb", 8) as running:
+        for answers in (["a", "b", "c"], ["d"]):
+            rows = [{"prompt": prompt, "responses": answers}] if len(answers) > 1 else []
+            rows += [{"prompt": prompt, "response": answers[0]}] if not rows else []
+            given = post(running, "/v1/reward", {"rows": rows}).json()["rows"][0]
+            found = given.get("rewards", [given.get("reward")])
+            assert as_bits(found) == as_bits([offline.score(prompt=prompt, response=answer) for answer in answers])
+        tokens = counted(running, "rewardrt_tokens_total")
+        computed = counted(running, "rewardrt_computed_tokens_total")
+    assert tokens > 4 * 100
+    assert computed < tokens / 3  # the prompt once, and four ends
+
+
 def test_the_log_has_a_line_for_each_request_and_no_text(server: Running) -> None:
     post(server, "/v1/reward", {"rows": [{"prompt": "a secret", "response": "word"}]})
     line = server.log[-1]

@@ -477,6 +477,13 @@ def bench(
     show_default=True,
     help="Of long texts.",
 )
+@click.option(
+    "--prefix-cache-mb",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Memory of each model for beginnings that later requests share.",
+)
 @click.option("--max-queue-tokens", type=click.IntRange(min=1), default=262_144, show_default=True)
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--max-items", type=click.IntRange(min=1), default=1024, show_default=True, help="Texts in one request.")
@@ -496,6 +503,7 @@ def serve(
     normalize: bool | None,
     max_length: int | None,
     overflow: Any,
+    prefix_cache_mb: int,
     max_queue_tokens: int,
     max_body_mb: int,
     max_items: int,
@@ -528,6 +536,7 @@ def serve(
         api_key=api_key or "",
         normalize=normalize,
         overflow=overflow,
+        prefix_cache_mb=prefix_cache_mb,
         max_queue_tokens=max_queue_tokens,
         max_body_bytes=max_body_mb * 2**20,
         max_items=max_items,

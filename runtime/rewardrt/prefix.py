@@ -18,6 +18,7 @@ from rewardrt.session import KeyValues
 from rewardrt.tokens import EncodedText, Ids
 
 MIN_SHARED = 16  # tokens; for fewer, cutting and copying keys and values costs what it saves
+MAX_KEPT = 64  # texts that a cache knows, whatever their size: each is compared with a text that is looked up
 CHUNK = 256  # most tokens of one call: their activations stay in a core's cache, and attention's scores stay small
 
 
@@ -134,7 +135,7 @@ class PrefixCache:
                     return
             self._kept[self._next] = _Kept(ids, values)
             self._next += 1
-            while self._kept and self._bytes() > self._budget:
+            while len(self._kept) > MAX_KEPT or self._bytes() > self._budget:
                 self._kept.popitem(last=False)
 
     def _bytes(self) -> int:

@@ -325,9 +325,9 @@ class RewardModel:
         """
         results: dict[int, Values | InferenceError] = {}
         padding = self._padding if padding is None else padding
-        chains = plan_chains(texts) if self._prefix_reuse and not padding else [[Link(i, 0)] for i in range(len(texts))]
-        rest = [chain[0].index for chain in chains if not (self._runs_alone(texts, chain) and not padding)]
-        alone = set(rest)
+        chains = [] if padding or not self._takes_parts else self._plan_chains(texts)
+        one_by_one = {link.index for chain in chains for link in chain}
+        rest = [index for index in range(len(texts)) if index not in one_by_one]
         batches = plan_batches(
             [texts[index].needed if self.spec.causal else len(texts[index].ids) for index in rest],
             batch_tokens=batch_tokens or self._batch_tokens,
@@ -347,14 +347,17 @@ class RewardModel:
             for index, values in zip(chosen, rewards, strict=True):
                 results[index] = _check_finite(values)
         for chain in chains:
-            if chain[0].index not in alone:
-                results |= self._run_chain(texts, chain)
+            results |= self._run_chain(texts, chain)
         return [results[index] for index in range(len(texts))]
 
-    def _runs_alone(self, texts: Sequence[EncodedText], chain: Sequence[Link]) -> bool:
-        """Whether a chain's texts go through the graph one by one and in parts, not in a batch."""
-        first = texts[chain[0].index]
-        return self._takes_parts and (len(chain) > 1 or len(chunk_ends(0, first)) > 1 or self._cache is not None)
+    def _plan_chains(self, texts: Sequence[EncodedText]) -> list[list[Link]]:
+        """Return the texts that go through the graph one by one: those that share, and those of several parts."""
+        chains = plan_chains(texts) if self._prefix_reuse else [[Link(index, 0)] for index in range(len(texts))]
+        return [
+            chain
+            for chain in chains
+            if len(chain) > 1 or self._cache is not None or len(chunk_ends(0, texts[chain[0].index])) > 1
+        ]
 
     def _run_chain(self, texts: Sequence[EncodedText], chain: Sequence[Link]) -> dict[int, Values | InferenceError]:
         results: dict[int, Values | InferenceError] = {}

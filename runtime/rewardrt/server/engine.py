@@ -80,6 +80,7 @@ class Turn:
 
     texts: int
     tokens: int
+    computed: int  # of these tokens; the others were shared
     truncated: int
     seconds: float
     waits: tuple[float, ...]  # seconds that requests which began in this turn had waited
@@ -188,6 +189,7 @@ class Engine:
 
     def _score_turn(self, turn: Sequence[tuple[Job, int, int]]) -> None:
         started = time.perf_counter()
+        before = self.model.statistics.computed
         waits = []
         for job, _, _ in turn:
             if job.queue_seconds is None:
@@ -213,6 +215,7 @@ class Engine:
             Turn(
                 len(scored),
                 sum(result.tokens for result in good),
+                self.model.statistics.computed - before,
                 sum(result.truncated > 0 for result in good),
                 seconds,
                 tuple(waits),

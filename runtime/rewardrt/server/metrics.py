@@ -71,6 +71,12 @@ class Metrics:
         self._gone = Counter("rewardrt_clients_gone", "Requests whose client did not wait.", registry=self.registry)
         self._texts = Counter("rewardrt_texts", "Texts scored.", ("model",), registry=self.registry)
         self._tokens = Counter("rewardrt_tokens", "Tokens scored.", ("model",), registry=self.registry)
+        self._computed = Counter(
+            "rewardrt_computed_tokens",
+            "Tokens that the graph computed; the others of rewardrt_tokens were shared.",
+            ("model",),
+            registry=self.registry,
+        )
         self._truncated = Counter(
             "rewardrt_truncated_texts", "Texts that were cut.", ("model",), registry=self.registry
         )
@@ -100,6 +106,7 @@ class Metrics:
         """Count one turn of an engine."""
         self._texts.labels(model).inc(turn.texts)
         self._tokens.labels(model).inc(turn.tokens)
+        self._computed.labels(model).inc(turn.computed)
         self._truncated.labels(model).inc(turn.truncated)
         self._turn.labels(model).observe(turn.tokens)
         self._inference.labels(model).observe(turn.seconds)

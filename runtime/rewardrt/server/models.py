@@ -117,7 +117,9 @@ def _load(
     observe: Callable[[str, Turn], None],
 ) -> Served:
     digest = _manifest_sha256(path)
-    model = RewardModel.load(path, provider=provider, precision=precision, threads=threads)
+    model = RewardModel.load(
+        path, provider=provider, precision=precision, threads=threads, prefix_cache_mb=options.prefix_cache_mb
+    )
     if _manifest_sha256(path) != digest:
         raise BundleError(f"{path}: changed while it was loaded; start again once it is whole")
     try:

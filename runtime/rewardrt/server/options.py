@@ -19,6 +19,7 @@ class ServerOptions:
     max_body_bytes: int = 8 * 2**20
     max_items: int = 1024  # texts in one request
     max_length: int | None = None  # lowers the models' own limits
+    prefix_cache_mb: int = 0  # of each model, for beginnings of texts that are kept between turns of its engine
     open_metrics: bool = False
     log_texts: bool = False
     drain_seconds: float = 30.0
