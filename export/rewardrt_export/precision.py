@@ -10,6 +10,7 @@ import onnx_ir as ir
 from rewardrt.errors import ExportError
 from rewardrt_export.calibrate import Calibration
 from rewardrt_export.quantize import quantize, quantize_weights
+from rewardrt_export.storage import store
 
 # onnxruntime's products of unsigned with signed integers overflow on an x86 processor that has neither.
 INTEGER_DOT = ("avx512_vnni", "avx_vnni", "dotprod")
@@ -31,6 +32,16 @@ class Precision:
 
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision("float32, as torch computes", lambda graph, calibration: graph),
+    "bf16": Precision(
+        "weights stored as bfloat16, computed in float32: half the disk, and nothing lost of a bfloat16 checkpoint",
+        lambda graph, calibration: store(graph, "bf16"),
+        rounds=True,
+    ),
+    "fp16": Precision(
+        "weights stored as float16, computed in float32: half the disk, and nothing lost of a float16 checkpoint",
+        lambda graph, calibration: store(graph, "fp16"),
+        rounds=True,
+    ),
     "int8": Precision(
         "integer products, each token by itself: fast on a CPU",
         lambda graph, calibration: quantize(graph, calibration.sites()),

@@ -1,0 +1,81 @@
+"""Graphs whose weights are stored in two bytes, and turned into float32 before they are used.
+
+Where the checkpoint has the same type, nothing is rounded, and the rewards are those of the float32 graph to the bit.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from rewardrt.errors import ExportError
+
+Stored = Literal["bf16", "fp16"]
+_TYPES: dict[Stored, ir.DataType] = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
+
+
+def store(model: ir.Model, kind: Stored) -> ir.Model:
+    """Store the backbone's matrices in two bytes, in place. Vectors, which weigh little, and the heads stay float32.
+
+    What a Gather looks up is turned into float32 after it: an embedding stays small in memory too.
+    """
+    for name, weight in list(model.graph.initializers.items()):
+        tensor = weight.const_value
+        if tensor is None or not name.startswith("backbone.") or len(tensor.shape) < 2:
+            continue
+        if tensor.dtype != ir.DataType.FLOAT:
+            continue
+        dtype = _TYPES[kind]
+        small = ir.Value(
+            name=f"{name}.{kind}",
+            shape=weight.shape,
+            type=ir.TensorType(dtype),
+            const_value=ir.LazyTensor(
+                partial(_rounded, tensor, kind),
+                dtype=dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=f"{name}.{kind}",
+            ),
+        )
+        model.graph.register_initializer(small)
+        whole = None
+        for node, index in list(weight.uses()):
+            if node.op_type == "Gather" and not node.domain and index == 0:
+                _cast_after(model.graph, node, small)
+                continue
+            if whole is None:
+                cast = _cast(small, weight.shape)
+                model.graph.insert_before(model.graph[0], cast)
+                whole = cast.outputs[0]
+            node.replace_input_with(index, whole)
+        del model.graph.initializers[name]
+    return model
+
+
+def _cast(value: ir.Value, shape: ir.Shape | None) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+    node.outputs[0].name = f"{value.name}.float32"
+    node.outputs[0].shape, node.outputs[0].type = shape, ir.TensorType(ir.DataType.FLOAT)
+    return node
+
+
+def _cast_after(graph: ir.Graph, gather: ir.Node, small: ir.Value) -> None:
+    rows = gather.outputs[0]
+    readers = list(rows.uses())
+    gather.replace_input_with(0, small)
+    rows.type = ir.TensorType(small.dtype)  # type: ignore[arg-type]
+    cast = _cast(rows, rows.shape)
+    graph.insert_after(gather, cast)
+    for node, index in readers:
+        node.replace_input_with(index, cast.outputs[0])
+
+
+def _rounded(weight: ir.TensorProtocol, kind: Stored) -> ir.TensorProtocol:
+    with np.errstate(over="ignore"):
+        small = weight.numpy().astype(_TYPES[kind].numpy())
+    if not np.isfinite(small).all():
+        raise ExportError(f"{weight.name}: holds values that {kind} cannot; export it with another precision")
+    return ir.tensor(small, name=f"{weight.name}.{kind}")
