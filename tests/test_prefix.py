@@ -110,28 +110,47 @@ def test_parts_are_of_equal_length_and_never_one_token(length: int) -> None:
     assert length == 1 or (sizes.min() >= 2 and sizes.max() - sizes.min() <= 1)
 
 
-def test_the_cache_keeps_within_its_budget_and_drops_the_least_recently_used() -> None:
-    def values(tokens: int) -> KeyValues:
-        return KeyValues((np.zeros((1, 1, tokens, 4), np.float32),))  # 16 bytes a token
+def values(tokens: int) -> KeyValues:
+    return KeyValues((np.arange(tokens * 4, dtype=np.float32).reshape(1, 1, tokens, 4),))  # 16 bytes a token
 
-    first, second, third = (list(range(start, start + 100)) for start in (0, 1000, 2000))
-    cache = prefix.PrefixCache(3200)
-    cache.keep(np.array(first), values(100))
-    cache.keep(np.array(second), values(100))
-    assert cache.bytes == 3200
+
+def test_the_cache_keeps_within_its_budget_and_drops_the_least_recently_used() -> None:
+    first, second, third = (list(range(start, start + 96)) for start in (0, 1000, 2000))
+    cache = prefix.PrefixCache(2 * 96 * 16)
+    cache.keep(np.array(first), values(96))
+    cache.keep(np.array(second), values(96))
+    assert cache.bytes == 2 * 96 * 16
     assert cache.find(encoded([*first, 7, 8])) is not None
-    cache.keep(np.array(third), values(100))
-    assert cache.bytes == 3200
+    cache.keep(np.array(third), values(96))
+    assert cache.bytes == 2 * 96 * 16
     assert cache.find(encoded([*second, 7, 8])) is None
     found = cache.find(encoded([*first[:50], 7, 8]))
-    assert found is not None and found.tokens == 50
+    assert found is not None
+    assert found.arrays[0].tobytes() == values(48).arrays[0].tobytes()  # whole blocks of 16
 
 
-def test_a_text_that_shares_its_beginning_leaves_that_much_of_the_other() -> None:
+def test_a_text_over_the_budget_leaves_its_beginning() -> None:
+    cache = prefix.PrefixCache(40 * 16)
+    cache.keep(np.arange(100), values(100))
+    found = cache.find(encoded(list(range(100))))
+    assert (cache.bytes, found and found.tokens) == (32 * 16, 32)
+
+
+def test_a_beginning_that_texts_share_is_held_once() -> None:
     cache = prefix.PrefixCache(10_000)
-    cache.keep(np.arange(100), KeyValues((np.zeros((1, 1, 100, 4), np.float32),)))
-    cache.keep(np.array([*range(60), 7, 7, 7]), KeyValues((np.zeros((1, 1, 63, 4), np.float32),)))
-    assert cache.bytes == 60 * 16
+    cache.keep(np.arange(96), values(96))
+    cache.keep(np.array([*range(64), *range(500, 532)]), values(96))
+    assert cache.bytes == (96 + 32) * 16
+
+
+def test_prompts_behind_one_system_prompt_stay_in_the_cache_side_by_side(tiny_bundle: Path) -> None:
+    model = RewardModel.load(tiny_bundle, provider="cpu", prefix_cache_mb=64)
+    prompts = [[*range(5, 37), *range(start, start + 64)] for start in (100, 200)]  # 32 tokens, and 64 of their own
+    for answer in range(8):
+        for prompt in prompts:
+            rewards(model, [encoded([*prompt, 300 + answer, *range(9, 24)])])
+    assert model.statistics.given == 16 * 112
+    assert model.statistics.computed == 112 + 80 + 14 * 16
 
 
 def test_a_process_model_shares_only_what_comes_before_its_first_step(steps_bundle: Path) -> None:

@@ -7,10 +7,12 @@ exception: a call of exactly one token takes other kernels. `legal_cut` is the o
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from rewardrt.session import KeyValues
 from rewardrt.tokens import EncodedText, Ids
 
 MIN_SHARED = 16  # tokens; for fewer, cutting and copying keys and values costs what it saves
-MAX_KEPT = 64  # texts that a cache knows, whatever their size: each is compared with a text that is looked up
+BLOCK = MIN_SHARED  # tokens that the cache keeps or drops together
 CHUNK = 256  # most tokens of one call: their activations stay in a core's cache, and attention's scores stay small
 
 
@@ -79,67 +81,69 @@ def shared_tokens(first: Ids, second: Ids) -> int:
     return int(different[0]) if different.size else length
 
 
-@dataclass(frozen=True)
-class _Kept:
-    ids: Ids
-    values: KeyValues
+_Blocks = OrderedDict[bytes, KeyValues]  # an alias: in the class, `bytes` is a property
 
 
 class PrefixCache:
     """Keys and values that stay between calls, up to `budget` bytes; the least recently used go first.
 
-    A text that nothing is known of is kept whole. Once another shares only its beginning, that much is kept of it.
-    Safe to use from several threads.
+    They are kept in blocks of BLOCK tokens, each known by all tokens up to its end. So what several texts begin with is
+    held once, and many texts may go on from it. A block is never older than those that follow it: texts lose their
+    ends first. Safe to use from several threads.
     """
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._kept: OrderedDict[int, _Kept] = OrderedDict()
-        self._next = 0
+        self._blocks: _Blocks = OrderedDict()
+        self._bytes = 0
         self._lock = threading.Lock()
 
     @property
     def bytes(self) -> int:
         """What is held."""
         with self._lock:
-            return self._bytes()
+            return self._bytes
 
     def find(self, text: EncodedText) -> KeyValues | None:
         """Return the keys and values of the longest beginning that is kept and may be used, or None."""
+        names = _block_names(text.ids[: legal_cut(text.needed, text)])
         with self._lock:
-            best, cut = None, 0
-            for number, kept in self._kept.items():
-                found = legal_cut(shared_tokens(kept.ids, text.ids), text)
-                if found > cut:
-                    best, cut = number, found
-            if best is None:
-                return None
-            self._kept.move_to_end(best)
-            values = self._kept[best].values
-        return values.first(cut)
+            known = list(takewhile(self._blocks.__contains__, names))
+            blocks = [self._blocks[name] for name in known]
+            self._touch(known)
+        if not blocks:
+            return None
+        return KeyValues(
+            tuple(np.concatenate(parts, axis=2) for parts in zip(*(b.arrays for b in blocks), strict=True))
+        )
 
     def keep(self, ids: Ids, values: KeyValues) -> None:
         """Keep the keys and values of a text that was just computed."""
+        names = _block_names(ids)
         with self._lock:
-            for number, kept in list(self._kept.items()):
-                shared = shared_tokens(kept.ids, ids)
-                if shared >= min(len(kept.ids), len(ids)):
-                    if len(ids) <= len(kept.ids):  # known already
-                        self._kept.move_to_end(number)
-                        return
-                    del self._kept[number]  # it goes on where that one ended
-                elif shared >= MIN_SHARED:
-                    if shared < len(kept.ids):
-                        self._kept[number] = _Kept(kept.ids[:shared], kept.values.first(shared))
-                    self._kept.move_to_end(number)
-                    return
-            self._kept[self._next] = _Kept(ids, values)
-            self._next += 1
-            while len(self._kept) > MAX_KEPT or self._bytes() > self._budget:
-                self._kept.popitem(last=False)
+            missing = [place for place, name in enumerate(names) if name not in self._blocks]
+        made = {names[place]: values.block(place * BLOCK, BLOCK) for place in missing}
+        with self._lock:
+            for name, block in made.items():
+                if name not in self._blocks:  # another thread may have been faster
+                    self._blocks[name] = block
+                    self._bytes += block.bytes
+            self._touch([name for name in names if name in self._blocks])
+            while self._bytes > self._budget:
+                self._bytes -= self._blocks.popitem(last=False)[1].bytes
 
-    def _bytes(self) -> int:
-        return sum(kept.values.bytes for kept in self._kept.values())
+    def _touch(self, names: Sequence[bytes]) -> None:
+        for name in reversed(names):  # what follows is older than what it follows
+            self._blocks.move_to_end(name)
+
+
+def _block_names(ids: Ids) -> list[bytes]:
+    """Return a name for each whole block of a text: a digest of all tokens up to its end."""
+    names, digest = [], hashlib.sha256()
+    for end in range(BLOCK, len(ids) + 1, BLOCK):
+        digest.update(ids[end - BLOCK : end].astype("<i8").tobytes())
+        names.append(digest.digest())
+    return names
 
 
 @dataclass(frozen=True)

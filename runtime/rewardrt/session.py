@@ -63,6 +63,10 @@ class KeyValues:
             return self
         return KeyValues(tuple(np.ascontiguousarray(array[:, :, :tokens]) for array in self.arrays))
 
+    def block(self, start: int, tokens: int) -> KeyValues:
+        """Return a copy of those of `tokens` tokens from `start` on, which holds no more memory than they take."""
+        return KeyValues(tuple(array[:, :, start : start + tokens].copy() for array in self.arrays))
+
 
 @dataclass(frozen=True)
 class Part:
