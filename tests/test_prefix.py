@@ -119,10 +119,10 @@ def test_the_cache_keeps_within_its_budget_and_drops_the_least_recently_used() -
     cache = prefix.PrefixCache(2 * 96 * 16)
     cache.keep(np.array(first), values(96))
     cache.keep(np.array(second), values(96))
-    assert cache.bytes == 2 * 96 * 16
+    assert cache.nbytes == 2 * 96 * 16
     assert cache.find(encoded([*first, 7, 8])) is not None
     cache.keep(np.array(third), values(96))
-    assert cache.bytes == 2 * 96 * 16
+    assert cache.nbytes == 2 * 96 * 16
     assert cache.find(encoded([*second, 7, 8])) is None
     found = cache.find(encoded([*first[:50], 7, 8]))
     assert found is not None
@@ -133,14 +133,14 @@ def test_a_text_over_the_budget_leaves_its_beginning() -> None:
     cache = prefix.PrefixCache(40 * 16)
     cache.keep(np.arange(100), values(100))
     found = cache.find(encoded(list(range(100))))
-    assert (cache.bytes, found and found.tokens) == (32 * 16, 32)
+    assert (cache.nbytes, found and found.tokens) == (32 * 16, 32)
 
 
 def test_a_beginning_that_texts_share_is_held_once() -> None:
     cache = prefix.PrefixCache(10_000)
     cache.keep(np.arange(96), values(96))
     cache.keep(np.array([*range(64), *range(500, 532)]), values(96))
-    assert cache.bytes == (96 + 32) * 16
+    assert cache.nbytes == (96 + 32) * 16
 
 
 def test_prompts_behind_one_system_prompt_stay_in_the_cache_side_by_side(tiny_bundle: Path) -> None:

@@ -99,7 +99,7 @@ class PrefixCache:
         self._lock = threading.Lock()
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """What is held."""
         with self._lock:
             return self._bytes
