@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 
 from rewardrt.errors import ExportError
-from rewardrt_export.quantize import Site
+from rewardrt_export.quantize import Site, weight_name
 
 EXACT = 16  # channels kept in float32. On the 135M reference model 32 were no nearer to float32 than 16.
 # The product of a gate and what it lets through has the widest range of all: 8 bits are not enough for it.
@@ -38,6 +39,15 @@ class Calibration:
         if not self.largest:
             raise ExportError("int8: the backbone has no linear layers that calibration texts went through")
         return {name: _site(name, largest) for name, largest in self.largest.items()}
+
+
+def sites_without_texts(graph: ir.Model) -> dict[str, Site]:
+    """Return how to quantize all products of a graph when no text was seen: two planes, and no channel is exact.
+
+    Which channels are large is then not known; two planes hold them beside the rest, at twice the integer products.
+    """
+    names = (weight_name(node) for node in graph.graph)
+    return {name: Site(planes=2) for name in names if name is not None}
 
 
 def _site(name: str, largest: npt.NDArray[np.float32]) -> Site:

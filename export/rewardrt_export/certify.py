@@ -5,6 +5,7 @@ The reference is transformers' own forward pass in float32 with eager attention,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from rewardrt_export.checkpoint import Checkpoint
 from rewardrt_export.golden import Candidate, golden_texts
 
 Observer = Callable[[str, torch.Tensor], None]
+CGROUP = Path("/sys/fs/cgroup")  # a container sees its own limit here
 
 
 def score_golden(
@@ -65,6 +67,37 @@ def encode_texts(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> tup
     candidates = golden_texts(renderer, tokenizer, spec, file)
     encoded = [_encode(checkpoint, renderer, tokenizer, template, candidate) for candidate in candidates]
     return candidates, encoded
+
+
+def check_memory(checkpoint: Checkpoint) -> None:
+    """Raise CertificateError where the torch model in float32 is larger than the memory that this machine has left."""
+    sizes = [torch.Size(tensor.shape).numel() for tensor in checkpoint.source.stored.values()]
+    needed, free = 4 * sum(sizes), available_memory()
+    if free is not None and needed > free:
+        raise CertificateError(
+            f"torch needs {needed / 1e9:.1f} GB of memory for the model in float32, and {free / 1e9:.1f} GB are free; "
+            f"export where there is more, or with --no-certify (and no --calibrate), which needs no torch model"
+        )
+
+
+def available_memory() -> int | None:
+    """Return the bytes that the machine, or this container's limit, has left; None where that is not known."""
+    left = []
+    if found := re.search(r"^MemAvailable:\s+(\d+) kB", _read_text(Path("/proc/meminfo")), re.MULTILINE):
+        left.append(1024 * int(found[1]))
+    limit, used = (_read_text(CGROUP / name).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        # Pages of files that were read long ago count as used, and are given back when memory is asked for.
+        cached = re.search(r"^inactive_file (\d+)", _read_text(CGROUP / "memory.stat"), re.MULTILINE)
+        left.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
+    return min(left, default=None)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _encode(

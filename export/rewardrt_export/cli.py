@@ -46,6 +46,9 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
 @click.option(
     "--calibrate", type=click.Path(path_type=Path), help="JSONL rows to calibrate int8 on.  [default: golden texts]"
 )
+@click.option(
+    "--no-certify", "certified", flag_value=False, default=True, help="Do not compare with torch: for want of memory."
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
 def export(
@@ -62,19 +65,23 @@ def export(
     precisions: tuple[str, ...],
     golden: Path | None,
     calibrate: Path | None,
+    certified: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Export a trained reward model to a bundle, and certify it against torch.
 
     CHECKPOINT is a local folder; nothing is downloaded and no code from it is run. The export fails, and leaves
-    nothing, when a head is missing or left over, or when the bundle's rewards are not torch's.
+    nothing, when a head is missing or left over, or when the bundle's rewards are not torch's. With --no-certify they
+    are not compared, the torch model is not needed in memory, and the bundle says that it is uncertified.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(f"export needs {', '.join(missing)}: pip install 'rewardrt[export,cpu]'")
     if family is not None and spec_file is not None:
         raise click.UsageError("--family and --spec both say what the model is; give one")
+    if golden is not None and not certified:
+        raise click.UsageError("--golden names texts to certify on; leave it or --no-certify out")
     if explain:
         if bundle is not None or spec_file is not None:
             raise click.UsageError(
@@ -104,6 +111,7 @@ def export(
         precisions=precisions or ("fp32",),
         golden=golden,
         calibrate=calibrate,
+        certified=certified,
         force=force,
         progress=lambda step: click.echo(step, err=True),
     )

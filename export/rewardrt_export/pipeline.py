@@ -33,10 +33,17 @@ from rewardrt.bundle import (
 )
 from rewardrt.errors import ExportError
 from rewardrt.spec import PoolingRule
-from rewardrt.verify import write_golden
+from rewardrt.verify import GoldenText, write_golden
 from rewardrt_export.backbone import meta_backbone
 from rewardrt_export.calibrate import Calibration
-from rewardrt_export.certify import certify, encode_texts, measure_fidelity, score_golden, score_with_torch
+from rewardrt_export.certify import (
+    certify,
+    check_memory,
+    encode_texts,
+    measure_fidelity,
+    score_golden,
+    score_with_torch,
+)
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.lower import lower
 from rewardrt_export.precision import PRECISIONS, check_precisions
@@ -60,6 +67,7 @@ def export(
     precisions: Sequence[str] = ("fp32",),
     golden: Path | None = None,
     calibrate: Path | None = None,
+    certified: bool = True,
     force: bool = False,
     progress: Progress = lambda step: None,
 ) -> Bundle:
@@ -67,12 +75,16 @@ def export(
 
     `source` may be a LoRA adapter; `base` is then its base's folder, unless adapter_config.json names one that is here.
     `precisions` are names of `precision.PRECISIONS`: a graph each. int8 is calibrated on the texts of the JSONL file
-    `calibrate`, or else on every other one of the golden texts.
+    `calibrate`, or else on every other one of the golden texts. Without `certified` the torch model scores nothing,
+    except the texts of `calibrate`: the bundle has no golden texts and says that it is uncertified.
 
     Raises a RewardRTError and leaves nothing behind when any step fails. An existing `target` is replaced only with
-    `force`, and only once the new bundle is certified.
+    `force`, and only once the new bundle is whole.
     """
     check_precisions(precisions)
+    calibrated = any(PRECISIONS[name].calibrated for name in precisions)
+    if golden is not None and not certified:
+        raise ExportError("golden texts are to certify on, and this export is not to be certified; leave one out")
     progress("reading the checkpoint")
     checkpoint = read_checkpoint(
         Path(source),
@@ -84,31 +96,38 @@ def export(
         weights=weights,
         normalise=normalise,
     )
+    own_texts = calibrated and calibrate is not None
+    if certified or own_texts:
+        check_memory(checkpoint)
     target = Path(target)
     with _workplace(target, force) as folder:
         progress(f"tracing {checkpoint.source.architecture} ({checkpoint.spec.backbone})")
         graph = _make_graph(checkpoint)
         _write_text_files(checkpoint, folder)
-        progress("scoring the golden texts with torch")
-        calibration = Calibration() if any(PRECISIONS[name].calibrated for name in precisions) else None
-        apart = calibration is not None and calibrate is not None  # calibrated on texts of their own
-        texts = score_golden(checkpoint, folder, golden, calibration.observe if calibration and not apart else None)
-        if calibration is not None and apart:
+        calibration = Calibration() if calibrated and (certified or own_texts) else None
+        texts: list[GoldenText] = []
+        if certified:
+            progress("scoring the golden texts with torch")
+            observe = calibration.observe if calibration is not None and not own_texts else None
+            texts = score_golden(checkpoint, folder, golden, observe)
+            write_golden(folder / GOLDEN, texts)
+        else:
+            encode_texts(checkpoint, folder, None)  # compares template and tokenizer with transformers' all the same
+        if calibration is not None and own_texts:
             progress(f"calibrating on {calibrate}")
             score_with_torch(checkpoint, encode_texts(checkpoint, folder, calibrate)[1], observe=calibration.observe)
         variants = []
         for precision in precisions:
             progress(f"writing the {precision} graph")
-            variants.append(_write_graph(graph, precision, calibration or Calibration(), folder))
-        write_golden(folder / GOLDEN, texts)
-        manifest = _make_manifest(checkpoint, variants, folder)
+            variants.append(_write_graph(graph, precision, calibration, folder))
+        manifest = _make_manifest(checkpoint, variants, folder, certified)
         write_manifest(folder, manifest)
         certificates = []
-        for precision in precisions:
+        for precision in precisions if certified else ():
             progress(f"certifying the {precision} graph against torch")
             fidelity = None
             if PRECISIONS[precision].rounds:
-                unseen = slice(None) if apart or not PRECISIONS[precision].calibrated else slice(1, None, 2)
+                unseen = slice(None) if own_texts or not PRECISIONS[precision].calibrated else slice(1, None, 2)
                 fidelity = measure_fidelity(checkpoint, folder, precision, texts, unseen)
             certificates.append(certify(folder, precision, fidelity))
         write_manifest(folder, dataclasses.replace(manifest, certificates=tuple(certificates)))
@@ -122,7 +141,7 @@ def _make_graph(checkpoint: Checkpoint) -> ir.Model:
     return lower(model, weights | {f"head.{name}": read for name, read in head.sources.items()})
 
 
-def _write_graph(graph: ir.Model, precision: str, calibration: Calibration, folder: Path) -> Variant:
+def _write_graph(graph: ir.Model, precision: str, calibration: Calibration | None, folder: Path) -> Variant:
     """Write the graph in this precision, and its weights, one tensor in memory at a time.
 
     The weights are aligned to pages, so that onnxruntime can map the file.
@@ -142,12 +161,12 @@ def _write_text_files(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / CHAT_TEMPLATE).write_text(checkpoint.source.chat_template, encoding="utf-8")
 
 
-def _make_manifest(checkpoint: Checkpoint, variants: Sequence[Variant], folder: Path) -> Manifest:
+def _make_manifest(checkpoint: Checkpoint, variants: Sequence[Variant], folder: Path, certified: bool) -> Manifest:
     """Describe what is in the folder; the certificates are not there yet."""
     names = [
         *[name for variant in variants for name in (variant.graph, *variant.data)],
         TOKENIZER,
-        GOLDEN,
+        *([GOLDEN] if certified else []),
         *([CHAT_TEMPLATE] if checkpoint.source.chat_template is not None else []),
     ]
     return Manifest(
@@ -157,6 +176,7 @@ def _make_manifest(checkpoint: Checkpoint, variants: Sequence[Variant], folder: 
         files=tuple(record_file(folder, name) for name in names),
         provenance=_provenance(checkpoint),
         certificates=(),
+        uncertified=not certified,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from rewardrt.errors import ExportError
-from rewardrt_export.calibrate import Calibration
+from rewardrt_export.calibrate import Calibration, sites_without_texts
 from rewardrt_export.quantize import quantize, quantize_weights
 from rewardrt_export.storage import store
 
@@ -24,8 +24,8 @@ class Precision:
     """
 
     description: str
-    lower: Callable[[ir.Model, Calibration], ir.Model]
-    calibrated: bool = False  # by texts that torch scores before
+    lower: Callable[[ir.Model, Calibration | None], ir.Model]
+    calibrated: bool = False  # by texts that torch scores before, where there are any
     rounds: bool = False  # what float32 is: the certificate then says how near it stays, beside torch's bfloat16
     needs: tuple[str, ...] = ()
 
@@ -44,7 +44,7 @@ PRECISIONS: dict[str, Precision] = {
     ),
     "int8": Precision(
         "integer products, each token by itself: fast on a CPU",
-        lambda graph, calibration: quantize(graph, calibration.sites()),
+        lambda graph, calibration: quantize(graph, calibration.sites() if calibration else sites_without_texts(graph)),
         calibrated=True,
         rounds=True,
         needs=INTEGER_DOT,

@@ -118,6 +118,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     provenance: Provenance
     certificates: tuple[Certificate, ...]
+    uncertified: bool = field(default=False, metadata={OPTIONAL: True})  # never compared with torch: no golden texts
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,9 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
     for record in manifest.files:
         _check_file(folder, record, check_hashes)
     listed = {record.path for record in manifest.files}
-    needed = {TOKENIZER, GOLDEN} | {name for variant in manifest.variants for name in (variant.graph, *variant.data)}
+    needed = {TOKENIZER} | {name for variant in manifest.variants for name in (variant.graph, *variant.data)}
+    if not manifest.uncertified:
+        needed.add(GOLDEN)
     if manifest.spec.text.source == "chat_template":
         needed.add(CHAT_TEMPLATE)
     if missing := sorted(needed - listed):

@@ -329,7 +329,8 @@ def _say_truncated(cut: int, texts: int, limit: int) -> None:
 def verify(bundle: Path, provider: ProviderChoice, precision: str, threads: int | None, as_json: bool) -> None:
     """Score the bundle's golden texts on this machine and compare with what torch gave at export.
 
-    Exit status 1 when a reward, or a text's tokens, differ by more than the certificate allows.
+    Exit status 1 when a reward, or a text's tokens, differ by more than the certificate allows, and 2 when the bundle
+    is uncertified: there is nothing to compare with.
     """
     from rewardrt.reward_model import RewardModel
     from rewardrt.verify import verify as run
@@ -405,7 +406,7 @@ def describe_manifest(name: str, manifest: Any) -> str:
                 f"{near.bf16_pair_order_agreement:.1%})"
             )
     if not manifest.certificates:
-        lines.append("  certified  no")
+        lines.append("  uncertified: never compared with torch (exported with --no-certify)")
     lines += [f"  {record.bytes:>13,}  {record.path}" for record in manifest.files]
     return "\n".join(lines)
 

@@ -79,8 +79,13 @@ class Verification:
 def verify(model: RewardModel) -> Verification:
     """Score the bundle's golden texts on this machine, alone and batched, and compare with torch's rewards.
 
-    Raises BundleError for a golden.jsonl that cannot be read; differences are in the result.
+    Raises BundleError for an uncertified bundle and a golden.jsonl that cannot be read; differences are in the result.
     """
+    if model.bundle.manifest.uncertified:
+        raise BundleError(
+            f"{model.bundle.path}: uncertified: exported with --no-certify, it has no rewards of torch to verify "
+            "against; export the checkpoint again without it"
+        )
     if model.precision not in TOLERANCES:
         raise BundleError(f"{model.bundle.path}: no tolerance is known for {model.precision}; upgrade rewardrt")
     texts = read_golden(model.bundle.file(GOLDEN))

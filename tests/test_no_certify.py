@@ -1,0 +1,94 @@
+"""`export --no-certify`: no torch pass, and a bundle that scores, says that it is uncertified and cannot be verified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from commands import run
+from rewardrt import RewardModel
+from rewardrt.errors import BundleError, CertificateError
+from rewardrt.processor import read_processor
+from rewardrt.verify import verify
+from rewardrt_export import certify, pipeline
+
+TINY = Path(__file__).parent.parent / "models" / "tiny"
+GOOD = bool({"avx512_vnni", "avx_vnni", "dotprod"} & set(read_processor().instruction_sets or ()))
+TEXT = {"prompt": "What is the capital of France?", "response": "Paris."}
+
+
+def refuse(*arguments: object, **options: object) -> None:
+    raise AssertionError("torch was asked for rewards")
+
+
+@pytest.fixture(scope="module")
+def uncertified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uncertified") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certify, "score_with_torch", refuse)
+        patch.setattr(pipeline, "score_with_torch", refuse)
+        patch.setattr(certify, "available_memory", lambda: 0)
+        pipeline.export(TINY, folder, precisions=("fp32", "int8"), certified=False)
+    return folder
+
+
+def test_an_uncertified_bundle_scores_the_same_bits_as_a_certified_one(uncertified: Path, tiny_bundle: Path) -> None:
+    ours = RewardModel.load(uncertified, provider="cpu", precision="fp32").score(**TEXT)
+    assert ours == RewardModel.load(tiny_bundle, provider="cpu").score(**TEXT)
+
+
+@pytest.mark.skipif(not GOOD, reason="this processor has no instructions for int8 products")
+def test_int8_that_saw_no_texts_is_within_a_twentieth_of_a_standard_deviation(
+    uncertified: Path, tiny_bundle: Path
+) -> None:
+    rows = [json.loads(line) for line in (tiny_bundle / "golden.jsonl").read_text().splitlines()]
+    expected = np.array([row["rewards"][0] for row in rows if row["max_length"] is None])
+    model = RewardModel.load(uncertified, provider="cpu", precision="int8")
+    found = model.score_many([row["row"] for row in rows if row["max_length"] is None])
+    assert np.sqrt(np.mean((found - expected) ** 2)) / expected.std() < 0.05
+
+
+def test_an_uncertified_bundle_says_so(uncertified: Path) -> None:
+    manifest = json.loads((uncertified / "reward.json").read_text())
+    assert (manifest["uncertified"], manifest["certificates"]) == (True, [])
+    assert not (uncertified / "golden.jsonl").exists()
+    assert "  uncertified: never compared with torch (exported with --no-certify)" in run("inspect", uncertified).stdout
+
+
+def test_verify_refuses_an_uncertified_bundle(uncertified: Path) -> None:
+    with pytest.raises(BundleError, match="uncertified: exported with --no-certify, it has no rewards of torch"):
+        verify(RewardModel.load(uncertified, provider="cpu", precision="fp32"))
+    assert run("verify", uncertified, "--precision", "fp32").returncode == 2
+
+
+def test_golden_texts_and_no_certificate_are_refused_together(tmp_path: Path) -> None:
+    result = run("export", TINY, tmp_path / "bundle", "--no-certify", "--golden", tmp_path / "texts.jsonl")
+    assert result.returncode == 2
+    assert "--golden names texts to certify on; leave it or --no-certify out" in result.stderr
+
+
+def test_a_model_that_torch_has_no_memory_for_is_refused_before_it_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certify, "available_memory", lambda: 1_000_000)
+    steps: list[str] = []
+    with pytest.raises(CertificateError, match=r"0\.0 GB are free; .* --no-certify") as error:
+        pipeline.export(TINY, tmp_path / "bundle", progress=steps.append)
+    assert "\n" not in str(error.value)
+    assert steps == ["reading the checkpoint"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_left_is_the_smaller_of_the_machine_s_and_the_container_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certify, "CGROUP", tmp_path)
+    machine = certify.available_memory()
+    for name, text in (("max", "9000"), ("current", "8000"), ("stat", "anon 5000\ninactive_file 2500\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert certify.available_memory() == 3500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (certify.available_memory() is None) == (machine is None)
