@@ -3,7 +3,7 @@
     python benchmarks/big_checkpoint.py FOLDER [--shape 8b] [--precision int8]
 
 FOLDER needs room for the bfloat16 checkpoint (15 GB for 8b) and the graph beside it (9 GB in int8, 30 GB in fp32).
-Memory is what the export's process holds of its own (RssAnon of /proc/PID/status, sampled every 50 ms): pages of mapped files,
+Memory is what a process holds of its own (RssAnon of /proc/PID/status, sampled every 50 ms): pages of mapped files,
 which the system takes back when it wants, are not counted.
 """
 
