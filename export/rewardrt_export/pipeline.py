@@ -110,7 +110,6 @@ def export(
             progress("scoring the golden texts with torch")
             observe = calibration.observe if calibration is not None and not own_texts else None
             texts = score_golden(checkpoint, folder, golden, observe)
-            write_golden(folder / GOLDEN, texts)
         else:
             encode_texts(checkpoint, folder, None)  # compares template and tokenizer with transformers' all the same
         if calibration is not None and own_texts:
@@ -120,6 +119,8 @@ def export(
         for precision in precisions:
             progress(f"writing the {precision} graph")
             variants.append(_write_graph(graph, precision, calibration, folder))
+        if certified:
+            write_golden(folder / GOLDEN, texts)  # after the weights, whose reader says which of them are not finite
         manifest = _make_manifest(checkpoint, variants, folder, certified)
         write_manifest(folder, manifest)
         certificates = []
