@@ -17,7 +17,8 @@ import torch
 from rewardrt.errors import ExportError
 from rewardrt_export.quantize import Site, weight_name
 
-EXACT = 16  # channels kept in float32. On the 135M reference model 32 were no nearer to float32 than 16.
+# Channels kept in float32. On held-out pairs of the 135M reference model, 16 gave rms 0.035 std and 32 gave 0.028.
+EXACT = 32
 # The product of a gate and what it lets through has the widest range of all: 8 bits are not enough for it.
 TWO_PLANES = re.compile(r"\.(down_proj|w2|dense_4h_to_h|fc2|c_proj|fc_out|output\.dense)\.weight$")
 
