@@ -10,13 +10,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
 from rewardrt import RewardModel, bundle, prefix, reward_model
 from rewardrt.bundle import Bundle, Fidelity, read_bundle
 from rewardrt.errors import BundleError
 from rewardrt.processor import Processor, read_processor
+from rewardrt_export.calibrate import Calibration
 from rewardrt_export.pipeline import export
-from rewardrt_export.quantize import Site, quantize, quantize_weights
+from rewardrt_export.quantize import quantize, quantize_weights
+from rewardrt_export.rounding import column_steps, make_factor, round_weight
 from test_prefix import awkward_texts, rewards
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
@@ -52,44 +55,76 @@ def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
     return np.asarray(session.run(None, {"x": x})[0])
 
 
-def activations() -> np.ndarray:
-    x = RNG.standard_normal((2, 7, 96)).astype(np.float32)
-    x[..., [3, 50]] *= 40  # two channels like those of a language model
-    return x
+def activations(tokens: int = 14) -> np.ndarray:
+    """Make activations [2, tokens / 2, 96]: channels go together, and two are large, as in a language model."""
+    x = RNG.standard_normal((2, tokens // 2, 12)) @ RNG.standard_normal((12, 96))
+    x += 0.3 * RNG.standard_normal(x.shape)
+    x[..., [3, 50]] *= 40
+    return x.astype(np.float32)
 
 
 @needs_dot
 def test_a_product_is_its_formula() -> None:
     x, weight = activations(), RNG.standard_normal((96, 40)).astype(np.float32)
-    exact, rest = [3, 50], np.delete(np.arange(96), [3, 50])
-    scale = np.abs(x[..., rest]).max(-1, keepdims=True) / 127
-    steps = np.abs(weight[rest]).max(0) / 127
-    integers = np.rint(x[..., rest] / scale) @ np.rint(weight[rest] / steps)
-    expected = integers * steps * scale + x[..., exact] @ weight[exact]
-    found = run(quantize(product(weight), {"backbone.w": Site(tuple(exact))}), x)
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    in_steps = x / (np.abs(x).max(-1, keepdims=True) / 127)
+    planes = np.rint(in_steps) + np.rint((in_steps - np.rint(in_steps)) * 254) / 254
+    steps = np.abs(weight).max(0) / 127
+    expected = planes @ (np.rint(weight / steps) * steps) * (np.abs(x).max(-1, keepdims=True) / 127)
+    assert np.abs(planes - in_steps).max() <= 1 / 500  # 16 bits hold the activation
+    found = run(quantize(product(weight)), x)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @needs_dot
-def test_what_each_measure_is_worth() -> None:
-    x, weight = activations(), RNG.standard_normal((96, 40)).astype(np.float32)
-    true = x.astype(np.float64) @ weight
-    errors = {}
-    for name, site in {"plain": Site(), "exact": Site((3, 50)), "planes": Site((3, 50), planes=2)}.items():
-        found = run(quantize(product(weight), {"backbone.w": site}), x)
-        errors[name] = float(np.sqrt(np.mean((found - true) ** 2)) / true.std())
-    assert errors["exact"] < errors["plain"] / 5
-    integers = np.rint(weight / (np.abs(weight).max(0) / 127)) * (np.abs(weight).max(0) / 127)
-    integers[[3, 50]] = weight[[3, 50]]
-    weights_alone = float(np.sqrt(np.mean((x @ integers - true) ** 2)) / true.std())
-    assert errors["planes"] < 1.5 * weights_alone  # what is left is the weights' own rounding
+def test_compensated_rounding_keeps_the_product_nearer() -> None:
+    mix = RNG.standard_normal((12, 96))  # both sets have the same directions
+    texts, unseen = (
+        (RNG.standard_normal((2, 300, 12)) @ mix + 0.3 * RNG.standard_normal((2, 300, 96))).astype(np.float32)
+        for _ in range(2)
+    )
+    weight = RNG.standard_normal((96, 40)).astype(np.float32)
+    true = unseen.astype(np.float64) @ weight
+    factor = make_factor(texts.reshape(-1, 96))
+    errors = [
+        float(np.sqrt(np.mean((run(quantize(product(weight), how), unseen) - true) ** 2)))
+        for how in (lambda name: None, lambda name: factor)
+    ]
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_rounding_stays_in_range_and_survives_what_calibration_may_see() -> None:
+    weight = RNG.standard_normal((96, 40)).astype(np.float32)
+    weight[:, 7] = 0
+    steps = column_steps(weight)
+    seen = activations(20).reshape(-1, 96)  # fewer tokens than channels
+    dead = seen.copy()
+    dead[:, 10] = 0
+    for tokens in (seen, dead, np.zeros((5, 96), np.float32), np.zeros((0, 96), np.float32)):
+        rounded = round_weight(weight, steps, make_factor(tokens))
+        assert rounded.min() >= -127
+        assert (rounded[:, 7] == 0).all()
+        assert np.abs(rounded * steps - weight).max() < 12 * steps.max()
+    nothing = round_weight(weight, steps, make_factor(np.zeros((5, 96), np.float32)))
+    assert (nothing == round_weight(weight, steps, None)).all()  # no text, no reason to move a row
+
+
+def test_calibration_keeps_one_copy_of_what_layers_share() -> None:
+    calibration = Calibration()
+    first, second = torch.randn(1, 30, 8), torch.randn(1, 30, 8)
+    for name, seen in (("q", first), ("k", first), ("o", second), ("q", second), ("k", second), ("o", first)):
+        calibration.observe(name, seen)
+    q, k, o = (calibration.factor(f"backbone.{name}.weight") for name in "qko")
+    assert q is not None and o is not None
+    assert k is not None and (k.upper == q.upper).all()
+    expected = make_factor(torch.cat([first[0], second[0]]).to(torch.bfloat16).float().numpy())
+    assert (q.upper == expected.upper).all()
+    assert calibration.factor("backbone.never.weight") is None
 
 
 @needs_dot
 def test_a_token_of_zeros_stays_zero() -> None:
     weight = RNG.standard_normal((96, 8)).astype(np.float32)
-    found = run(quantize(product(weight), {"backbone.w": Site((1,), planes=2)}), np.zeros((1, 3, 96), np.float32))
-    assert (found == 0).all()
+    assert (run(quantize(product(weight)), np.zeros((1, 3, 96), np.float32)) == 0).all()
 
 
 @pytest.mark.parametrize(("bits", "rows"), [(8, 96), (4, 96), (8, 50), (4, 50)])

@@ -1,57 +1,46 @@
-"""What a backbone's weights are multiplied with: seen while torch scores the calibration texts, layer by layer.
+"""What a backbone's weights are multiplied with: kept while torch scores the calibration texts, layer by layer.
 
-A few channels of an activation carry values many times larger than the rest, in every text and at the same places:
-those are the ones that `quantize` keeps exact.
+Weights are rounded by it: see `rounding`.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-
 import numpy as np
-import numpy.typing as npt
-import onnx_ir as ir
 import torch
 
-from rewardrt.errors import ExportError
-from rewardrt_export.quantize import Site, weight_name
+from rewardrt_export.rounding import Factor, make_factor
 
-# Channels kept in float32. On held-out pairs of the 135M reference model, 16 gave rms 0.035 std and 32 gave 0.028.
-EXACT = 32
-# The product of a gate and what it lets through has the widest range of all: 8 bits are not enough for it.
-TWO_PLANES = re.compile(r"\.(down_proj|w2|dense_4h_to_h|fc2|c_proj|fc_out|output\.dense)\.weight$")
+# The most that is kept of one activation. It takes tokens * K * 2 bytes for each: 200 KB a token at 135M parameters,
+# 800 KB at 1.5B.
+TOKENS = 4_096
 
 
-@dataclass
 class Calibration:
-    """The largest absolute value of each channel, float32 [K], of what each weight is multiplied with."""
+    """The inputs of each linear layer, one token after the other, as bfloat16 [tokens, K]."""
 
-    largest: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        """Start with none."""
+        self._parts: dict[str, list[torch.Tensor]] = {}
+        self._owner: dict[str, str] = {}  # by layer: the first of those that read the same activation
+        self._last: tuple[torch.Tensor, str] | None = None  # what was seen last, and its owner
+        self._made: tuple[str, Factor] | None = None  # layers that share an activation are written in a row
 
     def observe(self, name: str, activation: torch.Tensor) -> None:
         """Take in one activation [..., K] of the layer whose weight is `name`.weight."""
-        found = activation.detach().abs().reshape(-1, activation.shape[-1]).amax(0).float().numpy()
-        known = self.largest.get(f"backbone.{name}.weight")
-        self.largest[f"backbone.{name}.weight"] = found if known is None else np.maximum(known, found)
+        if self._last is None or self._last[0] is not activation:
+            self._last = (activation, self._owner.get(name, name))
+        owner = self._owner.setdefault(name, self._last[1])
+        parts = self._parts.setdefault(owner, [])
+        room = TOKENS - sum(map(len, parts))
+        if owner == name and room > 0:
+            parts.append(activation.detach().reshape(-1, activation.shape[-1])[:room].to(torch.bfloat16, copy=True))
 
-    def sites(self) -> dict[str, Site]:
-        """Return how to quantize the products with each weight. Raises ExportError where no text was seen."""
-        if not self.largest:
-            raise ExportError("int8: the backbone has no linear layers that calibration texts went through")
-        return {name: _site(name, largest) for name, largest in self.largest.items()}
-
-
-def sites_without_texts(graph: ir.Model) -> dict[str, Site]:
-    """Return how to quantize all products of a graph when no text was seen: two planes, and no channel is exact.
-
-    Which channels are large is then not known; two planes hold them beside the rest, at twice the integer products.
-    """
-    names = (weight_name(node) for node in graph.graph)
-    return {name: Site(planes=2) for name in names if name is not None}
-
-
-def _site(name: str, largest: npt.NDArray[np.float32]) -> Site:
-    count = min(EXACT, len(largest) // 8)
-    exact = np.argsort(largest, kind="stable")[len(largest) - count :]
-    return Site(tuple(sorted(exact.tolist())), 2 if TWO_PLANES.search(name) else 1)
+    def factor(self, weight: str) -> Factor | None:
+        """Return what the weight of this name in the graph is rounded by; None where no text went through its layer."""
+        owner = self._owner.get(weight.removeprefix("backbone.").removesuffix(".weight"))
+        if owner is None:
+            return None
+        if self._made is None or self._made[0] != owner:
+            seen = torch.cat(self._parts[owner]).float().numpy()
+            self._made = (owner, make_factor(seen[np.isfinite(seen).all(axis=1)]))
+        return self._made[1]

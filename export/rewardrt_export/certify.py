@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from rewardrt import RewardModel
 from rewardrt.bundle import TOKENIZER, Certificate, Fidelity
@@ -150,7 +151,7 @@ def score_with_torch(
     seen = set(range(len(texts))[observed]) if observe is not None else set()
     watching = _Watch(observe)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and observe is not None:
+        if isinstance(module, torch.nn.Linear | Conv1D) and observe is not None:
             module.register_forward_pre_hook(partial(watching.see, name))
     head = checkpoint.head()
     head.load_state_dict({name: read() for name, read in head.sources.items()}, strict=True, assign=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from rewardrt.errors import ExportError
-from rewardrt_export.calibrate import Calibration, sites_without_texts
+from rewardrt_export.calibrate import Calibration
 from rewardrt_export.quantize import quantize, quantize_weights
 from rewardrt_export.storage import store
 
@@ -44,7 +44,7 @@ PRECISIONS: dict[str, Precision] = {
     ),
     "int8": Precision(
         "integer products, each token by itself: fast on a CPU",
-        lambda graph, calibration: quantize(graph, calibration.sites() if calibration else sites_without_texts(graph)),
+        lambda graph, calibration: quantize(graph, calibration.factor) if calibration else quantize(graph),
         calibrated=True,
         rounds=True,
         needs=INTEGER_DOT,

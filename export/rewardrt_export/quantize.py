@@ -2,13 +2,13 @@
 
 Of a product x W, x [tokens, K] float32, W [K, N]:
 
-    s    = max |x| of a token / 127                        [tokens, 1], over the channels that are not exact
-    y    = s * (q(x / s) Q * w + (x / s)[exact] W[exact])  Q int8 [K, N] with a scale w [N] for each column
+    s = max |x| of a token / 127                           [tokens, 1]
+    y = s * (q(x / s) Q * w + q(rest / f) Q * w * f)       Q int8 [K, N] with a step w [N] for each column
 
 - A token is scaled by its own values alone, so that its result does not depend on what is in the batch.
-- A few channels carry values many times larger than the rest. They, and the rows of W that they meet, stay float32, and
-  do not count for s (as in LLM.int8(), Dettmers et al. 2022, but chosen once, from the calibration texts).
-- Where 8 bits are too few all the same, x is given in two planes: what the first left over is rounded again.
+- A few channels of a language model carry values many times larger than the rest, so 8 bits of a scale for all of them
+  are too few. x is given in two planes: rest = x / s - q(x / s), what the first left over, is rounded again in steps of
+  f. Together they hold 16 bits of x, and what remains is the weights' own rounding: see `rounding`.
 
 Activations are unsigned with a zero point of 128: onnxruntime's kernels for signed ones are many times slower.
 """
@@ -16,8 +16,7 @@ Activations are unsigned with a zero point of 128: onnxruntime's kernels for sig
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -27,6 +26,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
 
+from rewardrt.errors import ExportError
+from rewardrt_export.rounding import Factor, column_steps, round_weight
+
 Floats = npt.NDArray[np.float32]
 
 FINER = 1 / 254  # the step of the second plane: half a step of the first is 127 of its own
@@ -34,26 +36,21 @@ BLOCK = 32  # rows of a weight that share a step, where only weights are rounded
 TINY = 1e-30  # of a token whose channels are all 0: it is divided by
 
 
-@dataclass(frozen=True)
-class Site:
-    """How the products that read one activation are quantized."""
+def quantize(model: ir.Model, factor: Callable[[str], Factor | None] = lambda weight: None) -> ir.Model:
+    """Replace the backbone's products with weights, in place. Weights are read again when the model is saved.
 
-    exact: tuple[int, ...] = ()  # channels that stay float32
-    planes: int = 1  # 8 bits each
-
-
-def quantize(model: ir.Model, sites: Mapping[str, Site]) -> ir.Model:
-    """Replace the products with the weights named in `sites`, in place. Weights are read again when the model is saved.
-
-    Products of one activation share its `Site`: it is quantized once for all of them.
+    `factor` gives what `rounding.round_weight` compensates errors by, for the name of a weight; None rounds to nearest.
+    Products of one activation share its planes. Raises ExportError where there are no such products.
     """
     model.opset_imports["com.microsoft"] = 1
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
-        if weight_name(node) in sites:
+        if weight_name(node) is not None:
             readers.setdefault(_input(node, 0), []).append(node)
+    if not readers:
+        raise ExportError("int8: the backbone has no products with weights; export it in another precision")
     for activation, nodes in readers.items():
-        _Quantizer(model.graph, nodes, sites[str(weight_name(nodes[0]))]).replace(activation)
+        _Quantizer(model.graph, nodes, factor).replace(activation)
     common_passes.RemoveUnusedNodesPass()(model)
     return model
 
@@ -71,21 +68,16 @@ def weight_name(node: ir.Node) -> str | None:
 class _Quantizer:
     """Writes the nodes that stand for the products `nodes` of one activation."""
 
-    def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], site: Site) -> None:
+    def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], factor: Callable[[str], Factor | None]) -> None:
         self.graph = graph
         self.nodes = nodes
-        self.site = site
+        self.factor = factor
         self.tape = Tape()
 
     def replace(self, activation: ir.Value) -> None:
         scale = self._scale(activation)  # [batch, tokens, 1]
-        in_steps = self._op("Mul", activation, self._op("Reciprocal", scale))
-        planes = self._planes(in_steps)
-        exact = None
-        if self.site.exact:
-            exact = self._op("Gather", in_steps, self._constant("exact", np.array(self.site.exact)), axis=-1)
-        results = [self._product(_input(node, 1), planes, exact) for node in self.nodes]
-        results = [self._op("Mul", result, scale) for result in results]
+        planes = self._planes(self._op("Mul", activation, self._op("Reciprocal", scale)))
+        results = [self._op("Mul", self._product(_input(node, 1), planes), scale) for node in self.nodes]
         self.graph.insert_before(self.nodes[0], self.tape.nodes)
         for node, result in zip(self.nodes, results, strict=True):
             result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
@@ -94,63 +86,40 @@ class _Quantizer:
 
     def _scale(self, activation: ir.Value) -> ir.Value:
         """Return the step of each token: 1/127 of its largest value."""
-        counted = activation
-        if self.site.exact and self.site.planes == 1:
-            mask = np.ones(self._channels, np.float32)
-            mask[list(self.site.exact)] = 0
-            counted = self._op("Mul", activation, self._constant("counted", mask))
         axis = self._constant("axis", np.array([-1]))
-        highest, lowest = self._op("ReduceMax", counted, axis), self._op("ReduceMin", counted, axis)
+        highest, lowest = self._op("ReduceMax", activation, axis), self._op("ReduceMin", activation, axis)
         largest = self._op("Max", highest, self._op("Neg", lowest), self._constant("tiny", np.float32(TINY)))
         return self._op("Mul", largest, self._constant("step", np.float32(1 / 127)))
 
-    def _planes(self, in_steps: ir.Value) -> list[tuple[ir.Value, float]]:
-        """Return the planes of an activation, uint8 around 128, and the size of each one's steps."""
-        one, zero = self._constant("unit", np.float32(1)), self._constant("zero", np.uint8(128))
+    def _planes(self, in_steps: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+        """Return the two planes of an activation, uint8 around 128, and the size of each one's steps."""
+        one, finer = self._constant("unit", np.float32(1)), self._constant("unit", np.float32(FINER))
+        zero = self._constant("zero", np.uint8(128))
         first = self._op("QuantizeLinear", in_steps, one, zero)
-        if self.site.planes == 1:
-            return [(first, 1.0)]
         # What rounding left over is at most half a step.
         rest = self._op("Sub", in_steps, self._op("DequantizeLinear", first, one, zero))
-        return [
-            (first, 1.0),
-            (self._op("QuantizeLinear", rest, self._constant("unit", np.float32(FINER)), zero), FINER),
-        ]
+        return [(first, one), (self._op("QuantizeLinear", rest, finer, zero), finer)]
 
-    def _product(self, weight: ir.Value, planes: Sequence[tuple[ir.Value, float]], exact: ir.Value | None) -> ir.Value:
+    def _product(self, weight: ir.Value, planes: Sequence[tuple[ir.Value, ir.Value]]) -> ir.Value:
         """Return the product in units of the token's scale."""
         stored = weight.const_value
         assert stored is not None and weight.name is not None
-        rows = list(self.site.exact)
-        steps = column_steps(stored, rows)
-        integers = ir.LazyTensor(
-            partial(_rounded, stored, steps, rows),
-            dtype=ir.DataType.INT8,
-            shape=ir.Shape(stored.shape.numpy()),
-            name=f"{weight.name}.int8",
+        steps = column_steps(stored.numpy())
+        integers = self._initializer(
+            ir.LazyTensor(
+                partial(_integers, stored, steps, self.factor),
+                dtype=ir.DataType.INT8,
+                shape=ir.Shape(stored.shape.numpy()),
+                name=f"{weight.name}.int8",
+            )
         )
-        total = None
-        for plane, unit in planes:
-            inputs = [
-                plane,
-                self._initializer(integers),
-                self._constant("unit", np.float32(unit)),
-                self._initializer(ir.tensor(steps, name=f"{weight.name}.steps")),
-                self._constant("zero", np.uint8(128)),
-            ]
-            product = self.tape.op("MatMulIntegerToFloat", inputs, domain="com.microsoft")
-            total = product if total is None else self._op("Add", total, product)
-        assert total is not None
-        if exact is not None:
-            kept = ir.tensor(np.ascontiguousarray(stored.numpy()[rows]), name=f"{weight.name}.exact")
-            total = self._op("Add", total, self._op("MatMul", exact, self._initializer(kept)))
-        return total
-
-    @property
-    def _channels(self) -> int:
-        weight = _input(self.nodes[0], 1).const_value
-        assert weight is not None
-        return weight.shape.numpy()[0]
+        columns = self._initializer(ir.tensor(steps, name=f"{weight.name}.steps"))
+        zero = self._constant("zero", np.uint8(128))
+        first, second = (
+            self.tape.op("MatMulIntegerToFloat", [plane, integers, unit, columns, zero], domain="com.microsoft")
+            for plane, unit in planes
+        )
+        return self._op("Add", first, second)
 
     def _op(self, kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         return self.tape.op(kind, inputs, attributes)
@@ -176,17 +145,9 @@ def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return graph.initializers[tensor.name]
 
 
-def column_steps(weight: ir.TensorProtocol, exact: Sequence[int]) -> Floats:
-    """Return the step of each column of a weight [K, N]: 1/127 of its largest value outside of the rows `exact`."""
-    rest = np.abs(np.delete(weight.numpy(), list(exact), axis=0))
-    return np.maximum(rest.max(axis=0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
-
-
-def _rounded(weight: ir.TensorProtocol, steps: Floats, exact: Sequence[int]) -> ir.TensorProtocol:
-    """Return the weight [K, N] in steps, int8, with 0 in the rows `exact`."""
-    integers = np.rint(weight.numpy() / steps)
-    integers[list(exact)] = 0
-    return ir.tensor(integers.astype(np.int8), name=f"{weight.name}.int8")
+def _integers(weight: ir.TensorProtocol, steps: Floats, factor: Callable[[str], Factor | None]) -> ir.TensorProtocol:
+    assert weight.name is not None
+    return ir.tensor(round_weight(weight.numpy(), steps, factor(weight.name)), name=f"{weight.name}.int8")
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:
