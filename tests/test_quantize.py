@@ -92,6 +92,16 @@ def test_compensated_rounding_keeps_the_product_nearer() -> None:
     assert errors[1] < 0.6 * errors[0]
 
 
+def test_the_factor_is_that_of_the_inverse_of_the_moments() -> None:
+    seen = activations(600).reshape(-1, 96).astype(np.float64)
+    moments = seen.T @ seen
+    moments[np.diag_indices(96)] += 0.01 * np.diagonal(seen.T @ seen).mean()
+    factor = make_factor(seen.astype(np.float32))
+    inverse = np.linalg.inv(moments[np.ix_(factor.order, factor.order)])
+    assert np.abs(factor.upper.T @ factor.upper - inverse).max() < 1e-4 * np.abs(inverse).max()
+    assert (np.tril(factor.upper, -1) == 0).all()
+
+
 def test_rounding_stays_in_range_and_survives_what_calibration_may_see() -> None:
     weight = RNG.standard_normal((96, 40)).astype(np.float32)
     weight[:, 7] = 0

@@ -35,7 +35,7 @@ from rewardrt.errors import ExportError
 from rewardrt.spec import PoolingRule
 from rewardrt.verify import GoldenText, write_golden
 from rewardrt_export.backbone import meta_backbone
-from rewardrt_export.calibrate import Calibration
+from rewardrt_export.calibrate import TOKENS, Calibration
 from rewardrt_export.certify import (
     certify,
     check_memory,
@@ -114,7 +114,9 @@ def export(
             encode_texts(checkpoint, folder, None)  # compares template and tokenizer with transformers' all the same
         if calibration is not None and own_texts:
             progress(f"calibrating on {calibrate}")
-            score_with_torch(checkpoint, encode_texts(checkpoint, folder, calibrate)[1], observe=calibration.observe)
+            seen = encode_texts(checkpoint, folder, calibrate)[1]
+            every = -(-sum(text.needed for text in seen) // TOKENS)  # of so many texts, one: no more are kept
+            score_with_torch(checkpoint, seen[:: max(every, 1)], observe=calibration.observe)
         variants = []
         for precision in precisions:
             progress(f"writing the {precision} graph")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -36,7 +37,10 @@ def make_factor(activations: Floats) -> Factor:
     order = np.argsort(-diagonal, kind="stable")
     moments = moments[np.ix_(order, order)]
     moments[np.diag_indices_from(moments)] += DAMPING * diagonal.mean() or 1.0  # 1 where all were 0
-    return Factor(order, np.linalg.cholesky(np.linalg.inv(moments)).T)
+    # With rows and columns in reverse, H = L L^T; then U is L^-1, reversed again.
+    lower = torch.linalg.cholesky(torch.from_numpy(moments).flip(0, 1))
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+    return Factor(order, inverse.flip(0, 1).numpy())
 
 
 def column_steps(weight: Floats) -> Floats:
