@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ def server(tiny_bundle: Path) -> Iterator[Running]:
         yield running
 
 
-@pytest.fixture
-def page(server: Running) -> Iterator[Any]:
-    """A page of the server, which fails the test when it asks anybody else for something."""
+@contextmanager
+def opened(server: Running) -> Iterator[Any]:
+    """Open the page of a server; fails when it asks anybody else for something."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine")
@@ -52,6 +53,12 @@ def page(server: Running) -> Iterator[Any]:
         assert [url for url in asked if not url.startswith((server.url, "data:"))] == []
         assert faults == []
         browser.close()
+
+
+@pytest.fixture
+def page(server: Running) -> Iterator[Any]:
+    with opened(server) as page:
+        yield page
 
 
 def fill(page: Any) -> None:

@@ -42,6 +42,7 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
     multiple=True,
     help="Precision of the graph: fp32, bf16, fp16, int8, weights8 or weights4; again for several.  [default: fp32]",
 )
+@click.option("--token-rewards", is_flag=True, help="Have the graphs give the reward after every token, to look at.")
 @click.option("--golden", type=click.Path(path_type=Path), help="JSONL rows to certify on, at least 16 texts.")
 @click.option(
     "--calibrate", type=click.Path(path_type=Path), help="JSONL rows to calibrate int8 on.  [default: golden texts]"
@@ -63,6 +64,7 @@ def export(
     weights: tuple[float, ...],
     normalize: bool,
     precisions: tuple[str, ...],
+    token_rewards: bool,
     golden: Path | None,
     calibrate: Path | None,
     certified: bool,
@@ -109,6 +111,7 @@ def export(
         weights=weights,
         normalise=normalize,
         precisions=precisions or ("fp32",),
+        token_rewards=token_rewards,
         golden=golden,
         calibrate=calibrate,
         certified=certified,

@@ -65,6 +65,7 @@ def export(
     weights: Sequence[float] = (),
     normalise: bool = False,
     precisions: Sequence[str] = ("fp32",),
+    token_rewards: bool = False,
     golden: Path | None = None,
     calibrate: Path | None = None,
     certified: bool = True,
@@ -75,7 +76,8 @@ def export(
 
     `source` may be a LoRA adapter; `base` is then its base's folder, unless adapter_config.json names one that is here.
     `precisions` are names of `precision.PRECISIONS`: a graph each. int8 is calibrated on the texts of the JSONL file
-    `calibrate`, or else on every other one of the golden texts. Without `certified` the torch model scores nothing,
+    `calibrate`, or else on every other one of the golden texts. With `token_rewards` the graphs also give the reward
+    after every token, where a model reads one answer at one token. Without `certified` the torch model scores nothing,
     except the texts of `calibrate`: the bundle has no golden texts and says that it is uncertified.
 
     Raises a RewardRTError and leaves nothing behind when any step fails. An existing `target` is replaced only with
@@ -102,7 +104,7 @@ def export(
     target = Path(target)
     with _workplace(target, force) as folder:
         progress(f"tracing {checkpoint.source.architecture} ({checkpoint.spec.backbone})")
-        graph = _make_graph(checkpoint)
+        graph = _make_graph(checkpoint, token_rewards)
         _write_text_files(checkpoint, folder)
         calibration = Calibration() if calibrated and (certified or own_texts) else None
         texts: list[GoldenText] = []
@@ -137,9 +139,10 @@ def export(
         return _move(folder, target)
 
 
-def _make_graph(checkpoint: Checkpoint) -> ir.Model:
+def _make_graph(checkpoint: Checkpoint, token_rewards: bool) -> ir.Model:
     head, config = checkpoint.head(), checkpoint.source.config
-    model = trace(meta_backbone(config, attention_name(config, checkpoint.spec.causal)), head)
+    backbone = meta_backbone(config, attention_name(config, checkpoint.spec.causal))
+    model = trace(backbone, head, every_token=token_rewards)
     weights = {f"backbone.{name}": source.read for name, source in checkpoint.backbone.sources.items()}
     return lower(model, weights | {f"head.{name}": read for name, read in head.sources.items()})
 

@@ -245,12 +245,16 @@ def attention_name(config: PretrainedConfig, causal: bool) -> str:
 
 
 class CausalGraph(nn.Module):
-    """What is traced of a decoder: backbone over a past and new tokens, states at the taps, heads."""
+    """What is traced of a decoder: backbone over a past and new tokens, states at the taps, heads.
 
-    def __init__(self, backbone: PreTrainedModel, head: RewardHead) -> None:
+    With `every_token`, the heads over the state of every token too.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, head: RewardHead, every_token: bool) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.every_token = every_token
 
     def forward(
         self,
@@ -274,7 +278,10 @@ class CausalGraph(nn.Module):
             every = self.head({spec.taps[0].name: hidden})  # [batch, tokens, outputs]
             rewards: tuple[torch.Tensor, ...] = (every[torch.arange(batch), lengths - 1], every)
         else:
+            # The reward itself is not taken from those of all tokens: it has the same bits in a graph without them.
             rewards = (self.head(tap_states(spec, hidden, lengths, positions)),)
+            if self.every_token:
+                rewards += (self.head({spec.taps[0].name: hidden}),)
         return (*rewards, *[tensor for layer in range(len(past_keys)) for tensor in _prefix.present[layer]])
 
 
@@ -375,12 +382,12 @@ class _Signature:
     output_names: list[str]
 
 
-def _signature(spec: Spec, config: PretrainedConfig) -> _Signature:
+def _signature(spec: Spec, config: PretrainedConfig, every_token: bool) -> _Signature:
     """Make the signature of a spec's graph; to be called where fake tensors are made."""
     batch, tokens, past = (torch.export.Dim(name) for name in ("batch", "tokens", "past"))
     inputs: dict[str, Any] = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "lengths": torch.full((2,), 5)}
     axes: dict[str, Any] = {"input_ids": {0: batch, 1: tokens}, "lengths": {0: batch}}
-    names, outputs = ["input_ids", "lengths"], ["rewards", *(["token_rewards"] if spec.input == "steps" else [])]
+    names, outputs = ["input_ids", "lengths"], ["rewards", *(["token_rewards"] if every_token else [])]
     if spec.causal:
         shape = AttentionShape.of(config)
         layers = range(shape.layers)
@@ -401,17 +408,27 @@ def _signature(spec: Spec, config: PretrainedConfig) -> _Signature:
     return _Signature(inputs, axes, names, outputs)
 
 
-def trace(backbone: PreTrainedModel, head: RewardHead) -> ir.Model:
+def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = False) -> ir.Model:
     """Trace backbone and heads into one graph with dynamic batch, tokens and, of a decoder, past.
+
+    The graph of a model that rewards steps has the output `token_rewards`; `every_token` asks for it of any decoder
+    that reads one answer at one token.
 
     `backbone` comes from `meta_backbone(config, attention_name(...))`; both lose their meta tensors to fake ones. The
     initializers of the result are named `backbone.*` and `head.*` and have no data yet. Raises TraceError.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    graph = (CausalGraph if head.spec.causal else EncoderGraph)(backbone, head).eval()
+    spec = head.spec
+    if every_token and (not spec.causal or len(spec.taps) > 1 or spec.taps[0].rule == "mean" or spec.input != "single"):
+        raise TraceError(
+            f"token rewards: the {spec.family} spec does not read one answer's reward at one token of a decoder; "
+            "export it without"
+        )
+    every_token = every_token or spec.input == "steps"
+    graph = (CausalGraph(backbone, head, every_token) if spec.causal else EncoderGraph(backbone, head)).eval()
     fill_with_fakes(graph, mode)
     with mode, _quiet():
-        signature = _signature(head.spec, backbone.config)
+        signature = _signature(spec, backbone.config, every_token)
         try:
             program = torch.onnx.export(
                 graph,

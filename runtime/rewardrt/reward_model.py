@@ -289,13 +289,18 @@ class RewardModel:
     def token_rewards(self, text: EncodedText, *, normalize: bool | None = None) -> Values:
         """Return the reward after every token of a text, [tokens] float32, where the graph has them.
 
+        Tokens are those up to the one that the text's own reward is read at.
         Raises RewardRTError where it has not, and InferenceError.
         """
         if not self.session.has_token_rewards:
             raise RewardRTError("this bundle has no rewards of tokens")
-        batch = make_batch([text], causal=False, with_positions=False)
-        (rewards,) = self.session.run(batch.input_ids, batch.lengths, output="token_rewards")
-        normalised = _normalised(_finite(rewards[:, 0]), self._normalisation(normalize))
+        past, start, found = None, 0, []
+        for end in chunk_ends(0, text):
+            keep = end < text.needed
+            part = self.session.run_part(text.ids[None, start:end], past=past, keep=keep, output="token_rewards")
+            past, start = part.values, end
+            found.append(part.rewards[0, :, 0])
+        normalised = _normalised(_finite(np.concatenate(found)), self._normalisation(normalize))
         if isinstance(normalised, InferenceError):
             raise normalised
         return normalised
