@@ -1,6 +1,8 @@
 """Results of the benchmark as a page, a picture and a table; nothing is measured here.
 
 python benchmarks/report.py results.json docs/performance.md     writes docs/performance.svg beside it
+
+What a reader must know of a run goes into results.json as "remark", and from there onto the page.
 """
 
 from __future__ import annotations
@@ -236,6 +238,7 @@ def page(results: Results, picture: str) -> str:
         f"{settings['max_length']:,} tokens, and take turns; a rate is the median of {settings['rounds']} "
         f"round{'s' if settings['rounds'] > 1 else ''} and counts the tokens of the texts as they are, without padding "
         "and whether or not a prefix was computed once for several of them.",
+        *(["", results["remark"]] if "remark" in results else []),
         "",
         "## What it must show",
         "",
