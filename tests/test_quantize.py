@@ -14,7 +14,7 @@ import torch
 
 from rewardrt import RewardModel, bundle, prefix, reward_model
 from rewardrt.bundle import Bundle, Fidelity, read_bundle
-from rewardrt.errors import BundleError
+from rewardrt.errors import BundleError, ExportError
 from rewardrt.processor import Processor, read_processor
 from rewardrt_export.calibrate import Calibration
 from rewardrt_export.pipeline import export
@@ -129,6 +129,20 @@ def test_calibration_keeps_one_copy_of_what_layers_share() -> None:
     expected = make_factor(torch.cat([first[0], second[0]]).to(torch.bfloat16).float().numpy())
     assert (q.upper == expected.upper).all()
     assert calibration.factor("backbone.never.weight") is None
+    assert calibration.weights == {f"backbone.{name}.weight" for name in "qko"}
+
+
+def test_tokens_that_overflow_do_not_count_and_weights_that_no_text_met_stay() -> None:
+    calibration = Calibration()
+    seen = torch.randn(1, 30, 96)
+    calibration.observe("q", seen)
+    odd = torch.cat([seen[0], torch.full((1, 96), 1e30), torch.full((1, 96), float("nan"))])
+    calibration.observe("o", odd)
+    q, o = (calibration.factor(f"backbone.{name}.weight") for name in "qo")
+    assert q is not None and o is not None
+    assert (o.upper == q.upper).all()
+    with pytest.raises(ExportError, match="no products with weights"):
+        quantize(product(RNG.standard_normal((96, 8)).astype(np.float32)), calibration.factor, calibration.weights)
 
 
 @needs_dot

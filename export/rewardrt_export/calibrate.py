@@ -13,6 +13,7 @@ from rewardrt_export.rounding import Factor, make_factor
 # The most that is kept of one activation. It takes tokens * K * 2 bytes for each: 200 KB a token at 135M parameters,
 # 800 KB at 1.5B.
 TOKENS = 4_096
+LARGEST = 1e15  # tokens with larger values are left out: sums of their squares are no float32
 
 
 class Calibration:
@@ -35,6 +36,11 @@ class Calibration:
         if owner == name and room > 0:
             parts.append(activation.detach().reshape(-1, activation.shape[-1])[:room].to(torch.bfloat16, copy=True))
 
+    @property
+    def weights(self) -> set[str]:
+        """The weights, by their names in the graph, of the layers that texts went through."""
+        return {f"backbone.{name}.weight" for name in self._owner}
+
     def factor(self, weight: str) -> Factor | None:
         """Return what the weight of this name in the graph is rounded by; None where no text went through its layer."""
         owner = self._owner.get(weight.removeprefix("backbone.").removesuffix(".weight"))
@@ -42,5 +48,6 @@ class Calibration:
             return None
         if self._made is None or self._made[0] != owner:
             seen = torch.cat(self._parts[owner]).float().numpy()
-            self._made = (owner, make_factor(seen[np.isfinite(seen).all(axis=1)]))
+            usable = (np.abs(seen) < LARGEST).all(axis=1)  # False of NaN, too
+            self._made = (owner, make_factor(seen[usable]))
         return self._made[1]

@@ -44,7 +44,9 @@ PRECISIONS: dict[str, Precision] = {
     ),
     "int8": Precision(
         "integer products, each token by itself: fast on a CPU",
-        lambda graph, calibration: quantize(graph, calibration.factor) if calibration else quantize(graph),
+        lambda graph, calibration: (
+            quantize(graph, calibration.factor, calibration.weights) if calibration else quantize(graph)
+        ),
         calibrated=True,
         rounds=True,
         needs=INTEGER_DOT,

@@ -16,7 +16,7 @@ Activations are unsigned with a zero point of 128: onnxruntime's kernels for sig
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -36,16 +36,22 @@ BLOCK = 32  # rows of a weight that share a step, where only weights are rounded
 TINY = 1e-30  # of a token whose channels are all 0: it is divided by
 
 
-def quantize(model: ir.Model, factor: Callable[[str], Factor | None] = lambda weight: None) -> ir.Model:
-    """Replace the backbone's products with weights, in place. Weights are read again when the model is saved.
+def quantize(
+    model: ir.Model,
+    factor: Callable[[str], Factor | None] = lambda weight: None,
+    weights: Collection[str] | None = None,
+) -> ir.Model:
+    """Replace the products with the backbone's `weights` (by name; None: all of them), in place.
 
     `factor` gives what `rounding.round_weight` compensates errors by, for the name of a weight; None rounds to nearest.
-    Products of one activation share its planes. Raises ExportError where there are no such products.
+    Products of one activation share its planes. Weights are read again when the model is saved.
+    Raises ExportError where there are no such products.
     """
     model.opset_imports["com.microsoft"] = 1
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
-        if weight_name(node) is not None:
+        name = weight_name(node)
+        if name is not None and (weights is None or name in weights):
             readers.setdefault(_input(node, 0), []).append(node)
     if not readers:
         raise ExportError("int8: the backbone has no products with weights; export it in another precision")
