@@ -5,6 +5,8 @@ Weights are rounded by it: see `rounding`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 
@@ -21,31 +23,30 @@ class Calibration:
 
     def __init__(self) -> None:
         """Start with none."""
-        self._parts: dict[str, list[torch.Tensor]] = {}
-        self._owner: dict[str, str] = {}  # by layer: the first of those that read the same activation
+        self._parts: dict[str, list[torch.Tensor]] = {}  # by weight, as all that follow
+        self._owner: dict[str, str] = {}  # the first of those that are multiplied with the same activation
         self._last: tuple[torch.Tensor, str] | None = None  # what was seen last, and its owner
-        self._made: tuple[str, Factor] | None = None  # layers that share an activation are written in a row
+        self._made: tuple[str, Factor] | None = None  # weights that share an activation are written in a row
 
     def observe(self, name: str, activation: torch.Tensor) -> None:
         """Take in one activation [..., K] of the layer whose weight is `name`.weight."""
+        weight = f"backbone.{name}.weight"
         if self._last is None or self._last[0] is not activation:
-            self._last = (activation, self._owner.get(name, name))
-        owner = self._owner.setdefault(name, self._last[1])
+            self._last = (activation, self._owner.get(weight, weight))
+        owner = self._owner.setdefault(weight, self._last[1])
         parts = self._parts.setdefault(owner, [])
         room = TOKENS - sum(map(len, parts))
-        if owner == name and room > 0:
+        if owner == weight and room > 0:
             parts.append(activation.detach().reshape(-1, activation.shape[-1])[:room].to(torch.bfloat16, copy=True))
 
     @property
-    def weights(self) -> set[str]:
+    def weights(self) -> Collection[str]:
         """The weights, by their names in the graph, of the layers that texts went through."""
-        return {f"backbone.{name}.weight" for name in self._owner}
+        return self._owner.keys()
 
-    def factor(self, weight: str) -> Factor | None:
-        """Return what the weight of this name in the graph is rounded by; None where no text went through its layer."""
-        owner = self._owner.get(weight.removeprefix("backbone.").removesuffix(".weight"))
-        if owner is None:
-            return None
+    def factor(self, weight: str) -> Factor:
+        """Return what one of `weights` is rounded by."""
+        owner = self._owner[weight]
         if self._made is None or self._made[0] != owner:
             seen = torch.cat(self._parts[owner]).float().numpy()
             usable = (np.abs(seen) < LARGEST).all(axis=1)  # False of NaN, too

@@ -118,7 +118,7 @@ def export(
             progress(f"calibrating on {calibrate}")
             seen = encode_texts(checkpoint, folder, calibrate)[1]
             every = -(-sum(text.needed for text in seen) // TOKENS)  # of so many texts, one: no more are kept
-            score_with_torch(checkpoint, seen[:: max(every, 1)], observe=calibration.observe)
+            score_with_torch(checkpoint, seen[::every], observe=calibration.observe)
         variants = []
         for precision in precisions:
             progress(f"writing the {precision} graph")

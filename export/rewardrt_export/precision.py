@@ -44,9 +44,7 @@ PRECISIONS: dict[str, Precision] = {
     ),
     "int8": Precision(
         "integer products, each token by itself: fast on a CPU",
-        lambda graph, calibration: (
-            quantize(graph, calibration.factor, calibration.weights) if calibration else quantize(graph)
-        ),
+        quantize,
         calibrated=True,
         rounds=True,
         needs=INTEGER_DOT,

@@ -16,7 +16,7 @@ Activations are unsigned with a zero point of 128: onnxruntime's kernels for sig
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +27,8 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
 
 from rewardrt.errors import ExportError
-from rewardrt_export.rounding import Factor, column_steps, round_weight
+from rewardrt_export.calibrate import Calibration
+from rewardrt_export.rounding import column_steps, round_weight
 
 Floats = npt.NDArray[np.float32]
 
@@ -36,27 +37,22 @@ BLOCK = 32  # rows of a weight that share a step, where only weights are rounded
 TINY = 1e-30  # of a token whose channels are all 0: it is divided by
 
 
-def quantize(
-    model: ir.Model,
-    factor: Callable[[str], Factor | None] = lambda weight: None,
-    weights: Collection[str] | None = None,
-) -> ir.Model:
-    """Replace the products with the backbone's `weights` (by name; None: all of them), in place.
+def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Model:
+    """Replace the backbone's products with weights, in place; with a calibration, those that its texts went through.
 
-    `factor` gives what `rounding.round_weight` compensates errors by, for the name of a weight; None rounds to nearest.
-    Products of one activation share its planes. Weights are read again when the model is saved.
-    Raises ExportError where there are no such products.
+    Weights are rounded as `calibration` says, or else to the nearest, when the model is saved. Products of one
+    activation share its planes. Raises ExportError where there are no such products.
     """
     model.opset_imports["com.microsoft"] = 1
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
         name = weight_name(node)
-        if name is not None and (weights is None or name in weights):
+        if name is not None and (calibration is None or name in calibration.weights):
             readers.setdefault(_input(node, 0), []).append(node)
     if not readers:
         raise ExportError("int8: the backbone has no products with weights; export it in another precision")
     for activation, nodes in readers.items():
-        _Quantizer(model.graph, nodes, factor).replace(activation)
+        _Quantizer(model.graph, nodes, calibration).replace(activation)
     common_passes.RemoveUnusedNodesPass()(model)
     return model
 
@@ -74,10 +70,10 @@ def weight_name(node: ir.Node) -> str | None:
 class _Quantizer:
     """Writes the nodes that stand for the products `nodes` of one activation."""
 
-    def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], factor: Callable[[str], Factor | None]) -> None:
+    def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], calibration: Calibration | None) -> None:
         self.graph = graph
         self.nodes = nodes
-        self.factor = factor
+        self.calibration = calibration
         self.tape = Tape()
 
     def replace(self, activation: ir.Value) -> None:
@@ -113,7 +109,7 @@ class _Quantizer:
         steps = column_steps(stored.numpy())
         integers = self._initializer(
             ir.LazyTensor(
-                partial(_integers, stored, steps, self.factor),
+                partial(_integers, stored, steps, self.calibration),
                 dtype=ir.DataType.INT8,
                 shape=ir.Shape(stored.shape.numpy()),
                 name=f"{weight.name}.int8",
@@ -151,9 +147,10 @@ def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return graph.initializers[tensor.name]
 
 
-def _integers(weight: ir.TensorProtocol, steps: Floats, factor: Callable[[str], Factor | None]) -> ir.TensorProtocol:
+def _integers(weight: ir.TensorProtocol, steps: Floats, calibration: Calibration | None) -> ir.TensorProtocol:
     assert weight.name is not None
-    return ir.tensor(round_weight(weight.numpy(), steps, factor(weight.name)), name=f"{weight.name}.int8")
+    factor = calibration.factor(weight.name) if calibration is not None else None
+    return ir.tensor(round_weight(weight.numpy(), steps, factor), name=f"{weight.name}.int8")
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

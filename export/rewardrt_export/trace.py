@@ -274,15 +274,14 @@ class CausalGraph(nn.Module):
                 f"{len(past_keys)}; this backbone cannot be exported yet"
             )
         spec = self.head.spec
+        every: tuple[torch.Tensor, ...] = ()
+        if self.every_token:
+            every = (self.head({spec.taps[0].name: hidden}),)  # [batch, tokens, outputs]
         if spec.input == "steps":
-            every = self.head({spec.taps[0].name: hidden})  # [batch, tokens, outputs]
-            rewards: tuple[torch.Tensor, ...] = (every[torch.arange(batch), lengths - 1], every)
-        else:
-            # The reward itself is not taken from those of all tokens: it has the same bits in a graph without them.
-            rewards = (self.head(tap_states(spec, hidden, lengths, positions)),)
-            if self.every_token:
-                rewards += (self.head({spec.taps[0].name: hidden}),)
-        return (*rewards, *[tensor for layer in range(len(past_keys)) for tensor in _prefix.present[layer]])
+            rewards = every[0][torch.arange(batch), lengths - 1]
+        else:  # not taken from `every`: a reward has the same bits in a graph without it
+            rewards = self.head(tap_states(spec, hidden, lengths, positions))
+        return (rewards, *every, *[tensor for layer in range(len(past_keys)) for tensor in _prefix.present[layer]])
 
 
 class EncoderGraph(nn.Module):

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -294,13 +294,8 @@ class RewardModel:
         """
         if not self.session.has_token_rewards:
             raise RewardRTError("this bundle has no rewards of tokens")
-        past, start, found = None, 0, []
-        for end in chunk_ends(0, text):
-            keep = end < text.needed
-            part = self.session.run_part(text.ids[None, start:end], past=past, keep=keep, output="token_rewards")
-            past, start = part.values, end
-            found.append(part.rewards[0, :, 0])
-        normalised = _normalised(_finite(np.concatenate(found)), self._normalisation(normalize))
+        rewards = np.concatenate(self._run_parts(text, None, keep=False, output="token_rewards")[0])[:, 0]
+        normalised = _normalised(_finite(rewards), self._normalisation(normalize))
         if isinstance(normalised, InferenceError):
             raise normalised
         return normalised
@@ -375,7 +370,7 @@ class RewardModel:
                 past = self._cache.find(text) if self._cache is not None else None
             keep = following > (past.tokens if past is not None else 0) or (self._cache is not None and not link.cut)
             try:
-                values, present = self._run_parts(text, past, keep)
+                values, present = self._run_new(text, past, keep)
                 results[link.index] = _check_finite(values)
             except InferenceError as error:
                 results[link.index], present = error, None
@@ -384,10 +379,20 @@ class RewardModel:
                 self._cache.keep(text.ids[: text.needed], present)
         return results
 
-    def _run_parts(self, text: EncodedText, past: KeyValues | None, keep: bool) -> tuple[Values, KeyValues | None]:
-        """Compute what is new of one text, part after part; with `keep`, give its keys and values."""
-        first = start = past.tokens if past is not None else 0
+    def _run_new(self, text: EncodedText, past: KeyValues | None, keep: bool) -> tuple[Values, KeyValues | None]:
+        """Compute what is new of one text, and count it; with `keep`, give its keys and values."""
+        first = past.tokens if past is not None else 0
         steps = self.spec.input == "steps"
+        found, present = self._run_parts(text, past, keep=keep, output="token_rewards" if steps else "rewards")
+        self._count(text.needed, text.needed - first)
+        values = np.concatenate(found)[text.positions - first, 0] if steps else found[-1]
+        return values, present
+
+    def _run_parts(
+        self, text: EncodedText, past: KeyValues | None, *, keep: bool, output: Literal["rewards", "token_rewards"]
+    ) -> tuple[list[Values], KeyValues | None]:
+        """Return an output of every part of what is new of one text; with `keep`, the text's keys and values, too."""
+        start = past.tokens if past is not None else 0
         found: list[Values] = []
         for end in chunk_ends(start, text):
             last = end == text.needed
@@ -399,13 +404,11 @@ class RewardModel:
                 positions,
                 past=past,
                 keep=keep or not last,
-                output="token_rewards" if steps else "rewards",
+                output=output,
             )
             past, start = part.values, end
             found.append(part.rewards[0])
-        self._count(text.needed, text.needed - first)
-        values = np.concatenate(found)[text.positions - first, 0] if steps else found[-1]
-        return values, past
+        return found, past
 
     def _count(self, given: int, computed: int) -> None:
         with self._lock:
