@@ -36,9 +36,11 @@ def test_schemathesis_finds_no_server_error_and_no_status_that_is_not_documented
     if not program.exists() and shutil.which("schemathesis") is None:
         pytest.skip("schemathesis is not installed")
     command = [program if program.exists() else "schemathesis", "run", f"{server.url}/openapi.json"]
+    # One worker: in CPython 3.11 two threads that parse Python source at once can raise a SystemError about the
+    # parser's recursion depth (python/cpython#106905), and hypothesis parses source to describe its strategies.
     options = ["--checks", f"{CHECKS},unsupported_method", "--max-examples", "8", "--seed", "1", "--no-color"]
     done = subprocess.run(
-        [*map(str, command), *options, "--phases", "examples,coverage,fuzzing", "--workers", "2"],
+        [*map(str, command), *options, "--phases", "examples,coverage,fuzzing", "--workers", "1"],
         capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
