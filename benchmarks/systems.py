@@ -52,9 +52,9 @@ class Environment:
         done.touch()
 
 
-OPTIMUM = Environment("optimum", ("torch", "optimum-onnx[onnxruntime]"))
-SENTENCE_TRANSFORMERS = Environment("sentence-transformers", ("torch", "sentence-transformers[onnx]"))
-OPENVINO = Environment("openvino", ("torch", "optimum-intel[openvino]", "nncf"), without=("torchvision",))
+OPTIMUM = Environment("optimum", ("torch==2.13.0", "optimum-onnx[onnxruntime]"))
+SENTENCE_TRANSFORMERS = Environment("sentence-transformers", ("torch==2.13.0", "sentence-transformers[onnx]"))
+OPENVINO = Environment("openvino", ("torch==2.13.0", "optimum-intel[openvino]", "nncf"), without=("torchvision",))
 ENVIRONMENTS = (OPTIMUM, SENTENCE_TRANSFORMERS, OPENVINO)
 
 

@@ -14,24 +14,27 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rewardrt import RewardModel
 from rewardrt.bundle import TOKENIZER, Certificate, Fidelity
 from rewardrt.errors import CertificateError, InferenceError, RowError
+from rewardrt.spec import Spec
 from rewardrt.text import ChatTemplate, RawText, Renderer
 from rewardrt.tokens import EncodedText, Tokenizer
 from rewardrt.verify import GoldenText, pair_order_agreement, verify
 from rewardrt_export.backbone import meta_backbone
+from rewardrt_export.calibrate import LONGEST, Calibration
 from rewardrt_export.checkpoint import Checkpoint
 from rewardrt_export.golden import Candidate, golden_texts
+from rewardrt_export.heads import RewardHead
 
-Observer = Callable[[str, torch.Tensor], None]
 CGROUP = Path("/sys/fs/cgroup")  # a container sees its own limit here
 
 
 def score_golden(
-    checkpoint: Checkpoint, bundle: Path, file: Path | None, observe: Observer | None = None
+    checkpoint: Checkpoint, bundle: Path, file: Path | None, calibration: Calibration | None = None
 ) -> list[GoldenText]:
     """Tokenize the golden texts with what is in the bundle's folder, and score them with torch.
 
@@ -39,7 +42,7 @@ def score_golden(
     """
     candidates, encoded = encode_texts(checkpoint, bundle, file)
     # What calibration sees of the golden texts is every other one; the rest is left to be measured on.
-    rewards = score_with_torch(checkpoint, encoded, observe=observe, observed=slice(None, None, 2))
+    rewards = score_with_torch(checkpoint, encoded, calibration=calibration, observed=slice(None, None, 2))
     return [
         GoldenText(
             candidate.row,
@@ -68,6 +71,11 @@ def encode_texts(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> tup
     candidates = golden_texts(renderer, tokenizer, spec, file)
     encoded = [_encode(checkpoint, renderer, tokenizer, template, candidate) for candidate in candidates]
     return candidates, encoded
+
+
+def spread(rewards: Sequence[tuple[float, ...]]) -> float:
+    """Return the standard deviation of all rewards of several texts."""
+    return float(np.array([reward for each in rewards for reward in each]).std())
 
 
 def check_memory(checkpoint: Checkpoint) -> None:
@@ -136,54 +144,80 @@ def score_with_torch(
     texts: Sequence[EncodedText],
     *,
     dtype: torch.dtype = torch.float32,
-    observe: Observer | None = None,
+    calibration: Calibration | None = None,
     observed: slice = slice(None),
 ) -> list[tuple[float, ...]]:
     """Return the raw rewards of each text: one, one for each of its steps, or the vector that it is compared by.
 
-    The backbone computes in `dtype`, the head in float32. `observe` is called with the name and the input of each
-    linear layer, [1, tokens, K], for the texts of the slice `observed`. The torch model is in memory only while this
-    runs.
+    The backbone computes in `dtype`, the head in float32. `calibration` takes in the input of each linear layer for the
+    texts of the slice `observed`, and its gradient for those that are not too long. The torch model is in memory only
+    while this runs.
     """
     model = meta_backbone(checkpoint.source.config, "eager")
     state = {name: source.read().to(dtype) for name, source in checkpoint.backbone.sources.items()}
     model.load_state_dict(state, strict=True, assign=True)
-    seen = set(range(len(texts))[observed]) if observe is not None else set()
-    watching = _Watch(observe)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and observe is not None:
-            module.register_forward_pre_hook(partial(watching.see, name))
+    watching = _Watch(model, calibration) if calibration is not None else None
+    seen = set(range(len(texts))[observed])
     head = checkpoint.head()
     head.load_state_dict({name: read() for name, read in head.sources.items()}, strict=True, assign=True)
+    head.requires_grad_(False)
     rewards = []
-    with torch.inference_mode():
-        for index, text in enumerate(texts):
-            watching.on = index in seen
-            inputs = {"input_ids": text.ids} | ({} if text.type_ids is None else {"token_type_ids": text.type_ids})
-            batch: dict[str, Any] = {name: torch.from_numpy(ids).unsqueeze(0) for name, ids in inputs.items()}
-            hidden = model(**batch, use_cache=False).last_hidden_state[0].float()
-            if checkpoint.spec.input == "steps":
-                states = {checkpoint.spec.taps[0].name: hidden[torch.from_numpy(text.positions)]}
-            else:
-                states = {
-                    tap.name: hidden[-tap.count :].mean(0, keepdim=True) if tap.rule == "mean" else hidden[[position]]
-                    for tap, position in zip(checkpoint.spec.taps, text.positions.tolist(), strict=True)
-                }
-            values = head(states)  # [1 or steps, outputs]
-            rewards.append(tuple((values[0] if checkpoint.spec.combine.rule == "skew" else values[:, 0]).tolist()))
+    for index, text in enumerate(texts):
+        score = partial(_score_text, model, head, checkpoint.spec, text)
+        if watching is not None and index in seen:
+            values = watching.score(score, derive=len(text.ids) <= LONGEST)
+        else:
+            with torch.inference_mode():
+                values = score()
+        rewards.append(tuple(values.tolist()))
     return rewards
 
 
+def _score_text(model: PreTrainedModel, head: RewardHead, spec: Spec, text: EncodedText) -> torch.Tensor:
+    inputs = {"input_ids": text.ids} | ({} if text.type_ids is None else {"token_type_ids": text.type_ids})
+    batch: dict[str, Any] = {name: torch.from_numpy(ids).unsqueeze(0) for name, ids in inputs.items()}
+    hidden = model(**batch, use_cache=False).last_hidden_state[0].float()
+    if spec.input == "steps":
+        states = {spec.taps[0].name: hidden[torch.from_numpy(text.positions)]}
+    else:
+        states = {
+            tap.name: hidden[-tap.count :].mean(0, keepdim=True) if tap.rule == "mean" else hidden[[position]]
+            for tap, position in zip(spec.taps, text.positions.tolist(), strict=True)
+        }
+    values: torch.Tensor = head(states)  # [1 or steps, outputs]
+    return values[0] if spec.combine.rule == "skew" else values[:, 0]
+
+
 class _Watch:
-    """Hands the inputs of linear layers on, for the texts that are to be seen."""
+    """Hands the inputs of linear layers to a calibration, while the texts that it is to see are scored."""
 
-    def __init__(self, observe: Observer | None) -> None:
-        self._observe = observe
-        self.on = False
+    def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
+        self._calibration = calibration
+        self._on = False
+        model.requires_grad_(False)
+        model.get_input_embeddings().register_forward_hook(self._start)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear | Conv1D):
+                module.register_forward_pre_hook(partial(self._see, name))
+                calibration.watch(name, module.weight, transposed=isinstance(module, Conv1D))
 
-    def see(self, name: str, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if self.on and self._observe is not None:
-            self._observe(name, inputs[0])
+    def score(self, score: Callable[[], torch.Tensor], *, derive: bool) -> torch.Tensor:
+        """Score a text and, to `derive`, go back from its reward (or the sum of them) to the inputs of all layers."""
+        self._on = True
+        with torch.set_grad_enabled(derive):
+            values = score()
+        if derive:
+            values.sum().backward()
+            self._calibration.texts += 1
+        self._on = False
+        return values.detach()
+
+    def _start(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], embedding: torch.Tensor) -> None:
+        if self._on and torch.is_grad_enabled():
+            embedding.requires_grad_(True)  # where the way back ends
+
+    def _see(self, name: str, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+        return (self._calibration.observe(name, inputs[0]), *inputs[1:]) if self._on else None
 
 
 def measure_fidelity(
@@ -200,7 +234,7 @@ def measure_fidelity(
         found += values.tolist()
     rounded = np.array(found)
     bfloat16 = np.array([value for each in score_with_torch(checkpoint, texts, dtype=torch.bfloat16) for value in each])
-    std = float(np.array([reward for text in golden for reward in text.rewards]).std())
+    std = spread([text.rewards for text in golden])
     return Fidelity(
         texts=len(texts),
         rms_std=float(np.sqrt(np.mean((rounded - expected) ** 2))) / std,

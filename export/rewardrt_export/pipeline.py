@@ -35,7 +35,7 @@ from rewardrt.errors import ExportError
 from rewardrt.spec import PoolingRule
 from rewardrt.verify import GoldenText, write_golden
 from rewardrt_export.backbone import meta_backbone
-from rewardrt_export.calibrate import TOKENS, Calibration
+from rewardrt_export.calibrate import TOKENS, Calibration, cut
 from rewardrt_export.certify import (
     certify,
     check_memory,
@@ -43,6 +43,7 @@ from rewardrt_export.certify import (
     measure_fidelity,
     score_golden,
     score_with_torch,
+    spread,
 )
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.lower import lower
@@ -110,15 +111,17 @@ def export(
         texts: list[GoldenText] = []
         if certified:
             progress("scoring the golden texts with torch")
-            observe = calibration.observe if calibration is not None and not own_texts else None
-            texts = score_golden(checkpoint, folder, golden, observe)
+            texts = score_golden(checkpoint, folder, golden, None if own_texts else calibration)
+            if calibration is not None:
+                calibration.reward_std = spread([text.rewards for text in texts])
         else:
             encode_texts(checkpoint, folder, None)  # compares template and tokenizer with transformers' all the same
         if calibration is not None and own_texts:
             progress(f"calibrating on {calibrate}")
-            seen = encode_texts(checkpoint, folder, calibrate)[1]
+            seen = [cut(text) for text in encode_texts(checkpoint, folder, calibrate)[1]]
             every = -(-sum(text.needed for text in seen) // TOKENS)  # of so many texts, one: no more are kept
-            score_with_torch(checkpoint, seen[::every], observe=calibration.observe)
+            seen_rewards = score_with_torch(checkpoint, seen[::every], calibration=calibration)
+            calibration.reward_std = spread(seen_rewards)
         variants = []
         for precision in precisions:
             progress(f"writing the {precision} graph")

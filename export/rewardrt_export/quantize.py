@@ -1,14 +1,15 @@
 """int8 graphs: each product of the backbone with a weight, in integers, and every token by itself.
 
-Of a product x W, x [tokens, K] float32, W [K, N]:
+Of a product x W, x [tokens, K] float32 as `smoothing` leaves it, W [K, N]:
 
-    s = max |x| of a token / 127                           [tokens, 1]
-    y = s * (q(x / s) Q * w + q(rest / f) Q * w * f)       Q int8 [K, N] with a step w [N] for each column
+    s = max |x| of a token / 127            [tokens, 1]
+    y = s * (q(x / s) Q * w)                Q int8 [K, N] with a step w [N] for each column
 
 - A token is scaled by its own values alone, so that its result does not depend on what is in the batch.
-- A few channels of a language model carry values many times larger than the rest, so 8 bits of a scale for all of them
-  are too few. x is given in two planes: rest = x / s - q(x / s), what the first left over, is rounded again in steps of
-  f. Together they hold 16 bits of x, and what remains is the weights' own rounding: see `rounding`.
+- Where 8 bits of an activation are too few, what rounding left over, x - s q(x / s), is rounded again in steps of
+  s / 254 and multiplied too. The two planes hold 16 bits of x, and what remains is the weights' rounding: `rounding`.
+- The scale that an activation is smoothed by goes into what makes it, the gain of a norm or the columns of a weight,
+  where that makes nothing else.
 
 Activations are unsigned with a zero point of 128: onnxruntime's kernels for signed ones are many times slower.
 """
@@ -29,10 +30,11 @@ from onnx_ir.tape import Tape
 from rewardrt.errors import ExportError
 from rewardrt_export.calibrate import Calibration
 from rewardrt_export.rounding import column_steps, round_weight
+from rewardrt_export.smoothing import MIXED, PLAIN, Plan, Smoothing, hadamard
 
 Floats = npt.NDArray[np.float32]
 
-FINER = 1 / 254  # the step of the second plane: half a step of the first is 127 of its own
+FINER = 1 / 254  # a step of the second plane in those of the first: half of one of these is 127
 BLOCK = 32  # rows of a weight that share a step, where only weights are rounded
 TINY = 1e-30  # of a token whose channels are all 0: it is divided by
 
@@ -44,15 +46,19 @@ def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Mode
     activation share its planes. Raises ExportError where there are no such products.
     """
     model.opset_imports["com.microsoft"] = 1
+    plan = None if calibration is None else Plan(calibration)
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
         name = weight_name(node)
-        if name is not None and (calibration is None or name in calibration.weights):
+        if name is not None and (plan is None or name in plan.weights):
             readers.setdefault(_input(node, 0), []).append(node)
     if not readers:
         raise ExportError("int8: the backbone has no products with weights; export it in another precision")
-    for activation, nodes in readers.items():
-        _Quantizer(model.graph, nodes, calibration).replace(activation)
+    quantizers = [_Quantizer(model.graph, activation, nodes, plan) for activation, nodes in readers.items()]
+    for quantizer in quantizers:  # all before the first is replaced: weights change that others are multiplied with
+        quantizer.fold_scale()
+    for quantizer in quantizers:
+        quantizer.replace()
     common_passes.RemoveUnusedNodesPass()(model)
     return model
 
@@ -70,58 +76,125 @@ def weight_name(node: ir.Node) -> str | None:
 class _Quantizer:
     """Writes the nodes that stand for the products `nodes` of one activation."""
 
-    def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], calibration: Calibration | None) -> None:
+    def __init__(self, graph: ir.Graph, activation: ir.Value, nodes: Sequence[ir.Node], plan: Plan | None) -> None:
         self.graph = graph
+        self.activation = activation
         self.nodes = nodes
-        self.calibration = calibration
+        self.plan = plan
         self.tape = Tape()
+        names = [weight_name(node) for node in nodes]
+        self.smoothing = PLAIN if plan is None else plan.smoothing(str(names[0]))
+        self.scale = self.smoothing.scale  # that is still to be divided by
 
-    def replace(self, activation: ir.Value) -> None:
-        scale = self._scale(activation)  # [batch, tokens, 1]
-        planes = self._planes(self._op("Mul", activation, self._op("Reciprocal", scale)))
-        results = [self._op("Mul", self._product(_input(node, 1), planes), scale) for node in self.nodes]
+    def fold_scale(self) -> None:
+        """Let what makes the activation divide it by its scale, where nothing else reads it.
+
+        1. A norm: its gain and bias are divided.
+        2. A product, element by element, one side of which is a product with a weight that nothing else reads: the
+           weight's columns are.
+        """
+        maker = self.activation.producer()
+        if self.scale is None or maker is None or self.activation.is_graph_output():
+            return
+        if {usage.node for usage in self.activation.uses()} != set(self.nodes):
+            return
+        if maker.op_type in ("RMSNormalization", "LayerNormalization"):
+            parts = [part for part in maker.inputs[1:] if part is not None]
+        elif maker.op_type == "Mul":
+            sides = [side.producer() for side in maker.inputs if side is not None and len(side.uses()) == 1]
+            parts = [_input(side, 1) for side in sides if side is not None and weight_name(side) is not None][:1]
+        else:
+            return
+        if not parts or not all(self._divides(part) for part in parts):
+            return
+        for part in parts:
+            stored = part.const_value
+            assert stored is not None
+            part.const_value = ir.LazyTensor(
+                partial(_quotient, stored, self.scale),
+                dtype=stored.dtype,
+                shape=ir.Shape(stored.shape.numpy()),
+                name=part.name,
+            )
+        self.scale = None
+
+    def _divides(self, part: ir.Value) -> bool:
+        """Whether a value is a weight that is read once and has the scale's length."""
+        assert self.scale is not None
+        once = part.is_initializer() and not part.is_graph_input() and len(part.uses()) == 1
+        return once and part.shape is not None and part.shape[-1] == len(self.scale)
+
+    def replace(self) -> None:
+        """Put the integer products in the place of the float32 ones."""
+        smoothed = self._smoothed(self.activation)
+        steps = self._steps(smoothed)  # [batch, tokens, 1]
+        planes = self._planes(smoothed, steps)
+        results = [self._op("Mul", self._product(_input(node, 1), planes), steps) for node in self.nodes]
         self.graph.insert_before(self.nodes[0], self.tape.nodes)
         for node, result in zip(self.nodes, results, strict=True):
             result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
             node.outputs[0].replace_all_uses_with(result)
         self.graph.remove(list(self.nodes), safe=True)
 
-    def _scale(self, activation: ir.Value) -> ir.Value:
+    def _smoothed(self, activation: ir.Value) -> ir.Value:
+        if self.scale is not None:
+            activation = self._op("Mul", activation, self._constant("smooth", 1 / self.scale))
+        if self.smoothing.mixed:
+            blocks = self._op("Reshape", activation, self._constant("blocks", np.array([0, 0, -1, MIXED])))
+            mixed = self._op("MatMul", blocks, self._constant("hadamard", hadamard()))
+            activation = self._op("Reshape", mixed, self._constant("channels", np.array([0, 0, -1])))
+        return activation
+
+    def _steps(self, activation: ir.Value) -> ir.Value:
         """Return the step of each token: 1/127 of its largest value."""
         axis = self._constant("axis", np.array([-1]))
         highest, lowest = self._op("ReduceMax", activation, axis), self._op("ReduceMin", activation, axis)
         largest = self._op("Max", highest, self._op("Neg", lowest), self._constant("tiny", np.float32(TINY)))
         return self._op("Mul", largest, self._constant("step", np.float32(1 / 127)))
 
-    def _planes(self, in_steps: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
-        """Return the two planes of an activation, uint8 around 128, and the size of each one's steps."""
-        one, finer = self._constant("unit", np.float32(1)), self._constant("unit", np.float32(FINER))
-        zero = self._constant("zero", np.uint8(128))
-        first = self._op("QuantizeLinear", in_steps, one, zero)
-        # What rounding left over is at most half a step.
-        rest = self._op("Sub", in_steps, self._op("DequantizeLinear", first, one, zero))
-        return [(first, one), (self._op("QuantizeLinear", rest, finer, zero), finer)]
+    def _planes(self, activation: ir.Value, steps: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+        """Return the planes of an activation, uint8 around 128, and the size of each one's steps in those of the token.
+
+        A block of QuantizeLinear is a token. Its zero points must be as many as its steps: of these, all are 0 in the
+        largest numbers there are.
+        """
+        weight = _input(self.nodes[0], 1).const_value
+        assert weight is not None
+        token = {"axis": -1, "block_size": weight.shape.numpy()[0]}
+        zeros = self._op(
+            "QuantizeLinear", steps, self._constant("huge", np.float32(3e38)), self._constant("zero", np.uint8(128))
+        )
+        quantized = self._op("QuantizeLinear", activation, steps, zeros, **token)
+        planes = [(quantized, self._constant("unit", np.float32(1)))]
+        if self.smoothing.planes == 2:
+            # What rounding left over is at most half a step.
+            near = self._op("DequantizeLinear", quantized, steps, zeros, **token)
+            finer = self._op("Mul", steps, self._constant("finer", np.float32(FINER)))
+            rest = self._op("Sub", activation, near)
+            again = self._op("QuantizeLinear", rest, finer, zeros, **token)
+            planes.append((again, self._constant("unit", np.float32(FINER))))
+        return planes
 
     def _product(self, weight: ir.Value, planes: Sequence[tuple[ir.Value, ir.Value]]) -> ir.Value:
-        """Return the product in units of the token's scale."""
+        """Return the product in units of the token's step."""
         stored = weight.const_value
         assert stored is not None and weight.name is not None
-        steps = column_steps(stored.numpy())
+        columns = column_steps(self.smoothing.weight(stored.numpy()))
         integers = self._initializer(
             ir.LazyTensor(
-                partial(_integers, stored, steps, self.calibration),
+                partial(_integers, stored, columns, self.smoothing, self.plan),
                 dtype=ir.DataType.INT8,
                 shape=ir.Shape(stored.shape.numpy()),
                 name=f"{weight.name}.int8",
             )
         )
-        columns = self._initializer(ir.tensor(steps, name=f"{weight.name}.steps"))
+        stepped = self._initializer(ir.tensor(columns, name=f"{weight.name}.steps"))
         zero = self._constant("zero", np.uint8(128))
-        first, second = (
-            self.tape.op("MatMulIntegerToFloat", [plane, integers, unit, columns, zero], domain="com.microsoft")
+        first, *rest = (
+            self.tape.op("MatMulIntegerToFloat", [plane, integers, unit, stepped, zero], domain="com.microsoft")
             for plane, unit in planes
         )
-        return self._op("Add", first, second)
+        return self._op("Add", first, *rest) if rest else first
 
     def _op(self, kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         return self.tape.op(kind, inputs, attributes)
@@ -147,10 +220,14 @@ def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return graph.initializers[tensor.name]
 
 
-def _integers(weight: ir.TensorProtocol, steps: Floats, calibration: Calibration | None) -> ir.TensorProtocol:
+def _integers(weight: ir.TensorProtocol, columns: Floats, smoothing: Smoothing, plan: Plan | None) -> ir.TensorProtocol:
     assert weight.name is not None
-    factor = calibration.factor(weight.name) if calibration is not None else None
-    return ir.tensor(round_weight(weight.numpy(), steps, factor), name=f"{weight.name}.int8")
+    factor = plan.factor(weight.name) if plan is not None else None
+    return ir.tensor(round_weight(smoothing.weight(weight.numpy()), columns, factor), name=f"{weight.name}.int8")
+
+
+def _quotient(stored: ir.TensorProtocol, scale: Floats) -> ir.TensorProtocol:
+    return ir.tensor(stored.numpy() / scale, name=stored.name)
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:
