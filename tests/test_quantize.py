@@ -20,6 +20,7 @@ from rewardrt_export.calibrate import Calibration
 from rewardrt_export.pipeline import export
 from rewardrt_export.quantize import quantize, quantize_weights
 from rewardrt_export.rounding import column_steps, make_factor, round_weight
+from rewardrt_export.smoothing import MIXED, Plan, Smoothing, hadamard
 from test_prefix import awkward_texts, rewards
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
@@ -122,13 +123,13 @@ def test_calibration_keeps_one_copy_of_what_layers_share() -> None:
     first, second = torch.randn(1, 30, 8), torch.randn(1, 30, 8)
     for name, seen in (("q", first), ("k", first), ("o", second), ("q", second), ("k", second), ("o", first)):
         calibration.observe(name, seen)
-    q, k, o = (calibration.factor(f"backbone.{name}.weight") for name in "qko")
+    plan = Plan(calibration)
+    q, k, o = (plan.factor(f"backbone.{name}.weight") for name in "qko")
     assert k is q
     assert o is not q
     expected = make_factor(torch.cat([first[0], second[0]]).to(torch.bfloat16).float().numpy())
     assert (q.upper == expected.upper).all()
-    assert "backbone.never.weight" not in calibration.weights
-    assert set(calibration.weights) == {f"backbone.{name}.weight" for name in "qko"}
+    assert set(plan.weights) == {f"backbone.{name}.weight" for name in "qko"}
 
 
 def test_tokens_that_overflow_do_not_count_and_weights_that_no_text_met_stay() -> None:
@@ -137,10 +138,87 @@ def test_tokens_that_overflow_do_not_count_and_weights_that_no_text_met_stay() -
     calibration.observe("q", seen)
     odd = torch.cat([seen[0], torch.full((1, 96), 1e30), torch.full((1, 96), float("nan"))])
     calibration.observe("o", odd)
-    q, o = (calibration.factor(f"backbone.{name}.weight") for name in "qo")
+    plan = Plan(calibration)
+    q, o = (plan.factor(f"backbone.{name}.weight") for name in "qo")
     assert (o.upper == q.upper).all()
     with pytest.raises(ExportError, match="no products with weights"):
         quantize(product(RNG.standard_normal((96, 8)).astype(np.float32)), calibration)
+
+
+WEIGHT = RNG.standard_normal((96, 40)).astype(np.float32)
+READ = RNG.standard_normal(40).astype(np.float32)  # the reward of a text is the sum of x W READ over its tokens
+
+
+def calibrated(reward_std: float, texts: int = 20) -> Calibration:
+    """Calibrate the product with WEIGHT on texts of 30 tokens, whose rewards spread by `reward_std`."""
+    calibration = Calibration()
+    calibration.reward_std = reward_std
+    weight = torch.nn.Parameter(torch.from_numpy(WEIGHT.T.copy()))
+    calibration.watch("w", weight, transposed=False)
+    for _ in range(texts):
+        given = calibration.observe("w", torch.from_numpy(activations(30)).requires_grad_())
+        (given @ weight.T @ torch.from_numpy(READ)).sum().backward()
+        calibration.texts += 1
+    return calibration
+
+
+def test_activations_are_rounded_as_cheaply_as_the_reward_allows() -> None:
+    found = []
+    for reward_std in (1e4, 1_400.0, 1e-3):
+        smoothing = Plan(calibrated(reward_std)).smoothing("backbone.w.weight")
+        found.append((smoothing.mixed, smoothing.planes))
+        assert smoothing.scale is not None
+        rest = np.delete(smoothing.scale, [3, 50])
+        assert smoothing.scale[[3, 50]].min() > 3 * np.median(rest)  # the two channels that are 40 times larger
+    assert found == [(False, 1), (True, 1), (True, 2)]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_smoothing_leaves_the_product_as_it_was(mixed: bool, planes: int) -> None:
+    smoothing = Smoothing(np.exp(RNG.standard_normal(96)).astype(np.float32), mixed, planes)
+    x = activations(30).reshape(-1, 96)
+    found = smoothing.activation(torch.from_numpy(x)).numpy() @ smoothing.weight(WEIGHT)
+    assert np.abs(found - x @ WEIGHT).max() < 1e-5 * np.abs(x @ WEIGHT).max()
+    assert (hadamard() == hadamard().T).all()
+    assert np.abs(hadamard() @ hadamard() - np.eye(MIXED)).max() < 1e-6
+
+
+@needs_dot
+def test_learnt_scales_bring_one_plane_near_to_the_product() -> None:
+    x = activations(400)
+    true = (x.astype(np.float64) @ WEIGHT) @ READ
+    steps = np.abs(x).max(-1, keepdims=True) / 127
+    columns = np.abs(WEIGHT).max(0) / 127
+    plain = (np.rint(x / steps) * steps) @ (np.rint(WEIGHT / columns) * columns) @ READ
+    errors = [float(np.sqrt(np.mean((plain - true) ** 2)))]
+    for reward_std in (1e4, 1_400.0, 1e-3):  # one plane, mixed, two planes: see above
+        found = run(quantize(product(WEIGHT), calibrated(reward_std)), x) @ READ
+        errors.append(float(np.sqrt(np.mean((found - true) ** 2))))
+    assert max(errors[1:]) < 0.5 * errors[0]
+    assert errors[2] < errors[1]
+
+
+def test_a_gradient_is_that_of_the_products_alone() -> None:
+    calibration = Calibration()
+    x = torch.randn(1, 5, 8, requires_grad=True) * 1
+    q, k = (calibration.observe(name, x) for name in "qk")
+    assert k is q
+    (q.sum() + 2 * k.sum() + 100 * x.sum()).backward()  # what else reads an activation is not rounded
+    assert calibration.seen("backbone.q.weight").gradients.unique().tolist() == [3.0]
+
+
+@needs_dot
+def test_scales_go_into_norms_and_weights_and_only_attention_is_scaled_by_itself(made: Bundle) -> None:
+    graph = ir.load(made.path / "model.int8.onnx").graph
+    attentions = sum(node.op_type == "Attention" for node in graph)
+    assert attentions > 0
+    assert sum(name.startswith("int8.smooth.") for name in graph.initializers) == attentions
+    exact = ir.load(made.path / "model.onnx").graph
+    gain = "backbone.layers.0.input_layernorm.weight"
+    values = [each.initializers[gain].const_value for each in (graph, exact)]
+    assert all(value is not None for value in values)
+    assert (values[0].numpy() != values[1].numpy()).any()  # type: ignore[union-attr]
 
 
 @needs_dot

@@ -140,9 +140,11 @@ class _Quantizer:
         if self.scale is not None:
             activation = self._op("Mul", activation, self._constant("smooth", 1 / self.scale))
         if self.smoothing.mixed:
-            blocks = self._op("Reshape", activation, self._constant("blocks", np.array([0, 0, -1, MIXED])))
+            assert self.activation.shape is not None
+            kept = [0] * (len(self.activation.shape) - 1)  # an axis that stays as it is
+            blocks = self._op("Reshape", activation, self._constant("blocks", np.array([*kept, -1, MIXED])))
             mixed = self._op("MatMul", blocks, self._constant("hadamard", hadamard()))
-            activation = self._op("Reshape", mixed, self._constant("channels", np.array([0, 0, -1])))
+            activation = self._op("Reshape", mixed, self._constant("channels", np.array([*kept, -1])))
         return activation
 
     def _steps(self, activation: ir.Value) -> ir.Value:
