@@ -29,6 +29,17 @@ def test_every_route_is_in_the_document(server: Running) -> None:
     assert set(paths) == {route.path for route in ROUTES} | {view.path for view in VIEWS}
 
 
+def test_the_page_of_routes_names_every_one_and_asks_nobody(server: Running) -> None:
+    answer = httpx.get(f"{server.url}/docs")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    for path in {route.path for route in ROUTES} | {view.path for view in VIEWS}:
+        assert f"<code>{path}</code>" in answer.text
+    assert "&quot;queries&quot;" in answer.text  # the schema of a body, escaped
+    assert "http://" not in answer.text
+    assert "https://" not in answer.text
+
+
 def test_schemathesis_finds_no_server_error_and_no_status_that_is_not_documented(
     server: Running, tmp_path: Path
 ) -> None:

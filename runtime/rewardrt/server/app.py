@@ -11,7 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 from starlette.applications import Starlette
@@ -27,12 +27,12 @@ from rewardrt.server.call import Call, Dialect, Incoming, Reply, Scoring
 from rewardrt.server.engine import Job
 from rewardrt.server.metrics import Metrics, Record, log
 from rewardrt.server.models import Models
-from rewardrt.server.openapi import document
+from rewardrt.server.openapi import document, page
 from rewardrt.server.options import ServerOptions
 from rewardrt.server.problem import Problem
 from rewardrt.server.routes import ROUTES, ScoringRoute
 from rewardrt.server.schema import check
-from rewardrt.server.views import VIEWS, View, ViewAnswer
+from rewardrt.server.views import PAGE_POLICY, VIEWS, View, ViewAnswer
 
 SMALL_BODY = 65_536  # bytes that are decoded on the event loop; the rest costs it more than a thread does
 JSON = "application/json"
@@ -67,10 +67,21 @@ class Server:
 def make_app(server: Server) -> Starlette:
     """Return the ASGI application of a server."""
     routes = [Route(route.path, _Endpoint(server, route), methods=["POST"]) for route in ROUTES]
-    page = ViewAnswer(to_line(document()))
-    described = View("/openapi.json", lambda server, path: page, "This document.", guarded=False, quiet=True)
-    routes += [Route(view.path, partial(_view, server, view), methods=["GET"]) for view in (*VIEWS, described)]
+    views = (*VIEWS, *(_described(path, answer) for path, answer in DESCRIPTIONS.items()))
+    routes += [Route(view.path, partial(_view, server, view), methods=["GET"]) for view in views]
     return Starlette(routes=_merged(routes), exception_handlers={HTTPException: _not_served})
+
+
+DESCRIPTIONS: dict[str, Callable[[], ViewAnswer]] = {
+    "/openapi.json": lambda: ViewAnswer(to_line(document())),
+    "/docs": lambda: ViewAnswer(page(), 200, "text/html", (("content-security-policy", PAGE_POLICY),)),
+}
+
+
+def _described(path: str, answer: Callable[[], ViewAnswer]) -> View:
+    """Return a view of what is the same for every server of this version: it is made at the first request."""
+    made = cache(answer)
+    return View(path, lambda server, parameters: made(), "This document.", guarded=False, quiet=True)
 
 
 def _merged(routes: list[Route]) -> list[Route]:

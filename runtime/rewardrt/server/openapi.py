@@ -1,7 +1,9 @@
-"""The OpenAPI document, made of the tables that the server itself goes by."""
+"""The OpenAPI document, made of the tables that the server itself goes by, and the same as a page."""
 
 from __future__ import annotations
 
+import json
+from html import escape
 from typing import Any
 
 from rewardrt.server.call import COMMON_STATUS, Scoring
@@ -27,6 +29,49 @@ def document() -> dict[str, Any]:
             }
         },
     }
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>RewardRT: routes</title><link rel="icon" href="data:,"><style>
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 900px; margin: 0 auto; padding: 16px; }}
+h1 {{ font-size: 20px; }} summary {{ cursor: pointer; padding: 6px 0; overflow-wrap: anywhere; }}
+details {{ border-bottom: 1px solid #8886; }} b {{ display: inline-block; width: 3.2em; }}
+pre {{ overflow: auto; font-size: 13px; background: #8882; padding: 10px; border-radius: 6px; max-height: 30em; }}
+</style></head><body><h1>RewardRT {version}: routes</h1>
+<p>The same as <a href="openapi.json">openapi.json</a>, which programs read. <a href="./">Rank answers</a></p>
+{routes}</body></html>
+"""
+
+
+def page() -> bytes:
+    """Return the document as a page for people, which asks for nothing else."""
+    routes = [
+        f"<details><summary><b>{method.upper()}</b> <code>{escape(path)}</code>: {escape(operation['summary'])}"
+        f"{' (wants the key, where one is set)' if operation['security'] else ''}</summary>"
+        f"{_body(operation)}{_answers(operation)}</details>"
+        for path, methods in document()["paths"].items()
+        for method, operation in methods.items()
+    ]
+    return _PAGE.format(version=escape(VERSION), routes="\n".join(routes)).encode()
+
+
+def _body(operation: dict[str, Any]) -> str:
+    if "requestBody" not in operation:
+        return ""
+    return f"<p>Body</p>{_schema(operation['requestBody'])}"
+
+
+def _answers(operation: dict[str, Any]) -> str:
+    return "".join(
+        f"<p>{status}: {escape(answer['description'])}</p>{_schema(answer)}"
+        for status, answer in operation["responses"].items()
+    )
+
+
+def _schema(described: dict[str, Any]) -> str:
+    schema = described.get("content", {}).get(JSON, {}).get("schema")
+    return f"<pre>{escape(json.dumps(schema, indent=2))}</pre>" if schema else ""
 
 
 def _post(route: ScoringRoute) -> dict[str, Any]:

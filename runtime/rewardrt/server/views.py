@@ -137,7 +137,7 @@ def _kserve_model_ready(server: Server, path: Mapping[str, str]) -> ViewAnswer:
 
 
 # The page asks this server and nobody else, and the browser holds it to that.
-_PAGE_POLICY = (
+PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -145,7 +145,7 @@ _PAGE_POLICY = (
 
 def _page(server: Server, path: Mapping[str, str]) -> ViewAnswer:
     body = Path(__file__).with_name("page.html").read_bytes()
-    return ViewAnswer(body, 200, "text/html", (("content-security-policy", _PAGE_POLICY),))
+    return ViewAnswer(body, 200, "text/html", (("content-security-policy", PAGE_POLICY),))
 
 
 KSERVE = kserve.INFER.dialect
