@@ -209,6 +209,36 @@ def test_a_gradient_is_that_of_the_products_alone() -> None:
 
 
 @needs_dot
+def test_a_weight_of_two_activations_is_smoothed_as_each_of_them_is() -> None:
+    # As DeBERTa's key weights, which read the hidden states and, in a group with another weight, distances.
+    calibration = Calibration()
+    calibration.reward_std = 1e4
+    made = [activations(300), np.ascontiguousarray(activations(300)[..., ::-1])]  # other channels are large
+    seen = [torch.from_numpy(each).requires_grad_() for each in made]
+    sum(calibration.observe(*each).sum() for each in zip("wv", seen, strict=True)).backward()
+    calibration.texts = 1
+    model = product(WEIGHT)
+    (x,), (w,) = model.graph.inputs, model.graph.initializers.values()
+    z = ir.Value(name="z", shape=x.shape, type=x.type)
+    tensor = ir.tensor(WEIGHT[::-1].copy(), name="backbone.v.weight")
+    v = ir.Value(name=tensor.name, const_value=tensor, shape=w.shape, type=w.type)
+    model.graph.inputs.append(z)
+    model.graph.register_initializer(v)
+    for name, weight in (("zv", v), ("zw", w)):
+        node = ir.node("MatMul", [z, weight])
+        last = ir.node("Identity", [node.outputs[0]])
+        last.outputs[0].name, last.outputs[0].type = name, x.type
+        model.graph.extend([node, last])
+        model.graph.outputs.append(last.outputs[0])
+    data = ir.serde.serialize_model(quantize(model, calibration)).SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    found = session.run(None, dict(zip("xz", made, strict=True)))
+    true = (made[0] @ WEIGHT, made[1] @ WEIGHT[::-1], made[1] @ WEIGHT)
+    for each, expected in zip(found, true, strict=True):
+        assert np.sqrt(np.mean((each - expected) ** 2)) < 0.02 * expected.std()
+
+
+@needs_dot
 def test_scales_go_into_norms_and_weights_and_only_attention_is_scaled_by_itself(made: Bundle) -> None:
     graph = ir.load(made.path / "model.int8.onnx").graph
     attentions = sum(node.op_type == "Attention" for node in graph)

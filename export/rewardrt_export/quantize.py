@@ -30,7 +30,7 @@ from onnx_ir.tape import Tape
 from rewardrt.errors import ExportError
 from rewardrt_export.calibrate import Calibration
 from rewardrt_export.rounding import column_steps, round_weight
-from rewardrt_export.smoothing import MIXED, PLAIN, Plan, Smoothing, hadamard
+from rewardrt_export.smoothing import MIXED, PLAIN, Plan, hadamard
 
 Floats = npt.NDArray[np.float32]
 
@@ -82,8 +82,8 @@ class _Quantizer:
         self.nodes = nodes
         self.plan = plan
         self.tape = Tape()
-        names = [weight_name(node) for node in nodes]
-        self.smoothing = PLAIN if plan is None else plan.smoothing(str(names[0]))
+        self.first = str(weight_name(nodes[0]))  # what holds of this weight's activation is done to all of them
+        self.smoothing = PLAIN if plan is None else plan.smoothing(self.first)
         self.scale = self.smoothing.scale  # that is still to be divided by
 
     def fold_scale(self) -> None:
@@ -178,19 +178,25 @@ class _Quantizer:
         return planes
 
     def _product(self, weight: ir.Value, planes: Sequence[tuple[ir.Value, ir.Value]]) -> ir.Value:
-        """Return the product in units of the token's step."""
-        stored = weight.const_value
-        assert stored is not None and weight.name is not None
+        """Return the product in units of the token's step.
+
+        A weight that is multiplied with several activations (DeBERTa's, with hidden states and with the embeddings of
+        distances) is there once for each way that these are smoothed.
+        """
+        stored, name = weight.const_value, weight.name
+        assert stored is not None and name is not None
+        if self.plan is not None and self.plan.smoothing(name) is not self.smoothing:
+            name = f"{name}.as.{self.first}"
         columns = column_steps(self.smoothing.weight(stored.numpy()))
         integers = self._initializer(
             ir.LazyTensor(
-                partial(_integers, stored, columns, self.smoothing, self.plan),
+                partial(_integers, stored, columns, self),
                 dtype=ir.DataType.INT8,
                 shape=ir.Shape(stored.shape.numpy()),
-                name=f"{weight.name}.int8",
+                name=f"{name}.int8",
             )
         )
-        stepped = self._initializer(ir.tensor(columns, name=f"{weight.name}.steps"))
+        stepped = self._initializer(ir.tensor(columns, name=f"{name}.steps"))
         zero = self._constant("zero", np.uint8(128))
         first, *rest = (
             self.tape.op("MatMulIntegerToFloat", [plane, integers, unit, stepped, zero], domain="com.microsoft")
@@ -222,10 +228,9 @@ def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return graph.initializers[tensor.name]
 
 
-def _integers(weight: ir.TensorProtocol, columns: Floats, smoothing: Smoothing, plan: Plan | None) -> ir.TensorProtocol:
-    assert weight.name is not None
-    factor = plan.factor(weight.name) if plan is not None else None
-    return ir.tensor(round_weight(smoothing.weight(weight.numpy()), columns, factor), name=f"{weight.name}.int8")
+def _integers(weight: ir.TensorProtocol, columns: Floats, quantizer: _Quantizer) -> ir.TensorProtocol:
+    factor = quantizer.plan.factor(quantizer.first) if quantizer.plan is not None else None
+    return ir.tensor(round_weight(quantizer.smoothing.weight(weight.numpy()), columns, factor))
 
 
 def _quotient(stored: ir.TensorProtocol, scale: Floats) -> ir.TensorProtocol:
