@@ -173,6 +173,17 @@ def test_activations_are_rounded_as_cheaply_as_the_reward_allows() -> None:
     assert found == [(False, 1), (True, 1), (True, 2)]
 
 
+def test_gradients_that_overflow_give_two_planes_and_finite_scales() -> None:
+    calibration = Calibration()
+    given = calibration.observe("w", torch.from_numpy(activations(30)).requires_grad_())
+    (given * 1e25).sum().backward()
+    calibration.texts = 1
+    smoothing = Plan(calibration).smoothing("backbone.w.weight")
+    assert (smoothing.mixed, smoothing.planes) == (True, 2)
+    assert smoothing.scale is not None
+    assert np.isfinite(smoothing.scale).all()
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("planes", [1, 2])
 def test_smoothing_leaves_the_product_as_it_was(mixed: bool, planes: int) -> None:

@@ -21,6 +21,7 @@ channels are multiplied with a Hadamard matrix, which spreads what is large over
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
@@ -170,7 +171,8 @@ def _learn(seen: Seen, every: int, *, mixed: bool) -> tuple[Floats, float]:
         optimizer.step()
     with torch.no_grad():
         scale = logarithm.exp()
-        return scale.numpy(), float(of_activations(_largest, scale))
+        found = float(of_activations(_largest, scale))
+        return scale.numpy(), found if math.isfinite(found) else math.inf
 
 
 def _largest(values: torch.Tensor, dim: int) -> torch.Tensor:
