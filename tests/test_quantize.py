@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from checkpoints_encoders import write_encoder
 from rewardrt import RewardModel, bundle, prefix, reward_model
 from rewardrt.bundle import Bundle, Fidelity, read_bundle
 from rewardrt.errors import BundleError, ExportError
@@ -362,3 +363,14 @@ def test_auto_scores_with_int8_and_says_so(made: Bundle) -> None:
     found, expected = ([each.score(prompt="Hi", response=answer) for answer in "abc"] for each in (model, exact))
     assert found != expected
     assert np.abs(np.subtract(found, expected)).max() < 0.1 * 1.915  # a twentieth of the rewards' spread
+
+
+@needs_dot
+@pytest.mark.parametrize("model_type", ["bert", "deberta-v2"])  # norms beside residuals; weights of two activations
+def test_encoders_stay_near_in_int8(tmp_path: Path, model_type: str) -> None:
+    write_encoder(tmp_path / "rm", model_type)
+    made = export(tmp_path / "rm", tmp_path / "bundle", precisions=("int8",))
+    fidelity = made.manifest.certificates[0].fidelity
+    assert fidelity is not None
+    assert fidelity.rms_std < 0.1  # random weights of 32 channels: torch bfloat16 has 0.02 to 0.03
+    assert fidelity.bf16_rms_std < 0.1
