@@ -39,6 +39,7 @@ bench: $(VENV)/installed  ## docs/performance.md: make bench CHECKPOINT=... BUND
 	  -o $(BENCH_CACHE)/results.json $(BENCH)
 
 bench-bundle: $(VENV)/installed  ## what docs/performance.md measures: int8 is calibrated on rows that the benchmark does not read
+	mkdir -p .demo
 	sed -n 501,800p $(DATA)/pairs_harmless.jsonl > .demo/calibrate.jsonl
 	sed -n 101,150p $(DATA)/pairs_en.jsonl >> .demo/calibrate.jsonl
 	$(BIN)/rewardrt export $(CHECKPOINT) $(BUNDLE) --precision fp32 --precision int8 --calibrate .demo/calibrate.jsonl --force

@@ -95,7 +95,7 @@ class Plan:
 
     def __init__(self, calibration: Calibration) -> None:
         """Learn the scales: seconds to minutes."""
-        ladders = {owner: _ladder(calibration.seen(owner), calibration.texts) for owner in calibration.owners}
+        ladders = {owner: _ladder(calibration, owner) for owner in calibration.owners}
         taken = {owner: next(ladder) for owner, ladder in ladders.items()}
         goal = (GOAL * calibration.reward_std) ** 2
         while sum(step.damage for step in taken.values()) > goal:
@@ -123,25 +123,30 @@ class Plan:
         return self._made[1]
 
 
-def _ladder(seen: Seen, texts: int) -> Iterator[_Step]:
-    """Yield ways to round an activation, from the cheapest to the one without damage that counts."""
-    if not texts or not seen.gradients.any():
+def _ladder(calibration: Calibration, owner: str) -> Iterator[_Step]:
+    """Yield ways to round an activation, from the cheapest to the one without damage that counts.
+
+    What was seen is asked for at each step and not kept between them: in float32, it is large.
+    """
+    if not calibration.texts or not calibration.seen(owner).gradients.any():
         yield _Step(PLAIN, 0.0)
         return
-    every = -(-len(seen.activations) // TOKENS)
-    fewer = replace(seen, activations=seen.activations[::every], gradients=seen.gradients[::every])
-    mixings = (False, True) if seen.activations.shape[-1] % MIXED == 0 else (False,)
-    for mixed in mixings:
-        scale, damage = _learn(fewer, every, mixed=mixed)
-        yield _Step(Smoothing(scale, mixed, planes=1), damage / texts)
+    scale, damage = _learn(calibration.seen(owner), mixed=False)
+    mixed = len(scale) % MIXED == 0
+    yield _Step(Smoothing(scale, planes=1), damage / calibration.texts)
+    if mixed:
+        scale, damage = _learn(calibration.seen(owner), mixed=True)
+        yield _Step(Smoothing(scale, mixed, planes=1), damage / calibration.texts)
     yield _Step(Smoothing(scale, mixed, planes=2), 0.0)
 
 
-def _learn(seen: Seen, every: int, *, mixed: bool) -> tuple[Floats, float]:
+def _learn(seen: Seen, *, mixed: bool) -> tuple[Floats, float]:
     """Return the scale with the least damage of activations and weights, and the activations' damage there.
 
-    The activations are one in `every` of the texts'; damage is the sum over all texts.
+    Damage is the sum over all texts; of their tokens, some TOKENS are looked at, and stand for all.
     """
+    every = -(-len(seen.activations) // TOKENS)
+    seen = replace(seen, activations=seen.activations[::every], gradients=seen.gradients[::every])
     sizes = seen.activations.square().mean(0).sqrt()
     smallest = (SMALLEST * sizes.max()).clamp_min(torch.finfo(torch.float32).tiny)
     logarithm = torch.nn.Parameter(0.5 * torch.maximum(sizes, smallest).log())

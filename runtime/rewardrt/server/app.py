@@ -36,6 +36,10 @@ from rewardrt.server.views import PAGE_POLICY, VIEWS, View, ViewAnswer
 
 SMALL_BODY = 65_536  # bytes that are decoded on the event loop; the rest costs it more than a thread does
 JSON = "application/json"
+DESCRIPTIONS: dict[str, Callable[[], ViewAnswer]] = {
+    "/openapi.json": lambda: ViewAnswer(to_line(document())),
+    "/docs": lambda: ViewAnswer(page(), 200, "text/html", (("content-security-policy", PAGE_POLICY),)),
+}
 
 
 class ClientGoneError(Exception):
@@ -70,12 +74,6 @@ def make_app(server: Server) -> Starlette:
     views = (*VIEWS, *(_described(path, answer) for path, answer in DESCRIPTIONS.items()))
     routes += [Route(view.path, partial(_view, server, view), methods=["GET"]) for view in views]
     return Starlette(routes=_merged(routes), exception_handlers={HTTPException: _not_served})
-
-
-DESCRIPTIONS: dict[str, Callable[[], ViewAnswer]] = {
-    "/openapi.json": lambda: ViewAnswer(to_line(document())),
-    "/docs": lambda: ViewAnswer(page(), 200, "text/html", (("content-security-policy", PAGE_POLICY),)),
-}
 
 
 def _described(path: str, answer: Callable[[], ViewAnswer]) -> View:
