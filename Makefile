@@ -51,7 +51,7 @@ smollm2: $(VENV)/installed  ## build and export the 135M reference model: make s
 	$(BIN)/rewardrt export $(OUT)/checkpoint $(OUT)/bundle --force
 	@echo 'REWARDRT_SMOLLM2_BUNDLE=$(abspath $(OUT)/bundle) lets `make test` hold it too'
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,dev,serve-test]'
 	@touch $@

@@ -145,6 +145,7 @@ def test_the_text_is_aligned() -> None:
         packages=(Package("numpy", "2.4.6", True), Package("torch", None, False)),
         providers=(ProviderReport("cpu", True, None), ProviderReport("tensorrt", False, "no driver")),
         processor=Processor("A CPU", None, 8, 4, 2.0),
+        kernels="rounding, products",
         conflicts=(),
         advice=("set threads to 2",),
     )
@@ -157,6 +158,7 @@ def test_the_text_is_aligned() -> None:
         "processor          A CPU",
         "  instructions     unknown",
         "  cores            8 logical, 4 usable, limited to 2",
+        "int8 kernels       rounding, products",
         "provider cpu       works",
         "provider tensorrt  no: no driver",
         "advice             set threads to 2",

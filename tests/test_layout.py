@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 # Modules of one group may not import each other unless the order inside the group says so.
 ORDER = {
     "rewardrt": [
-        "errors", "spec", "processor", "bundle", "providers", "session", "text", "tokens", "batching", "prefix", "rows", "pairwise", "reward_model",
+        "errors", "spec", "processor", "bundle", "providers", "kernels", "session", "text", "tokens", "batching", "prefix", "rows", "pairwise", "reward_model",
         "verify", "files", "workers", "bench", "doctor", "server", "cli",
     ],
     "rewardrt_export": [
-        "weights", "adapters", "backbone", "layouts", "source", "heads", "families", "checkpoint", "explain", "trace", "lower",
-        "rounding", "calibrate", "smoothing", "quantize", "storage", "precision", "golden", "certify", "pipeline", "cli",
+        "operators", "weights", "adapters", "backbone", "layouts", "source", "heads", "families", "checkpoint", "explain", "trace", "lower",
+        "rounding", "calibrate", "smoothing", "fuse", "quantize", "storage", "precision", "golden", "certify", "pipeline", "cli",
     ],
 }  # fmt: skip
 FOLDERS = {"rewardrt": ROOT / "runtime" / "rewardrt", "rewardrt_export": ROOT / "export" / "rewardrt_export"}

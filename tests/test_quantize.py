@@ -252,9 +252,9 @@ def test_a_weight_of_two_activations_is_smoothed_as_each_of_them_is() -> None:
 @needs_dot
 def test_scales_go_into_norms_and_weights_and_only_attention_is_scaled_by_itself(made: Bundle) -> None:
     graph = ir.load(made.path / "model.int8.onnx").graph
-    attentions = sum(node.op_type == "Attention" for node in graph)
+    attentions = sum(node.op_type.endswith("Attention") for node in graph)
     assert attentions > 0
-    assert sum(name.startswith("int8.smooth.") for name in graph.initializers) == attentions
+    assert sum(name.endswith(".smooth") for name in graph.initializers) == attentions
     exact = ir.load(made.path / "model.onnx").graph
     gain = "backbone.layers.0.input_layernorm.weight"
     values = [each.initializers[gain].const_value for each in (graph, exact)]

@@ -11,15 +11,14 @@ Of a product x W, x [tokens, K] float32 as `smoothing` leaves it, W [K, N]:
 - The scale that an activation is smoothed by goes into what makes it, the gain of a norm or the columns of a weight,
   where that makes nothing else.
 
-Activations are unsigned with a zero point of 128: onnxruntime's kernels for signed ones are many times slower.
+Rounding and products are calls of `operators`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +28,14 @@ from onnx_ir.tape import Tape
 
 from rewardrt.errors import ExportError
 from rewardrt_export.calibrate import Calibration
+from rewardrt_export.fuse import fuse
+from rewardrt_export.operators import CHANNELS, DOMAIN, PANEL, define, pack
 from rewardrt_export.rounding import column_steps, round_weight
-from rewardrt_export.smoothing import MIXED, PLAIN, Plan, hadamard
+from rewardrt_export.smoothing import PLAIN, Plan
 
 Floats = npt.NDArray[np.float32]
 
-FINER = 1 / 254  # a step of the second plane in those of the first: half of one of these is 127
 BLOCK = 32  # rows of a weight that share a step, where only weights are rounded
-TINY = 1e-30  # of a token whose channels are all 0: it is divided by
 
 
 def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Model:
@@ -45,12 +44,11 @@ def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Mode
     Weights are rounded as `calibration` says, or else to the nearest, when the model is saved. Products of one
     activation share its planes. Raises ExportError where there are no such products.
     """
-    model.opset_imports["com.microsoft"] = 1
     plan = None if calibration is None else Plan(calibration)
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
         name = weight_name(node)
-        if name is not None and (plan is None or name in plan.weights):
+        if name is not None and _rows(node) % CHANNELS == 0 and (plan is None or name in plan.weights):
             readers.setdefault(_input(node, 0), []).append(node)
     if not readers:
         raise ExportError("int8: the backbone has no products with weights; export it in another precision")
@@ -59,7 +57,8 @@ def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Mode
         quantizer.fold_scale()
     for quantizer in quantizers:
         quantizer.replace()
-    common_passes.RemoveUnusedNodesPass()(model)
+    fuse(model)
+    define(model)
     return model
 
 
@@ -71,6 +70,12 @@ def weight_name(node: ir.Node) -> str | None:
     if not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
         return None
     return weight.name if weight.name and weight.name.startswith("backbone.") else None
+
+
+def _rows(node: ir.Node) -> int:
+    weight = _input(node, 1).const_value
+    assert weight is not None
+    return weight.shape.numpy()[0]
 
 
 class _Quantizer:
@@ -126,59 +131,30 @@ class _Quantizer:
 
     def replace(self) -> None:
         """Put the integer products in the place of the float32 ones."""
-        smoothed = self._smoothed(self.activation)
-        steps = self._steps(smoothed)  # [batch, tokens, 1]
-        planes = self._planes(smoothed, steps)
-        results = [self._op("Mul", self._product(_input(node, 1), planes), steps) for node in self.nodes]
+        mixed, twice = "Mixed" if self.smoothing.mixed else "", "Twice" if self.smoothing.planes == 2 else ""
+        operands, scaled = [self.activation], ""
+        if self.scale is not None:
+            operands.append(_register(self.graph, ir.tensor(1 / self.scale, name=f"{self.first}.smooth")))
+            scaled = "Scale"
+        rounded = self.tape.op_multi_out(
+            f"{scaled}RoundTokens{mixed}{twice}",
+            operands,
+            {"channels": _rows(self.nodes[0])},
+            num_outputs=3 if twice else 2,
+            domain=DOMAIN,
+        )
+        results = [
+            self.tape.op(f"Product{twice}", [*rounded, *self._weight(_input(node, 1))], domain=DOMAIN)
+            for node in self.nodes
+        ]
         self.graph.insert_before(self.nodes[0], self.tape.nodes)
         for node, result in zip(self.nodes, results, strict=True):
             result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
             node.outputs[0].replace_all_uses_with(result)
         self.graph.remove(list(self.nodes), safe=True)
 
-    def _smoothed(self, activation: ir.Value) -> ir.Value:
-        if self.scale is not None:
-            activation = self._op("Mul", activation, self._constant("smooth", 1 / self.scale))
-        if self.smoothing.mixed:
-            assert self.activation.shape is not None
-            kept = [0] * (len(self.activation.shape) - 1)  # an axis that stays as it is
-            blocks = self._op("Reshape", activation, self._constant("blocks", np.array([*kept, -1, MIXED])))
-            mixed = self._op("MatMul", blocks, self._constant("hadamard", hadamard()))
-            activation = self._op("Reshape", mixed, self._constant("channels", np.array([*kept, -1])))
-        return activation
-
-    def _steps(self, activation: ir.Value) -> ir.Value:
-        """Return the step of each token: 1/127 of its largest value."""
-        axis = self._constant("axis", np.array([-1]))
-        highest, lowest = self._op("ReduceMax", activation, axis), self._op("ReduceMin", activation, axis)
-        largest = self._op("Max", highest, self._op("Neg", lowest), self._constant("tiny", np.float32(TINY)))
-        return self._op("Mul", largest, self._constant("step", np.float32(1 / 127)))
-
-    def _planes(self, activation: ir.Value, steps: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
-        """Return the planes of an activation, uint8 around 128, and the size of each one's steps in those of the token.
-
-        A block of QuantizeLinear is a token. Its zero points must be as many as its steps: of these, all are 0 in the
-        largest numbers there are.
-        """
-        weight = _input(self.nodes[0], 1).const_value
-        assert weight is not None
-        token = {"axis": -1, "block_size": weight.shape.numpy()[0]}
-        zeros = self._op(
-            "QuantizeLinear", steps, self._constant("huge", np.float32(3e38)), self._constant("zero", np.uint8(128))
-        )
-        quantized = self._op("QuantizeLinear", activation, steps, zeros, **token)
-        planes = [(quantized, self._constant("unit", np.float32(1)))]
-        if self.smoothing.planes == 2:
-            # What rounding left over is at most half a step.
-            near = self._op("DequantizeLinear", quantized, steps, zeros, **token)
-            finer = self._op("Mul", steps, self._constant("finer", np.float32(FINER)))
-            rest = self._op("Sub", activation, near)
-            again = self._op("QuantizeLinear", rest, finer, zeros, **token)
-            planes.append((again, self._constant("unit", np.float32(FINER))))
-        return planes
-
-    def _product(self, weight: ir.Value, planes: Sequence[tuple[ir.Value, ir.Value]]) -> ir.Value:
-        """Return the product in units of the token's step.
+    def _weight(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return the integers of a weight, in panels, and the steps of its columns.
 
         A weight that is multiplied with several activations (DeBERTa's, with hidden states and with the embeddings of
         distances) is there once for each way that these are smoothed.
@@ -188,33 +164,14 @@ class _Quantizer:
         if self.plan is not None and self.plan.smoothing(name) is not self.smoothing:
             name = f"{name}.as.{self.first}"
         columns = column_steps(self.smoothing.weight(stored.numpy()))
-        integers = self._initializer(
-            ir.LazyTensor(
-                partial(_integers, stored, columns, self),
-                dtype=ir.DataType.INT8,
-                shape=ir.Shape(stored.shape.numpy()),
-                name=f"{name}.int8",
-            )
+        rows = stored.shape.numpy()[0]
+        integers = ir.LazyTensor(
+            partial(_integers, stored, columns, self),
+            dtype=ir.DataType.INT8,
+            shape=ir.Shape([-(-len(columns) // PANEL), rows // CHANNELS, PANEL, CHANNELS]),
+            name=f"{name}.int8",
         )
-        stepped = self._initializer(ir.tensor(columns, name=f"{name}.steps"))
-        zero = self._constant("zero", np.uint8(128))
-        first, *rest = (
-            self.tape.op("MatMulIntegerToFloat", [plane, integers, unit, stepped, zero], domain="com.microsoft")
-            for plane, unit in planes
-        )
-        return self._op("Add", first, *rest) if rest else first
-
-    def _op(self, kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        return self.tape.op(kind, inputs, attributes)
-
-    def _constant(self, name: str, array: npt.NDArray[Any] | np.generic) -> ir.Value:
-        """Return a small initializer: the graph's one of these values, or a new one."""
-        data = np.asarray(array)
-        digest = hashlib.sha256(data.tobytes()).hexdigest()[:8]
-        return self._initializer(ir.tensor(data, name=f"int8.{name}.{digest}"))
-
-    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        return _register(self.graph, tensor)
+        return _register(self.graph, integers), _register(self.graph, ir.tensor(columns, name=f"{name}.steps"))
 
 
 def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
@@ -230,7 +187,7 @@ def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
 
 def _integers(weight: ir.TensorProtocol, columns: Floats, quantizer: _Quantizer) -> ir.TensorProtocol:
     factor = quantizer.plan.factor(quantizer.first) if quantizer.plan is not None else None
-    return ir.tensor(round_weight(quantizer.smoothing.weight(weight.numpy()), columns, factor))
+    return ir.tensor(pack(round_weight(quantizer.smoothing.weight(weight.numpy()), columns, factor)))
 
 
 def _quotient(stored: ir.TensorProtocol, scale: Floats) -> ir.TensorProtocol:

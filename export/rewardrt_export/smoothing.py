@@ -30,12 +30,12 @@ import numpy.typing as npt
 import torch
 
 from rewardrt_export.calibrate import Calibration, Seen
+from rewardrt_export.operators import MIXED, hadamard
 from rewardrt_export.rounding import Factor, make_factor
 
 Floats = npt.NDArray[np.float32]
 _Largest = Callable[[torch.Tensor, int], torch.Tensor]  # over an axis
 
-MIXED = 16  # channels of a block; with 64 the damage is a sixth less, and mixing takes three times as long
 GOAL = 0.015  # standard deviations of the reward that rounding the activations is to move it by; twice is measured
 TOKENS = 1_024  # that c is learnt on
 STEPS, RATE = 60, 0.15  # of Adam; 150 steps found nothing better
@@ -63,14 +63,6 @@ class Smoothing:
 
 
 PLAIN = Smoothing()  # where no text was seen
-
-
-def hadamard() -> Floats:
-    """Return the symmetric orthogonal matrix [MIXED, MIXED] that blocks are mixed with."""
-    matrix = np.ones((1, 1), dtype=np.float32)
-    while len(matrix) < MIXED:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.float32(np.sqrt(MIXED))
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:

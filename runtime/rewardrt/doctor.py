@@ -7,6 +7,7 @@ import platform
 import sys
 from dataclasses import dataclass
 
+from rewardrt import kernels
 from rewardrt.errors import ProviderError
 from rewardrt.processor import Processor, read_processor
 from rewardrt.providers import (
@@ -54,6 +55,7 @@ class Report:
     packages: tuple[Package, ...]
     providers: tuple[ProviderReport, ...]
     processor: Processor
+    kernels: str
     conflicts: tuple[str, ...]
     advice: tuple[str, ...]
 
@@ -73,6 +75,7 @@ def examine() -> Report:
         packages=packages,
         providers=providers,
         processor=processor,
+        kernels=kernels.describe(),
         conflicts=() if conflict is None else (conflict,),
         advice=_advice(missing, providers, processor),
     )
@@ -89,6 +92,7 @@ def format_report(report: Report) -> str:
         ("processor", processor.model),
         ("  instructions", sets),
         ("  cores", f"{processor.logical_cores} logical, {processor.usable_cores} usable{limit}"),
+        ("int8 kernels", report.kernels),
     ]
     rows += [(f"provider {item.name}", "works" if item.works else f"no: {item.reason}") for item in report.providers]
     rows += [("conflict", text) for text in report.conflicts]

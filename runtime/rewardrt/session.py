@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rewardrt.errors import BundleError, InferenceError, ProviderError
+from rewardrt.kernels import register
 from rewardrt.providers import (
     Provider,
     ProviderChoice,
@@ -108,6 +109,8 @@ class GraphSession:
         selection = select_provider(provider)
         options = _session_options(threads)
         try:
+            if selection.provider == "cpu":
+                register(options)
             session = open_session(str(graph), selection.provider, options)
         except ProviderError:
             raise

@@ -1,0 +1,172 @@
+"""Several nodes of an int8 graph become one call of an operator that has a kernel for all of them.
+
+Each pass takes an `onnx_ir.Model` and changes it in place. What it does not recognise stays as it is.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from onnx_ir.tape import Tape
+
+from rewardrt_export.operators import DOMAIN
+
+_TOKENS_FIRST = [0, 2, 1, 3]  # [batch, heads, tokens, size] to or from [batch, tokens, heads, size]
+_LANES = 16  # that the kernels take of a head at once
+
+
+def fuse(model: ir.Model) -> None:
+    """Run all passes."""
+    fuse_norms(model)
+    fuse_sums(model)
+    fuse_gates(model)
+    fuse_attention(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+
+
+def fuse_norms(model: ir.Model) -> None:
+    """Let tokens be normalised where they are rounded, if nothing else reads what a norm gives."""
+    for node in list(model.graph):
+        norm = _maker(node.inputs[0], "RMSNormalization") if node.op_type.startswith("RoundTokens") else None
+        if norm is None or len(norm.outputs[0].uses()) != 1 or _attribute(norm, "axis", -1) != -1:
+            continue
+        values, gain = norm.inputs[0], norm.inputs[1]
+        if values is None or gain is None or gain.shape is None or len(gain.shape) != 1:
+            continue
+        epsilon = _attribute(norm, "epsilon", 1e-5)
+        attributes = {"channels": _attribute(node, "channels", 0), "epsilon": epsilon}
+        _replace(model.graph, node, f"Norm{node.op_type}", [values, gain], attributes)
+
+
+def fuse_sums(model: ir.Model) -> None:
+    """Let a product that is only added to a tensor of its shape, the residual stream, be added where it is made."""
+    for node in list(model.graph):
+        if node.op_type != "Add" or node.domain:
+            continue
+        for product, added in (node.inputs, node.inputs[::-1]):
+            maker = product.producer() if product is not None else None
+            if maker is None or maker.domain != DOMAIN or maker.op_type not in ("Product", "ProductTwice"):
+                continue
+            if product is None or len(product.uses()) != 1 or added is None:
+                continue
+            if product.shape is None or added.shape != product.shape:
+                continue
+            _replace(model.graph, node, f"{maker.op_type}Add", [*maker.inputs, added], {})  # type: ignore[list-item]
+            break
+
+
+def fuse_gates(model: ir.Model) -> None:
+    """Let silu(gate) up, gate sigmoid(gate) up in the graph, be one call."""
+    for node in list(model.graph):
+        if node.op_type != "Mul" or node.domain:
+            continue
+        for silu, up in (node.inputs, node.inputs[::-1]):
+            gate = _gate(silu)
+            if gate is not None and up is not None:
+                _replace(model.graph, node, "GateUp", [gate, up], {})
+                break
+
+
+def _gate(silu: ir.Value | None) -> ir.Value | None:
+    """Return x where a value that is read once is x sigmoid(x)."""
+    product = _maker(silu, "Mul")
+    if silu is None or product is None or len(silu.uses()) != 1 or silu.is_graph_output():
+        return None
+    for x, gate in (product.inputs, product.inputs[::-1]):
+        sigmoid = _maker(gate, "Sigmoid")
+        if sigmoid is not None and sigmoid.inputs[0] is x:
+            return x
+    return None
+
+
+def fuse_attention(model: ir.Model) -> None:
+    """Let causal attention, the transposes around it and, where there is one, the rotation before it be one call.
+
+    Its past and present become float16. Attention within a window (it has a mask) and with a softcap is left alone.
+    """
+    for node in list(model.graph):
+        if node.op_type == "Attention" and not node.domain:
+            _fuse_attention(model.graph, node)
+
+
+def _fuse_attention(graph: ir.Graph, node: ir.Node) -> None:
+    query, key, value, mask, *past = [*node.inputs, None, None, None][:6]
+    if mask is not None or not _attribute(node, "is_causal", 0) or _attribute(node, "softcap", 0.0):
+        return
+    if query is None or key is None or value is None or any(item is None or not item.is_graph_input() for item in past):
+        return
+    sizes = {_size(item) for item in (query, key, value)}
+    size = sizes.pop()
+    if sizes or size is None or size % _LANES or "scale" not in node.attributes or len(node.outputs) != 3:
+        return
+    tape = Tape()
+    angles: list[ir.Value] = []
+    rotations = [_rotation(query, size), _rotation(key, size)]
+    if rotations[0] is not None and rotations[1] is not None and rotations[0].inputs[1:] == rotations[1].inputs[1:]:
+        query, key, *angles = [rotations[0].inputs[0], *rotations[1].inputs]  # type: ignore[list-item]
+    operands = [_tokens_first(tape, item) for item in (query, key, value)]  # type: ignore[arg-type]
+    called = tape.op_multi_out(
+        "RotaryCausalAttention" if angles else "CausalAttention",
+        [*operands, *past, *angles],
+        {"scale": _attribute(node, "scale", 1.0)},
+        num_outputs=3,
+        domain=DOMAIN,
+    )
+    result = tape.op("Transpose", [called[0]], {"perm": _TOKENS_FIRST})
+    graph.insert_before(node, tape.nodes)
+    for old, new in zip(node.outputs, [result, *called[1:]], strict=True):
+        new.shape, new.type = old.shape, old.type
+    for item in past:
+        item.type = ir.TensorType(ir.DataType.FLOAT16)  # type: ignore[union-attr]
+    for old, new in zip(node.outputs[1:], called[1:], strict=True):
+        new.type, new.name = ir.TensorType(ir.DataType.FLOAT16), old.name
+        graph.outputs[graph.outputs.index(old)] = new
+    for reader in [usage.node for usage in node.outputs[0].uses()]:
+        if _is_tokens_first(reader):  # the way back, which is not gone after all
+            reader.outputs[0].replace_all_uses_with(called[0])
+    node.outputs[0].replace_all_uses_with(result)
+    graph.remove(node, safe=True)
+
+
+def _rotation(value: ir.Value, size: int) -> ir.Node | None:
+    """Return the node that rotates the halves of whole heads [batch, heads, tokens, size], and nothing else reads."""
+    node = _maker(value, "RotaryEmbedding")
+    if node is None or len(value.uses()) != 1 or len(node.inputs) != 3 or size % (2 * _LANES):
+        return None
+    return None if _attribute(node, "interleaved", 0) or _attribute(node, "rotary_embedding_dim", 0) else node
+
+
+def _tokens_first(tape: Tape, value: ir.Value) -> ir.Value:
+    """Return [batch, heads, tokens, size] as [batch, tokens, heads, size]: what it was transposed from, if it was."""
+    node = value.producer()
+    if node is not None and _is_tokens_first(node) and node.inputs[0] is not None:
+        return node.inputs[0]
+    return tape.op("Transpose", [value], {"perm": _TOKENS_FIRST})
+
+
+def _is_tokens_first(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and not node.domain and list(node.attributes["perm"].as_ints()) == _TOKENS_FIRST
+
+
+def _maker(value: ir.Value | None, kind: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == kind and not node.domain else None
+
+
+def _size(value: ir.Value) -> int | None:
+    last = value.shape[-1] if value.shape is not None else None
+    return last if isinstance(last, int) else None
+
+
+def _attribute(node: ir.Node, name: str, default: float) -> float:
+    return node.attributes[name].value if name in node.attributes else default
+
+
+def _replace(graph: ir.Graph, node: ir.Node, kind: str, inputs: list[ir.Value], attributes: dict[str, float]) -> None:
+    tape = Tape()
+    results = tape.op_multi_out(kind, inputs, attributes, num_outputs=len(node.outputs), domain=DOMAIN)
+    graph.insert_before(node, tape.nodes)
+    for old, new in zip(node.outputs, results, strict=True):
+        new.shape, new.type = old.shape, old.type
+        old.replace_all_uses_with(new)
+    graph.remove(node, safe=True)

@@ -1,0 +1,300 @@
+"""The operators of int8 graphs: each a function of standard nodes, for which the runtime brings a kernel of its own.
+
+A graph that calls them is complete: onnxruntime puts a function's nodes in the place of the call wherever no kernel is
+registered under its name. The kernels are in runtime/rewardrt/native. What an operator takes and gives may never change
+under its name: a kernel that does not fit is an error, not a reason to take the function.
+
+A weight W [K, N] of integers is stored in panels of 64 columns, [ceil(N / 64), K / 4, 64, 4], as the processor's
+instructions take it: the four bytes of four channels of one column lie together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnxscript import FLOAT, FLOAT16, INT8, UINT8, opset23, script
+from onnxscript.values import OnnxFunction, Opset
+
+DOMAIN = "rewardrt"
+PANEL = 64  # columns
+CHANNELS = 4  # that lie together
+MIXED = 16  # channels of a block that is multiplied with a Hadamard matrix; with 64, rounding's damage is a sixth less
+
+if TYPE_CHECKING:  # tensors of any shape
+    Floats: TypeAlias = Any
+    Halves: TypeAlias = Any
+    Bytes: TypeAlias = Any
+    Integers: TypeAlias = Any
+else:
+    Floats, Halves, Bytes, Integers = FLOAT[...], FLOAT16[...], UINT8[...], INT8[...]
+
+op: Any = opset23
+own: Any = Opset(DOMAIN, 1)
+microsoft: Any = Opset("com.microsoft", 1)
+
+
+def pack(integers: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+    """Return a weight [K, N], K a multiple of 4, in panels; zeros stand for the columns that the last one lacks."""
+    rows, columns = integers.shape
+    wide = np.pad(integers, ((0, 0), (0, -columns % PANEL)))
+    panels = wide.reshape(rows // CHANNELS, CHANNELS, -1, PANEL).transpose(2, 0, 3, 1)
+    return np.ascontiguousarray(panels)
+
+
+def hadamard() -> npt.NDArray[np.float32]:
+    """Return the symmetric orthogonal matrix [MIXED, MIXED] that blocks are mixed with."""
+    matrix = np.ones((1, 1), dtype=np.float32)
+    while len(matrix) < MIXED:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.float32(np.sqrt(MIXED))
+
+
+_HADAMARD = ir.to_proto(ir.tensor(hadamard(), name="hadamard"))
+
+
+@script(own, default_opset=op)
+def Mix(values: Floats) -> Floats:
+    """Multiply each block of MIXED channels with a Hadamard matrix."""
+    ahead = op.Shape(values, start=0, end=-1)
+    blocks = op.Reshape(values, op.Concat(ahead, op.Constant(value_ints=[-1, 16]), axis=0))
+    return op.Reshape(op.MatMul(blocks, op.Constant(value=_HADAMARD)), op.Shape(values))
+
+
+@script(own, default_opset=op)
+def Steps(values: Floats) -> Floats:
+    """Return the step of each token: 1/127 of its largest value, and never 0: it is divided by."""
+    axis = op.Constant(value_ints=[-1])
+    highest = op.ReduceMax(values, axis)
+    lowest = op.ReduceMin(values, axis)
+    return op.Mul(op.Max(highest, op.Neg(lowest), op.Constant(value_float=1e-30)), op.Constant(value_float=1 / 127))
+
+
+@script(own, default_opset=op)
+def Zeros(steps: Floats) -> Bytes:
+    """Return a zero point for each step: QuantizeLinear wants as many. In the largest numbers there are, all are 0."""
+    return op.QuantizeLinear(steps, op.Constant(value_float=3e38), op.Cast(op.Constant(value_int=128), to=2))
+
+
+@script(own, default_opset=op)
+def RoundTokens(values: Floats, channels: int) -> tuple[Bytes, Floats]:
+    """Round each token in steps of its own: q(x / s) around 128, and s. A block of QuantizeLinear is a token."""
+    steps = own.Steps(values)
+    plane = op.QuantizeLinear(values, steps, own.Zeros(steps), axis=-1, block_size=channels)
+    return plane, steps
+
+
+@script(own, default_opset=op)
+def RoundTokensTwice(values: Floats, channels: int) -> tuple[Bytes, Bytes, Floats]:
+    """Round each token, and what that left over, at most half a step, in steps of s / 254."""
+    steps = own.Steps(values)
+    zeros = own.Zeros(steps)
+    plane = op.QuantizeLinear(values, steps, zeros, axis=-1, block_size=channels)
+    over = op.Sub(values, op.DequantizeLinear(plane, steps, zeros, axis=-1, block_size=channels))
+    finer = op.Mul(steps, op.Constant(value_float=1 / 254))
+    rest = op.QuantizeLinear(over, finer, zeros, axis=-1, block_size=channels)
+    return plane, rest, steps
+
+
+@script(own, default_opset=op)
+def RoundTokensMixed(values: Floats, channels: int) -> tuple[Bytes, Floats]:
+    """Mix each token, then round it."""
+    plane, steps = own.RoundTokens(own.Mix(values), channels=channels)
+    return plane, steps
+
+
+@script(own, default_opset=op)
+def RoundTokensMixedTwice(values: Floats, channels: int) -> tuple[Bytes, Bytes, Floats]:
+    """Mix each token, then round it twice."""
+    plane, rest, steps = own.RoundTokensTwice(own.Mix(values), channels=channels)
+    return plane, rest, steps
+
+
+@script(own, default_opset=op)
+def ScaleRoundTokens(values: Floats, gain: Floats, channels: int) -> tuple[Bytes, Floats]:
+    """Multiply each token with a gain, and round it."""
+    plane, steps = own.RoundTokens(op.Mul(values, gain), channels=channels)
+    return plane, steps
+
+
+@script(own, default_opset=op)
+def ScaleRoundTokensTwice(values: Floats, gain: Floats, channels: int) -> tuple[Bytes, Bytes, Floats]:
+    """Multiply each token with a gain, and round it twice."""
+    plane, rest, steps = own.RoundTokensTwice(op.Mul(values, gain), channels=channels)
+    return plane, rest, steps
+
+
+@script(own, default_opset=op)
+def ScaleRoundTokensMixed(values: Floats, gain: Floats, channels: int) -> tuple[Bytes, Floats]:
+    """Multiply each token with a gain, mix it and round it."""
+    plane, steps = own.RoundTokens(own.Mix(op.Mul(values, gain)), channels=channels)
+    return plane, steps
+
+
+@script(own, default_opset=op)
+def ScaleRoundTokensMixedTwice(values: Floats, gain: Floats, channels: int) -> tuple[Bytes, Bytes, Floats]:
+    """Multiply each token with a gain, mix it and round it twice."""
+    plane, rest, steps = own.RoundTokensTwice(own.Mix(op.Mul(values, gain)), channels=channels)
+    return plane, rest, steps
+
+
+@script(own, default_opset=op)
+def NormRoundTokens(values: Floats, gain: Floats, channels: int, epsilon: float) -> tuple[Bytes, Floats]:
+    """Divide each token by its root mean square, multiply it with a gain, and round it."""
+    normal = op.RMSNormalization(values, gain, axis=-1, epsilon=epsilon)
+    plane, steps = own.RoundTokens(normal, channels=channels)
+    return plane, steps
+
+
+@script(own, default_opset=op)
+def NormRoundTokensTwice(values: Floats, gain: Floats, channels: int, epsilon: float) -> tuple[Bytes, Bytes, Floats]:
+    """Normalise each token and round it twice."""
+    normal = op.RMSNormalization(values, gain, axis=-1, epsilon=epsilon)
+    plane, rest, steps = own.RoundTokensTwice(normal, channels=channels)
+    return plane, rest, steps
+
+
+@script(own, default_opset=op)
+def NormRoundTokensMixed(values: Floats, gain: Floats, channels: int, epsilon: float) -> tuple[Bytes, Floats]:
+    """Normalise each token, mix it and round it."""
+    normal = op.RMSNormalization(values, gain, axis=-1, epsilon=epsilon)
+    plane, steps = own.RoundTokens(own.Mix(normal), channels=channels)
+    return plane, steps
+
+
+@script(own, default_opset=op)
+def NormRoundTokensMixedTwice(
+    values: Floats, gain: Floats, channels: int, epsilon: float
+) -> tuple[Bytes, Bytes, Floats]:
+    """Normalise each token, mix it and round it twice."""
+    normal = op.RMSNormalization(values, gain, axis=-1, epsilon=epsilon)
+    plane, rest, steps = own.RoundTokensTwice(own.Mix(normal), channels=channels)
+    return plane, rest, steps
+
+
+@script(own, default_opset=op)
+def Unpack(weight: Integers, columns: Floats) -> Integers:
+    """Return a weight in panels as [K, N]; `columns` [N]. onnxruntime does so once, when it loads the graph."""
+    wide = op.Concat(
+        op.Constant(value_ints=[-1]), op.Mul(op.Shape(weight, start=0, end=1), op.Constant(value_ints=[64])), axis=0
+    )
+    rows = op.Reshape(op.Transpose(weight, perm=[1, 3, 0, 2]), wide)
+    return op.Slice(rows, op.Constant(value_ints=[0]), op.Shape(columns), op.Constant(value_ints=[1]))
+
+
+@script(own, default_opset=op)
+def Product(plane: Bytes, steps: Floats, weight: Integers, columns: Floats) -> Floats:
+    """Multiply rounded tokens with a weight whose columns have steps of their own."""
+    integers = own.Unpack(weight, columns)
+    zero = op.Cast(op.Constant(value_int=128), to=2)
+    result = microsoft.MatMulIntegerToFloat(plane, integers, op.Constant(value_float=1.0), columns, zero)
+    return op.Mul(result, steps)
+
+
+@script(own, default_opset=op)
+def ProductTwice(plane: Bytes, rest: Bytes, steps: Floats, weight: Integers, columns: Floats) -> Floats:
+    """Multiply tokens that were rounded twice."""
+    integers = own.Unpack(weight, columns)
+    zero = op.Cast(op.Constant(value_int=128), to=2)
+    first = microsoft.MatMulIntegerToFloat(plane, integers, op.Constant(value_float=1.0), columns, zero)
+    second = microsoft.MatMulIntegerToFloat(rest, integers, op.Constant(value_float=1 / 254), columns, zero)
+    return op.Mul(op.Add(first, second), steps)
+
+
+@script(own, default_opset=op)
+def ProductAdd(plane: Bytes, steps: Floats, weight: Integers, columns: Floats, added: Floats) -> Floats:
+    """Multiply rounded tokens, and add what is there already."""
+    return op.Add(own.Product(plane, steps, weight, columns), added)
+
+
+@script(own, default_opset=op)
+def ProductTwiceAdd(
+    plane: Bytes, rest: Bytes, steps: Floats, weight: Integers, columns: Floats, added: Floats
+) -> Floats:
+    """Multiply tokens that were rounded twice, and add what is there already."""
+    return op.Add(own.ProductTwice(plane, rest, steps, weight, columns), added)
+
+
+@script(own, default_opset=op)
+def GateUp(gate: Floats, up: Floats) -> Floats:
+    """Return silu(gate) up."""
+    return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+
+
+@script(own, default_opset=op)
+def CausalAttention(
+    query: Floats,
+    key: Floats,
+    value: Floats,
+    past_key: Halves,
+    past_value: Halves,
+    scale: float,
+) -> tuple[Floats, Halves, Halves]:
+    """Attend from [batch, tokens, heads, size]; keys and values are what float16 holds of them, past or not."""
+    keys = op.Cast(op.Cast(op.Transpose(key, perm=[0, 2, 1, 3]), to=10), to=1)
+    values = op.Cast(op.Cast(op.Transpose(value, perm=[0, 2, 1, 3]), to=10), to=1)
+    result, present_key, present_value = op.Attention(
+        op.Transpose(query, perm=[0, 2, 1, 3]),
+        keys,
+        values,
+        None,
+        op.Cast(past_key, to=1),
+        op.Cast(past_value, to=1),
+        is_causal=1,
+        scale=scale,
+    )
+    kept_key = op.Cast(present_key, to=10)
+    kept_value = op.Cast(present_value, to=10)
+    return op.Transpose(result, perm=[0, 2, 1, 3]), kept_key, kept_value
+
+
+@script(own, default_opset=op)
+def RotaryCausalAttention(
+    query: Floats,
+    key: Floats,
+    value: Floats,
+    past_key: Halves,
+    past_value: Halves,
+    cosines: Floats,
+    sines: Floats,
+    scale: float,
+) -> tuple[Floats, Halves, Halves]:
+    """Rotate queries and new keys by angles [batch, tokens, size / 2], then attend."""
+    turned = op.RotaryEmbedding(op.Transpose(query, perm=[0, 2, 1, 3]), cosines, sines)
+    keys = op.RotaryEmbedding(op.Transpose(key, perm=[0, 2, 1, 3]), cosines, sines)
+    result, present_key, present_value = own.CausalAttention(
+        op.Transpose(turned, perm=[0, 2, 1, 3]),
+        op.Transpose(keys, perm=[0, 2, 1, 3]),
+        value,
+        past_key,
+        past_value,
+        scale=scale,
+    )
+    return result, present_key, present_value
+
+
+OPERATORS: tuple[OnnxFunction[Any, Any], ...] = (
+    Mix, Steps, Zeros, Unpack,
+    RoundTokens, RoundTokensTwice, RoundTokensMixed, RoundTokensMixedTwice,
+    ScaleRoundTokens, ScaleRoundTokensTwice, ScaleRoundTokensMixed, ScaleRoundTokensMixedTwice,
+    NormRoundTokens, NormRoundTokensTwice, NormRoundTokensMixed, NormRoundTokensMixedTwice,
+    Product, ProductTwice, ProductAdd, ProductTwiceAdd, GateUp, CausalAttention, RotaryCausalAttention,
+)  # fmt: skip
+
+
+def define(model: ir.Model) -> None:
+    """Give the model the functions that its nodes call, and those that these call."""
+    functions: dict[str, ir.Function] = {
+        function.name: ir.serde.deserialize_function(function.to_function_proto()) for function in OPERATORS
+    }
+    pending = [node.op_type for node in model.graph if node.domain == DOMAIN]
+    while pending:
+        name = pending.pop()
+        if (DOMAIN, name, "") in model.functions:
+            continue
+        function = functions[name]
+        model.functions[function.identifier()] = function
+        pending += [node.op_type for node in function if node.domain == DOMAIN]
+    model.opset_imports.update({DOMAIN: 1, "com.microsoft": 1})

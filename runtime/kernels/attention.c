@@ -1,0 +1,206 @@
+/* Causal attention with AVX-512 bf16: scores of a tile of queries with all their keys, their softmax, the sum of values.
+ *
+ * A tile's scores lie in a buffer of its own, [ROWS][keys], so that what is needed at once grows with the text, not with
+ * its square, and what lies after a token is hardly ever computed. Keys count from the text's first token, past or not.
+ */
+#include "kernels.h"
+
+#include <immintrin.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define LOG2E 1.44269504088896340736f
+
+INLINE __mmask16 lanes(size_t left) { return left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1); }
+INLINE size_t up(size_t count, size_t to) { return (count + to - 1) / to * to; }
+INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+/* 2^x for x <= 0; a relative error of 2e-7 (the polynomial is 2^f's minimax one over [-1/2, 1/2]) */
+INLINE __m512 power_of_2(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126));
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(1.54353085e-4f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.33989386e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.61817019e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55032901e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40226507e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93147182e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1));
+    return _mm512_scalef_ps(p, whole);
+}
+
+INLINE uint16_t *bits_of(__m256bh x, uint16_t *at) {
+    memcpy(at, &x, 32);
+    return at;
+}
+
+/* The number of a head's vector at `from`, rotated where there are angles: 16 of them from channel i on. */
+INLINE __m512 rotated(const float *row, size_t i, size_t size, const float *cosines, const float *sines) {
+    const __m512 x = _mm512_loadu_ps(row + i);
+    if (!cosines) return x;
+    const size_t half = size / 2, angle = i < half ? i : i - half;
+    const __m512 other = _mm512_loadu_ps(row + (i < half ? i + half : i - half));
+    const __m512 turned = _mm512_mul_ps(other, _mm512_loadu_ps(sines + angle));
+    const __m512 kept = _mm512_mul_ps(x, _mm512_loadu_ps(cosines + angle));
+    return i < half ? _mm512_sub_ps(kept, turned) : _mm512_add_ps(kept, turned);
+}
+
+/* Packed keys: [batch][kv_heads][blocks of KEYS][size / 2][KEYS][2]. Packed values: [batch][kv_heads][blocks of KEYS]
+ * [KEYS / 2][size][2]. Both are zero after the last key. */
+size_t packed_size(const Attention *t) {
+    return t->batch * t->kv_heads * up(t->past + t->tokens, KEYS) * t->size;
+}
+
+size_t pack_tasks(const Attention *t) { return t->batch * t->kv_heads * (up(t->past + t->tokens, KEYS) / KEYS); }
+
+/* One block of keys and values of one head: into the present as float16, and from there into what is multiplied with. */
+void pack(const Attention *t, size_t index) {
+    const size_t total = t->past + t->tokens, blocks = up(total, KEYS) / KEYS, size = t->size;
+    const size_t start = index % blocks * KEYS, end = least(start + KEYS, total);
+    const size_t lane = index / blocks, batch = lane / t->kv_heads, head = lane % t->kv_heads;
+    uint16_t *keys = t->packed_key + index * KEYS * size, *values = t->packed_value + index * KEYS * size;
+    uint16_t row[2][32] __attribute__((aligned(64)));
+    for (size_t place = start; place < start + KEYS; place++) {
+        const size_t inside = place - start;
+        if (place >= end) { /* keys of no token: they are masked, but must not be infinite */
+            for (size_t i = 0; i < size; i += 2) memset(keys + (i / 2 * KEYS + inside) * 2, 0, 4);
+            for (size_t i = 0; i < size; i++) values[(inside / 2 * size + i) * 2 + inside % 2] = 0;
+            continue;
+        }
+        const size_t token = place - t->past, at = (batch * t->tokens + token) * t->kv_heads + head;
+        const float *cosines = t->cosines ? t->cosines + (batch * t->tokens + token) * (size / 2) : NULL;
+        const float *sines = t->sines ? t->sines + (batch * t->tokens + token) * (size / 2) : NULL;
+        for (size_t i = 0; i < size; i += 16) {
+            __m256i key, value;
+            if (place < t->past) {
+                const size_t from = (lane * t->past + place) * size + i;
+                key = _mm256_loadu_si256((const __m256i *)(t->past_key + from));
+                value = _mm256_loadu_si256((const __m256i *)(t->past_value + from));
+            } else {
+                const __m512 turned = rotated(t->key + at * size, i, size, cosines, sines);
+                key = _mm512_cvtps_ph(turned, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+                value = _mm512_cvtps_ph(_mm512_loadu_ps(t->value + at * size + i),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            }
+            const size_t to = (lane * total + place) * size + i;
+            _mm256_storeu_si256((__m256i *)(t->present_key + to), key);
+            _mm256_storeu_si256((__m256i *)(t->present_value + to), value);
+            bits_of(_mm512_cvtneps_pbh(_mm512_cvtph_ps(key)), row[0]);
+            bits_of(_mm512_cvtneps_pbh(_mm512_cvtph_ps(value)), row[1]);
+            for (size_t j = 0; j < 16; j += 2) memcpy(keys + ((i + j) / 2 * KEYS + inside) * 2, row[0] + j, 4);
+            for (size_t j = 0; j < 16; j++) values[(inside / 2 * size + i + j) * 2 + inside % 2] = row[1][j];
+        }
+    }
+}
+
+INLINE __m512bh pair(const uint16_t *at) {
+    int32_t two;
+    memcpy(&two, at, 4);
+    return (__m512bh)_mm512_set1_epi32(two);
+}
+
+INLINE __m512bh pairs(const uint16_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
+
+/* sums [rows][16 columns] += left [rows][count] right [count / 2][stride][2] */
+INLINE void add_products(int rows, int columns, const uint16_t *left, size_t left_stride, const uint16_t *right,
+                         size_t stride, size_t count, __m512 sums[ROWS][4]) {
+    for (size_t i = 0; i < count; i += 2) {
+        __m512bh w[4];
+        UNROLL
+        for (int c = 0; c < columns; c++) w[c] = pairs(right + i * stride + 32 * c);
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            const __m512bh x = pair(left + r * left_stride + i);
+            UNROLL
+            for (int c = 0; c < columns; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], x, w[c]);
+        }
+    }
+}
+
+INLINE void clear(__m512 sums[ROWS][4]) {
+    UNROLL
+    for (int r = 0; r < ROWS; r++)
+        UNROLL
+        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_ps();
+}
+
+INLINE void weigh(int columns, const Attention *t, const uint16_t *weights, size_t stride, const uint16_t *values,
+                  size_t count, const float *totals, float *const *rows, size_t used, size_t channel) {
+    __m512 sums[ROWS][4];
+    clear(sums);
+    for (size_t start = 0; start < count; start += KEYS)
+        add_products(ROWS, columns, weights + start, stride, values + start * t->size + 2 * channel, t->size,
+                     least(KEYS, up(count - start, 2)), sums);
+    for (size_t r = 0; r < used; r++)
+        UNROLL
+        for (int c = 0; c < columns; c++)
+            _mm512_storeu_ps(rows[r] + channel + 16 * c, _mm512_div_ps(sums[r][c], _mm512_set1_ps(totals[r])));
+}
+
+/* Rows of a key's head: its query heads' tokens, the heads of one token together. */
+size_t attend_tasks(const Attention *t) {
+    return t->batch * t->kv_heads * (up(t->tokens * (t->heads / t->kv_heads), ROWS) / ROWS);
+}
+
+size_t attend_scratch(const Attention *t) {
+    return ROWS * (up(t->past + t->tokens, KEYS) * (sizeof(float) + sizeof(uint16_t)) + t->size * sizeof(uint16_t));
+}
+
+void attend(const Attention *t, size_t index, void *scratch) {
+    const size_t group = t->heads / t->kv_heads, count = t->tokens * group, tiles = up(count, ROWS) / ROWS;
+    const size_t size = t->size, stride = up(t->past + t->tokens, KEYS);
+    const size_t lane = index / tiles, batch = lane / t->kv_heads, head = lane % t->kv_heads;
+    const size_t first = (tiles - 1 - index % tiles) * ROWS; /* the longest first: they end together */
+    const size_t used = least(ROWS, count - first);
+    const uint16_t *keys = t->packed_key + lane * stride * size, *values = t->packed_value + lane * stride * size;
+    float *scores = scratch;
+    uint16_t *weights = (uint16_t *)(scores + ROWS * stride), *queries = weights + ROWS * stride;
+    float *results[ROWS], totals[ROWS];
+    size_t seen[ROWS];
+    for (size_t r = 0; r < ROWS; r++) {
+        const size_t row = first + least(r, used - 1), token = row / group;
+        const size_t at = ((batch * t->tokens + token) * t->heads + head * group + row % group) * size;
+        const float *cosines = t->cosines ? t->cosines + (batch * t->tokens + token) * (size / 2) : NULL;
+        const float *sines = t->sines ? t->sines + (batch * t->tokens + token) * (size / 2) : NULL;
+        for (size_t i = 0; i < size; i += 16)
+            bits_of(_mm512_cvtneps_pbh(rotated(t->query + at, i, size, cosines, sines)), queries + r * size + i);
+        results[r] = t->result + at;
+        seen[r] = t->past + token + 1;
+    }
+    const size_t longest = seen[ROWS - 1];
+    for (size_t start = 0; start < longest; start += KEYS) {
+        __m512 sums[ROWS][4];
+        clear(sums);
+        add_products(ROWS, 4, queries, size, keys + start * size, KEYS, size, sums);
+        UNROLL
+        for (int r = 0; r < ROWS; r++)
+            UNROLL
+            for (int c = 0; c < 4; c++) _mm512_storeu_ps(scores + r * stride + start + 16 * c, sums[r][c]);
+    }
+    const __m512 factor = _mm512_set1_ps(t->scale * LOG2E);
+    for (size_t r = 0; r < used; r++) {
+        float *row = scores + r * stride;
+        __m512 largest = _mm512_set1_ps(-__builtin_inff()), total = _mm512_setzero_ps();
+        for (size_t i = 0; i < seen[r]; i += 16)
+            largest = _mm512_mask_max_ps(largest, lanes(seen[r] - i), largest, _mm512_loadu_ps(row + i));
+        const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+        for (size_t i = 0; i < longest; i += 16) {
+            const __mmask16 some = i < seen[r] ? lanes(seen[r] - i) : 0;
+            const __m512 below = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + i), peak), factor);
+            const __m512 weight = _mm512_maskz_mov_ps(some, power_of_2(below));
+            total = _mm512_add_ps(total, weight);
+            bits_of(_mm512_cvtneps_pbh(weight), weights + r * stride + i);
+        }
+        totals[r] = _mm512_reduce_add_ps(total);
+    }
+    for (size_t r = used; r < ROWS; r++) memset(weights + r * stride, 0, up(longest, 16) * sizeof(uint16_t));
+    size_t channel = 0;
+    for (; channel + 64 <= size; channel += 64)
+        weigh(4, t, weights, stride, values, longest, totals, results, used, channel);
+    if (size - channel >= 32) {
+        weigh(2, t, weights, stride, values, longest, totals, results, used, channel);
+        channel += 32;
+    }
+    if (channel < size) weigh(1, t, weights, stride, values, longest, totals, results, used, channel);
+}

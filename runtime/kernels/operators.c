@@ -1,0 +1,415 @@
+/* The operators of int8 graphs as custom operators of onnxruntime.
+ *
+ * Each is a function in the graph too, of standard nodes. Where this library is not loaded, or a processor lacks what a
+ * kernel needs, onnxruntime puts that function in its place. What an operator takes may never change under its name.
+ */
+#include "kernels.h"
+#include "onnxruntime_abi.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cpuid.h>
+
+#define AXES 4
+#define INPUTS 7
+#define OUTPUTS 3
+#define TOKENS 16  /* of a task of rounding */
+#define BLOCK 96   /* tokens of a task of products, a multiple of ROWS: a panel and they stay in a core's cache */
+#define HELPERS 64 /* most threads that share one operator's work */
+#define EXPORTED __attribute__((visibility("default")))
+
+#define TRY(call)                  \
+    do {                           \
+        Status failed_ = (call);   \
+        if (failed_) return failed_; \
+    } while (0)
+
+typedef struct Operator Operator;
+
+/* One node of a graph. */
+typedef struct {
+    const Operator *op;
+    Api api;
+    float number;   /* attention's scale, a norm's epsilon */
+    int32_t *zeros; /* products: what a weight's columns add up to, 128 times */
+} Kernel;
+
+typedef struct {
+    float *data;
+    int64_t sizes[AXES];
+    size_t axes;
+} Tensor;
+
+struct Operator {
+    CustomOp base;
+    const char *name;
+    int inputs[INPUTS], outputs[OUTPUTS]; /* types; 0 after the last */
+    Status (*compute)(Kernel *kernel, void *context, Tensor *inputs);
+    int mixed, twice;      /* of rounding and products */
+    int norm, gain, added; /* what comes before rounding and after products */
+};
+
+/* ---- work on the session's threads ---- */
+
+typedef struct {
+    void (*run)(const void *task, size_t index, void *scratch);
+    const void *task;
+    size_t count, scratch;
+    atomic_size_t next;
+    atomic_int failed;
+} Work;
+
+static void help(void *data, size_t index) {
+    Work *work = data;
+    void *scratch = NULL;
+    (void)index;
+    if (atomic_load(&work->next) >= work->count) return;
+    if (work->scratch && !(scratch = aligned_alloc(64, (work->scratch + 63) / 64 * 64))) {
+        atomic_store(&work->failed, 1);
+        return;
+    }
+    for (size_t i; (i = atomic_fetch_add(&work->next, 1)) < work->count;) work->run(work->task, i, scratch);
+    free(scratch);
+}
+
+static Status share(Kernel *kernel, void *context, void (*run)(const void *, size_t, void *), const void *task,
+                    size_t count, size_t scratch) {
+    Work work = {.run = run, .task = task, .count = count, .scratch = scratch};
+    if (count == 0) return NULL;
+    TRY(PARALLEL(kernel->api, context, help, count < HELPERS ? count : HELPERS, &work));
+    return work.failed ? CREATE_STATUS(kernel->api, FAIL, "out of memory") : NULL;
+}
+
+/* ---- tensors ---- */
+
+static Status read_shape(Api api, void *value, Tensor *tensor) {
+    void *info;
+    TRY(TENSOR_SHAPE(api, value, &info));
+    Status status = DIMENSIONS_COUNT(api, info, &tensor->axes);
+    if (!status && tensor->axes > AXES) status = CREATE_STATUS(api, INVALID_ARGUMENT, "expected at most 4 axes");
+    if (!status) status = DIMENSIONS(api, info, tensor->sizes, tensor->axes);
+    RELEASE_SHAPE(api, info);
+    return status;
+}
+
+static Status read_input(Api api, void *context, size_t index, Tensor *tensor) {
+    void *value;
+    TRY(INPUT(api, context, index, &value));
+    TRY(TENSOR_DATA(api, value, (void **)&tensor->data));
+    return read_shape(api, value, tensor);
+}
+
+static Status make_output(Kernel *kernel, void *context, size_t index, const int64_t *sizes, size_t axes, void *data) {
+    void *value;
+    TRY(OUTPUT(kernel->api, context, index, sizes, axes, &value));
+    return TENSOR_DATA(kernel->api, value, data);
+}
+
+static size_t elements(const Tensor *tensor, size_t axes) {
+    size_t count = 1;
+    for (size_t i = 0; i < axes; i++) count *= (size_t)tensor->sizes[i];
+    return count;
+}
+
+static Status refuse(Kernel *kernel, const char *expected) {
+    return CREATE_STATUS(kernel->api, INVALID_ARGUMENT, expected);
+}
+
+/* ---- the operators ---- */
+
+static void round_some(const void *task, size_t index, void *scratch) {
+    const struct {
+        Rounding rounding;
+        size_t tokens;
+    } *all = task;
+    const size_t first = index * TOKENS, end = first + TOKENS < all->tokens ? first + TOKENS : all->tokens;
+    round_tokens(&all->rounding, scratch, first, end);
+}
+
+static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
+    Tensor *x = inputs;
+    struct {
+        Rounding rounding;
+        size_t tokens;
+    } all = {{.values = x->data, .norm = kernel->op->norm, .epsilon = kernel->number, .mixed = kernel->op->mixed}, 0};
+    if (x->axes < 1) return refuse(kernel, "rounding: expected values [..., channels]");
+    all.rounding.channels = (size_t)x->sizes[x->axes - 1];
+    if (all.rounding.mixed && all.rounding.channels % MIXED) return refuse(kernel, "rounding: channels in blocks of 16");
+    if (kernel->op->gain) {
+        if (elements(inputs + 1, inputs[1].axes) != all.rounding.channels) return refuse(kernel, "rounding: a gain per channel");
+        all.rounding.gain = inputs[1].data;
+    }
+    all.tokens = elements(x, x->axes - 1);
+    size_t output = 0;
+    TRY(make_output(kernel, context, output++, x->sizes, x->axes, &all.rounding.plane));
+    if (kernel->op->twice) TRY(make_output(kernel, context, output++, x->sizes, x->axes, &all.rounding.rest));
+    x->sizes[x->axes - 1] = 1;
+    TRY(make_output(kernel, context, output, x->sizes, x->axes, &all.rounding.steps));
+    return share(kernel, context, round_some, &all, (all.tokens + TOKENS - 1) / TOKENS,
+                 (all.rounding.channels + 16) * sizeof(float));
+}
+
+typedef struct {
+    Product product;
+    size_t tokens, blocks;
+} Products;
+
+static void multiply_some(const void *task, size_t index, void *scratch) {
+    const Products *all = task;
+    const size_t panel = index / all->blocks, first = index % all->blocks * BLOCK;
+    (void)scratch;
+    multiply(&all->product, first, first + BLOCK < all->tokens ? first + BLOCK : all->tokens, panel);
+}
+
+static Status compute_product(Kernel *kernel, void *context, Tensor *inputs) {
+    const Tensor *plane = inputs, *rest = kernel->op->twice ? inputs + 1 : NULL;
+    const Tensor *steps = inputs + 1 + kernel->op->twice, *weight = steps + 1, *columns = steps + 2;
+    Products all = {{.plane = (uint8_t *)plane->data,
+                     .rest = rest ? (uint8_t *)rest->data : NULL,
+                     .steps = steps->data,
+                     .weight = (int8_t *)weight->data,
+                     .zeros = kernel->zeros,
+                     .column_steps = columns->data,
+                     .columns = elements(columns, columns->axes)},
+                    0, 0};
+    if (plane->axes < 1) return refuse(kernel, "product: expected planes [..., channels]");
+    all.product.channels = (size_t)plane->sizes[plane->axes - 1];
+    all.tokens = elements(plane, plane->axes - 1);
+    all.blocks = (all.tokens + BLOCK - 1) / BLOCK;
+    const size_t panels = (all.product.columns + PANEL - 1) / PANEL;
+    if (all.product.channels % 4 || elements(weight, weight->axes) != panels * PANEL * all.product.channels ||
+        elements(steps, steps->axes) != all.tokens || (rest && elements(rest, rest->axes) != elements(plane, plane->axes)))
+        return refuse(kernel, "product: planes, steps, weight and its steps do not fit each other");
+    int64_t sizes[AXES];
+    memcpy(sizes, plane->sizes, sizeof sizes);
+    sizes[plane->axes - 1] = (int64_t)all.product.columns;
+    if (kernel->op->added) {
+        const Tensor *added = columns + 1;
+        if (added->axes != plane->axes || memcmp(added->sizes, sizes, plane->axes * sizeof *sizes))
+            return refuse(kernel, "product: what is added does not have the result's shape");
+        all.product.added = added->data;
+    }
+    TRY(make_output(kernel, context, 0, sizes, plane->axes, &all.product.result));
+    return share(kernel, context, multiply_some, &all, panels * all.blocks, 0);
+}
+
+static void gate_some(const void *task, size_t index, void *scratch) {
+    const struct {
+        const float *gate, *up;
+        float *result;
+        size_t count;
+    } *all = task;
+    const size_t first = index * 8192, count = all->count - first < 8192 ? all->count - first : 8192;
+    (void)scratch;
+    gate_up(all->gate + first, all->up + first, all->result + first, count);
+}
+
+static Status compute_gate(Kernel *kernel, void *context, Tensor *inputs) {
+    struct {
+        const float *gate, *up;
+        float *result;
+        size_t count;
+    } all = {inputs[0].data, inputs[1].data, NULL, elements(inputs, inputs->axes)};
+    if (inputs[0].axes != inputs[1].axes || memcmp(inputs[0].sizes, inputs[1].sizes, inputs->axes * sizeof(int64_t)))
+        return refuse(kernel, "gate: expected two tensors of one shape");
+    TRY(make_output(kernel, context, 0, inputs->sizes, inputs->axes, &all.result));
+    return share(kernel, context, gate_some, &all, (all.count + 8191) / 8192, 0);
+}
+
+static void pack_some(const void *task, size_t index, void *scratch) {
+    (void)scratch;
+    pack(task, index);
+}
+
+static void attend_some(const void *task, size_t index, void *scratch) { attend(task, index, scratch); }
+
+static Status compute_attention(Kernel *kernel, void *context, Tensor *inputs) {
+    const Tensor *query = inputs, *key = inputs + 1, *value = inputs + 2, *past_key = inputs + 3, *past_value = inputs + 4;
+    const int rotary = kernel->op->inputs[5] != 0;
+    for (size_t i = 0; i < 5; i++)
+        if (inputs[i].axes != 4) return refuse(kernel, "attention: expected 4 axes");
+    Attention task = {.query = query->data,
+                      .key = key->data,
+                      .value = value->data,
+                      .cosines = rotary ? inputs[5].data : NULL,
+                      .sines = rotary ? inputs[6].data : NULL,
+                      .past_key = (uint16_t *)past_key->data,
+                      .past_value = (uint16_t *)past_value->data,
+                      .scale = kernel->number,
+                      .batch = (size_t)query->sizes[0],
+                      .tokens = (size_t)query->sizes[1],
+                      .heads = (size_t)query->sizes[2],
+                      .size = (size_t)query->sizes[3],
+                      .kv_heads = (size_t)key->sizes[2],
+                      .past = (size_t)past_key->sizes[2]};
+    const size_t angles = task.batch * task.tokens * (task.size / 2);
+    const int64_t news[] = {query->sizes[0], query->sizes[1], key->sizes[2], query->sizes[3]};
+    const int64_t olds[] = {query->sizes[0], key->sizes[2], past_key->sizes[2], query->sizes[3]};
+    if (task.size % (rotary ? 32 : 16) || !task.kv_heads || task.heads % task.kv_heads ||
+        memcmp(key->sizes, news, sizeof news) || memcmp(value->sizes, news, sizeof news) ||
+        memcmp(past_key->sizes, olds, sizeof olds) || memcmp(past_value->sizes, olds, sizeof olds) ||
+        (rotary && (elements(inputs + 5, inputs[5].axes) != angles || elements(inputs + 6, inputs[6].axes) != angles)))
+        return refuse(kernel, "attention: queries, keys, values, past and angles do not fit each other");
+    const int64_t present[] = {olds[0], olds[1], olds[2] + query->sizes[1], olds[3]};
+    TRY(make_output(kernel, context, 0, query->sizes, 4, &task.result));
+    TRY(make_output(kernel, context, 1, present, 4, &task.present_key));
+    TRY(make_output(kernel, context, 2, present, 4, &task.present_value));
+    const size_t packed = packed_size(&task);
+    uint16_t *both = aligned_alloc(64, (2 * packed * sizeof(uint16_t) + 63) / 64 * 64);
+    if (!both) return CREATE_STATUS(kernel->api, FAIL, "out of memory");
+    task.packed_key = both;
+    task.packed_value = both + packed;
+    Status status = share(kernel, context, pack_some, &task, pack_tasks(&task), 0);
+    if (!status) status = share(kernel, context, attend_some, &task, attend_tasks(&task), attend_scratch(&task));
+    free(both);
+    return status;
+}
+
+/* ---- what onnxruntime asks of an operator ---- */
+
+static const Operator *operator_of(const CustomOp *base) { return (const Operator *)base; }
+
+static size_t count_types(const int *types, size_t most) {
+    size_t count = 0;
+    while (count < most && types[count]) count++;
+    return count;
+}
+
+static const char *get_name(const CustomOp *base) { return operator_of(base)->name; }
+static const char *get_provider(const CustomOp *base) { return (void)base, NULL; } /* the CPU's */
+static int get_input_type(const CustomOp *base, size_t index) { return operator_of(base)->inputs[index]; }
+static size_t get_input_count(const CustomOp *base) { return count_types(operator_of(base)->inputs, INPUTS); }
+static int get_output_type(const CustomOp *base, size_t index) { return operator_of(base)->outputs[index]; }
+static size_t get_output_count(const CustomOp *base) { return count_types(operator_of(base)->outputs, OUTPUTS); }
+static int get_zero(const CustomOp *base, size_t index) { return (void)base, (void)index, 0; }
+static int get_version(const CustomOp *base) { return (void)base, 1; }
+
+static Status create(const CustomOp *base, Api api, const void *info, void **out) {
+    const Operator *op = operator_of(base);
+    Kernel *kernel = calloc(1, sizeof *kernel);
+    if (!kernel) return CREATE_STATUS(api, FAIL, "out of memory");
+    *kernel = (Kernel){.op = op, .api = api};
+    Status status = NULL;
+    if (op->compute == compute_attention) status = ATTRIBUTE_FLOAT(api, info, "scale", &kernel->number);
+    if (op->compute == compute_rounding && op->norm) status = ATTRIBUTE_FLOAT(api, info, "epsilon", &kernel->number);
+    if (op->compute == compute_product) {
+        int constant = 0;
+        void *value = NULL;
+        Tensor weight = {0};
+        status = CONSTANT_INPUT(api, info, 2 + op->twice, &constant, &value);
+        if (!status && !constant) status = CREATE_STATUS(api, INVALID_ARGUMENT, "product: expected a constant weight");
+        if (!status) status = read_shape(api, value, &weight);
+        if (!status) status = TENSOR_DATA(api, value, (void **)&weight.data);
+        if (!status && (weight.axes != 4 || weight.sizes[2] != PANEL || weight.sizes[3] != 4))
+            status = CREATE_STATUS(api, INVALID_ARGUMENT, "product: expected a weight [panels, channels / 4, 64, 4]");
+        if (!status) {
+            const size_t columns = (size_t)weight.sizes[0] * PANEL;
+            kernel->zeros = calloc(columns, sizeof *kernel->zeros);
+            if (kernel->zeros)
+                column_zeros((int8_t *)weight.data, (size_t)weight.sizes[1] * 4, columns, kernel->zeros);
+            else
+                status = CREATE_STATUS(api, FAIL, "out of memory");
+        }
+    }
+    if (status) {
+        free(kernel->zeros);
+        free(kernel);
+        return status;
+    }
+    *out = kernel;
+    return NULL;
+}
+
+static void destroy(void *data) {
+    Kernel *kernel = data;
+    free(kernel->zeros);
+    free(kernel);
+}
+
+static Status compute(void *data, void *context) {
+    Kernel *kernel = data;
+    Tensor inputs[INPUTS];
+    const size_t count = count_types(kernel->op->inputs, INPUTS);
+    for (size_t i = 0; i < count; i++) TRY(read_input(kernel->api, context, i, inputs + i));
+    return kernel->op->compute(kernel, context, inputs);
+}
+
+#define BASE                                                                                                    \
+    {                                                                                                           \
+        .version = ABI_VERSION, .name = get_name, .provider = get_provider, .input_type = get_input_type,       \
+        .input_count = get_input_count, .output_type = get_output_type, .output_count = get_output_count,       \
+        .input_presence = get_zero, .output_presence = get_zero, .input_memory = get_zero, .create = create,    \
+        .compute = compute, .destroy = destroy, .first_version = get_version, .last_version = get_version       \
+    }
+#define ROUNDINGS(title, is_norm, is_mixed, ...)                                                                      \
+    {.base = BASE, .name = title, .inputs = {__VA_ARGS__}, .outputs = {UINT8, FLOAT}, .compute = compute_rounding,   \
+     .norm = is_norm, .gain = COUNT(((int[]){__VA_ARGS__})) > 1, .mixed = is_mixed},                                 \
+        {.base = BASE, .name = title "Twice", .inputs = {__VA_ARGS__}, .outputs = {UINT8, UINT8, FLOAT},             \
+         .compute = compute_rounding, .norm = is_norm, .gain = COUNT(((int[]){__VA_ARGS__})) > 1, .mixed = is_mixed, \
+         .twice = 1}
+#define PRODUCT(title, is_twice, is_added, ...)                                                                \
+    {.base = BASE, .name = title, .inputs = {__VA_ARGS__}, .outputs = {FLOAT}, .compute = compute_product,     \
+     .twice = is_twice, .added = is_added}
+#define ATTENTION(title, ...)                                                                              \
+    {.base = BASE, .name = title, .inputs = {FLOAT, FLOAT, FLOAT, FLOAT16, FLOAT16, ##__VA_ARGS__},        \
+     .outputs = {FLOAT, FLOAT16, FLOAT16}, .compute = compute_attention}
+#define COUNT(table) (sizeof(table) / sizeof *(table))
+
+static const Operator ELEMENTS[] = {
+    ROUNDINGS("RoundTokens", 0, 0, FLOAT),
+    ROUNDINGS("RoundTokensMixed", 0, 1, FLOAT),
+    ROUNDINGS("ScaleRoundTokens", 0, 0, FLOAT, FLOAT),
+    ROUNDINGS("ScaleRoundTokensMixed", 0, 1, FLOAT, FLOAT),
+    ROUNDINGS("NormRoundTokens", 1, 0, FLOAT, FLOAT),
+    ROUNDINGS("NormRoundTokensMixed", 1, 1, FLOAT, FLOAT),
+    {.base = BASE, .name = "GateUp", .inputs = {FLOAT, FLOAT}, .outputs = {FLOAT}, .compute = compute_gate},
+};
+static const Operator PRODUCTS[] = {
+    PRODUCT("Product", 0, 0, UINT8, FLOAT, INT8, FLOAT),
+    PRODUCT("ProductTwice", 1, 0, UINT8, UINT8, FLOAT, INT8, FLOAT),
+    PRODUCT("ProductAdd", 0, 1, UINT8, FLOAT, INT8, FLOAT, FLOAT),
+    PRODUCT("ProductTwiceAdd", 1, 1, UINT8, UINT8, FLOAT, INT8, FLOAT, FLOAT),
+};
+static const Operator ATTENTIONS[] = {
+    ATTENTION("CausalAttention"),
+    ATTENTION("RotaryCausalAttention", FLOAT, FLOAT),
+};
+enum { VNNI = 1, BF16 = 2, AMX = 4 };
+
+static int features(void) {
+    unsigned a, b, c, d;
+    int found = 0;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) /* and the operating system does */
+        return 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) found |= (c >> 11 & 1 ? VNNI : 0) | (d >> 25 & 1 ? AMX : 0);
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) found |= a >> 5 & 1 ? BF16 : 0;
+    return found & VNNI ? found : 0;
+}
+
+/* Which kernels run on this processor, in words. onnxruntime's own products are faster where there is AMX. */
+EXPORTED const char *rewardrt_kernels(void) {
+    const int found = features();
+    if (!found) return "";
+    if (found & AMX) return found & BF16 ? "rounding, attention" : "rounding";
+    return found & BF16 ? "rounding, products, attention" : "rounding, products";
+}
+
+static Status add(Api api, void *domain, const Operator *operators, size_t count) {
+    for (size_t i = 0; i < count; i++) TRY(ADD_OPERATOR(api, domain, &operators[i].base));
+    return NULL;
+}
+
+EXPORTED Status RegisterCustomOps(void *options, const ApiBase *base) {
+    const int found = features();
+    Api api = base->get_api(ABI_VERSION);
+    void *domain;
+    if (!found) return NULL;
+    TRY(CREATE_DOMAIN(api, "rewardrt", &domain)); /* sessions need it as long as they live: it is never given back */
+    TRY(add(api, domain, ELEMENTS, COUNT(ELEMENTS)));
+    if (!(found & AMX)) TRY(add(api, domain, PRODUCTS, COUNT(PRODUCTS)));
+    if (found & BF16) TRY(add(api, domain, ATTENTIONS, COUNT(ATTENTIONS)));
+    return ADD_DOMAIN(api, options, domain);
+}

@@ -1,0 +1,200 @@
+/* Rounding of tokens and products of integers, with AVX-512 VNNI. See quantize.py for the formulas. */
+#include "kernels.h"
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+static const float TINY = 1e-30f;        /* of a token whose channels are all 0: it is divided by */
+static const float FINER = 1.0f / 254.0f; /* a step of the second plane in those of the first */
+
+/* Lane i with lane i ^ distance: the sum in the lower of the two, the difference in the higher. */
+#define BUTTERFLY(x, swapped, distance) _mm512_fmadd_ps(x, signs(distance), swapped)
+
+INLINE __m512 signs(int distance) {
+    const __mmask16 higher = distance == 1 ? 0xAAAA : distance == 2 ? 0xCCCC : distance == 4 ? 0xF0F0 : 0xFF00;
+    return _mm512_mask_blend_ps(higher, _mm512_set1_ps(1), _mm512_set1_ps(-1));
+}
+
+INLINE __m512 mix(__m512 x) {
+    x = BUTTERFLY(x, _mm512_permute_ps(x, 0xB1), 1);
+    x = BUTTERFLY(x, _mm512_permute_ps(x, 0x4E), 2);
+    x = BUTTERFLY(x, _mm512_shuffle_f32x4(x, x, 0xB1), 4);
+    x = BUTTERFLY(x, _mm512_shuffle_f32x4(x, x, 0x4E), 8);
+    return _mm512_mul_ps(x, _mm512_set1_ps(0.25f));
+}
+
+INLINE __mmask16 lanes(size_t left) { return left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1); }
+
+INLINE __m128i around_128(__m512i rounded) {
+    const __m512i shifted = _mm512_max_epi32(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)), _mm512_setzero_si512());
+    return _mm512_cvtusepi32_epi8(shifted);
+}
+
+/* Writes a token, normalised and mixed where that is asked for, and returns its largest value. */
+INLINE __m512 prepare(const Rounding *task, const float *row, float *out) {
+    const size_t channels = task->channels;
+    __m512 factor = _mm512_set1_ps(1), largest = _mm512_set1_ps(TINY);
+    if (task->norm) {
+        __m512 sum = _mm512_setzero_ps();
+        for (size_t i = 0; i < channels; i += 16) {
+            const __m512 x = _mm512_maskz_loadu_ps(lanes(channels - i), row + i);
+            sum = _mm512_fmadd_ps(x, x, sum);
+        }
+        factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)channels + task->epsilon));
+    }
+    for (size_t i = 0; i < channels; i += 16) {
+        const __mmask16 some = lanes(channels - i);
+        __m512 x = _mm512_maskz_loadu_ps(some, row + i);
+        if (task->gain) x = _mm512_mul_ps(_mm512_mul_ps(x, factor), _mm512_maskz_loadu_ps(some, task->gain + i));
+        if (task->mixed) x = mix(x);
+        _mm512_mask_storeu_ps(out + i, some, x);
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(x)); /* a NaN may be lost here: it is looked for below */
+    }
+    return largest;
+}
+
+void round_tokens(const Rounding *task, float *scratch, size_t first, size_t end) {
+    const size_t channels = task->channels;
+    for (size_t token = first; token < end; token++) {
+        const float step = _mm512_reduce_max_ps(prepare(task, task->values + token * channels, scratch)) * (1.0f / 127.0f);
+        const __m512 steps = _mm512_set1_ps(step), finer = _mm512_set1_ps(step * FINER);
+        __mmask16 bad = 0;
+        for (size_t i = 0; i < channels; i += 16) {
+            const __mmask16 some = lanes(channels - i);
+            const __m512 x = _mm512_maskz_loadu_ps(some, scratch + i);
+            bad |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+            const __m512i near = _mm512_cvtps_epi32(_mm512_div_ps(x, steps));
+            _mm_mask_storeu_epi8(task->plane + token * channels + i, some, around_128(near));
+            if (task->rest) {
+                const __m512 rest = _mm512_sub_ps(x, _mm512_mul_ps(_mm512_cvtepi32_ps(near), steps));
+                const __m512i again = _mm512_cvtps_epi32(_mm512_div_ps(rest, finer));
+                _mm_mask_storeu_epi8(task->rest + token * channels + i, some, around_128(again));
+            }
+        }
+        task->steps[token] = bad ? __builtin_nanf("") : step; /* integers cannot say that there was none */
+    }
+}
+
+/* e^x, a relative error of 2e-7: 2^n with n whole, times the Taylor polynomial of e^r for the rest, |r| <= ln 2 / 2 */
+INLINE __m512 exponential(__m512 x) {
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87)), _mm512_set1_ps(88));
+    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145752f), x);
+    r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 5040);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 2));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+    return _mm512_scalef_ps(p, whole);
+}
+
+void gate_up(const float *gate, const float *up, float *result, size_t count) {
+    const __m512 one = _mm512_set1_ps(1);
+    for (size_t i = 0; i < count; i += 16) {
+        const __mmask16 some = lanes(count - i);
+        const __m512 x = _mm512_maskz_loadu_ps(some, gate + i);
+        const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+        const __m512 silu = _mm512_div_ps(x, below);
+        _mm512_mask_storeu_ps(result + i, some, _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(some, up + i)));
+    }
+}
+
+void column_zeros(const int8_t *weight, size_t channels, size_t columns, int32_t *zeros) {
+    for (size_t column = 0; column < columns; column += PANEL) {
+        __m512i sums[PANEL / 16] = {0};
+        const int8_t *panel = weight + column * channels;
+        for (size_t i = 0; i < channels * PANEL; i += 4 * PANEL)
+            for (size_t c = 0; c < PANEL / 16; c++)
+                sums[c] = _mm512_dpbusd_epi32(sums[c], _mm512_set1_epi8((char)128), _mm512_loadu_si512(panel + i + 64 * c));
+        for (size_t c = 0; c < PANEL / 16 && column + 16 * c < columns; c++)
+            _mm512_mask_storeu_epi32(zeros + column + 16 * c, lanes(columns - column - 16 * c), sums[c]);
+    }
+}
+
+/* Sums of rows x PANEL products; `rows` is a constant where this is called. Functions of their own: where a tile's sums
+ * were stored and scaled in the loop's function, compilers kept them in memory all along.
+ */
+typedef int32_t Sums[ROWS][PANEL];
+
+INLINE void add_up(int rows, const uint8_t *plane, const int8_t *weight, size_t channels, Sums stored) {
+    __m512i sums[ROWS][4];
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_si512();
+    for (size_t i = 0; i < channels; i += 4, weight += 4 * PANEL) {
+        const __m512i w[4] = {_mm512_loadu_si512(weight), _mm512_loadu_si512(weight + 64),
+                              _mm512_loadu_si512(weight + 128), _mm512_loadu_si512(weight + 192)};
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, plane + r * channels + i, 4);
+            const __m512i x = _mm512_set1_epi32(four);
+            UNROLL
+            for (int c = 0; c < 4; c++) sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], x, w[c]);
+        }
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int c = 0; c < 4; c++) _mm512_storeu_si512(stored[r] + 16 * c, sums[r][c]);
+}
+
+#define ADD_UP(rows)                                                                                                  \
+    static __attribute__((noinline)) void add_up_##rows(const uint8_t *plane, const int8_t *weight, size_t channels, \
+                                                        Sums stored) {                                              \
+        add_up(rows, plane, weight, channels, stored);                                                              \
+    }
+ADD_UP(1)
+ADD_UP(2)
+ADD_UP(3)
+ADD_UP(4)
+ADD_UP(5)
+ADD_UP(6)
+static void (*const ADDERS[])(const uint8_t *, const int8_t *, size_t, Sums) = {add_up_1, add_up_2, add_up_3,
+                                                                              add_up_4, add_up_5, add_up_6};
+
+/* All of the result, from one plane; the first of two parts; or the second, and with it the result. */
+typedef enum { ALL, FIRST, SECOND } Part;
+
+INLINE void product_tile(Part part, const Product *task, size_t rows, size_t token, size_t panel) {
+    const size_t columns = task->columns, column = panel * PANEL;
+    const uint8_t *plane = part == SECOND ? task->rest : task->plane;
+    Sums sums;
+    ADDERS[rows - 1](plane + token * task->channels, task->weight + column * task->channels, task->channels, sums);
+    for (size_t at = column; at < column + PANEL && at < columns; at += 16) {
+        const __mmask16 some = lanes(columns - at);
+        const __m512i zeros = _mm512_maskz_loadu_epi32(some, task->zeros + at);
+        __m512 steps = _mm512_maskz_loadu_ps(some, task->column_steps + at);
+        if (part == SECOND) steps = _mm512_mul_ps(steps, _mm512_set1_ps(FINER));
+        for (size_t r = 0; r < rows; r++) {
+            float *to = task->result + (token + r) * columns + at;
+            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[r] + at - column), zeros);
+            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), steps);
+            if (part == SECOND) y = _mm512_add_ps(_mm512_maskz_loadu_ps(some, to), y);
+            if (part != FIRST) y = _mm512_mul_ps(y, _mm512_set1_ps(task->steps[token + r]));
+            if (part != FIRST && task->added)
+                y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, task->added + (token + r) * columns + at));
+            _mm512_mask_storeu_ps(to, some, y);
+        }
+    }
+}
+
+void multiply(const Product *task, size_t first, size_t end, size_t panel) {
+    for (size_t token = first; token < end; token += ROWS) {
+        const size_t rows = end - token < ROWS ? end - token : ROWS;
+        if (task->rest) {
+            product_tile(FIRST, task, rows, token, panel);
+            product_tile(SECOND, task, rows, token, panel);
+        } else {
+            product_tile(ALL, task, rows, token, panel);
+        }
+    }
+}
