@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -80,13 +81,7 @@ def _typed(model: Any) -> bytes:
     """Give the outputs the element types that the function's outputs have."""
     (call,) = model.graph.node
     kinds = {"RoundTokens": [2, 1], "RoundTokensTwice": [2, 2, 1], "Attention": [1, 10, 10]}
-    base = (
-        call.op_type.removeprefix("Norm")
-        .removeprefix("Scale")
-        .replace("Mixed", "")
-        .removeprefix("Rotary")
-        .removeprefix("Causal")
-    )
+    base = re.sub("^(Norm|Scale|Gate|Rotary)|Mixed", "", call.op_type).removeprefix("Causal")
     for output, kind in zip(model.graph.output, kinds.get(base, [1]), strict=True):
         output.type.tensor_type.elem_type = kind
     return bytes(model.SerializeToString())
@@ -107,11 +102,22 @@ def test_rounding_gives_the_bits_of_its_function(twice: str, channels: int) -> N
 @needs["rounding"]
 @pytest.mark.parametrize("twice", ["", "Twice"])
 @pytest.mark.parametrize(
-    "kind", ["RoundTokensMixed", "ScaleRoundTokens", "ScaleRoundTokensMixed", "NormRoundTokens", "NormRoundTokensMixed"]
+    "kind",
+    [
+        "RoundTokensMixed",
+        "ScaleRoundTokens",
+        "ScaleRoundTokensMixed",
+        "GateRoundTokens",
+        "GateRoundTokensMixed",
+        "NormRoundTokens",
+        "NormRoundTokensMixed",
+    ],
 )
 def test_mixing_and_norms_give_the_numbers_of_their_functions(kind: str, twice: str) -> None:
     inputs, attributes = {"x": normal(2, 33, 160, scale=30)}, {"channels": 160}
-    if not kind.startswith("Round"):
+    if kind.startswith("Gate"):
+        inputs["up"] = normal(2, 33, 160)
+    elif not kind.startswith("Round"):
         inputs["gain"] = normal(160)
     if kind.startswith("Norm"):
         attributes |= {"epsilon": 1e-5}
@@ -164,10 +170,11 @@ def test_products_give_the_bits_of_their_functions(
 def test_gates_are_silu_times_up() -> None:
     gate, up = normal(3, 5, 1111, scale=20), normal(3, 5, 1111)
     gate[0, 0, :4] = [0, 200, -200, -0.0]
-    found, expected = Operator("GateUp", {"gate": gate, "up": up}, 1).both()
     true = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up
-    for each in (found[0], expected[0]):
-        assert np.abs(each - true).max() < 1e-6 * np.abs(true).max()
+    operator = Operator("GateRoundTokensTwice", {"gate": gate, "up": up}, 3, channels=1111)
+    for plane, rest, steps in operator.both():
+        found = ((plane - 128.0) + (rest - 128.0) / 254) * steps
+        assert np.abs(found - true).max() < 2.1e-5 * np.abs(true).max()  # 1 / (127 * 254) / 2, and float32
 
 
 def attention_inputs(

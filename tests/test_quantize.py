@@ -8,15 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 import onnxruntime
 import pytest
 import torch
 
 from checkpoints_encoders import write_encoder
-from rewardrt import RewardModel, bundle, prefix, reward_model
+from rewardrt import RewardModel, bundle, kernels, prefix, reward_model
 from rewardrt.bundle import Bundle, Fidelity, read_bundle
 from rewardrt.errors import BundleError, ExportError
 from rewardrt.processor import Processor, read_processor
+from rewardrt_export import fuse
+from rewardrt_export import quantize as quantize_module
 from rewardrt_export.calibrate import Calibration
 from rewardrt_export.pipeline import export
 from rewardrt_export.quantize import quantize, quantize_weights
@@ -373,3 +376,60 @@ def test_encoders_stay_near_in_int8(tmp_path: Path, model_type: str) -> None:
     assert fidelity is not None
     assert fidelity.rms_std < 0.1  # random weights of 32 channels: torch bfloat16 has 0.02 to 0.03
     assert fidelity.bf16_rms_std < 0.1
+
+
+def rewards_of(model: ir.Model, ids: np.ndarray, *, kernel: bool) -> np.ndarray:
+    """Run a decoder's graph on texts of one length, with an empty past."""
+    options = onnxruntime.SessionOptions()
+    if kernel:
+        kernels.register(options)
+    data = ir.serde.serialize_model(model).SerializeToString()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    feeds: dict[str, Any] = {"input_ids": ids, "lengths": np.full(len(ids), ids.shape[1])}
+    for item in session.get_inputs():
+        if item.name.startswith("past"):
+            dtype = np.float16 if "16" in item.type else np.float32
+            feeds[item.name] = np.empty((len(ids), item.shape[1], 0, item.shape[3]), dtype)
+    return np.asarray(session.run(["rewards"], feeds)[0])
+
+
+CALLED = {"norms": "Norm", "sums": "Add", "gates": "Gate", "attention": "Attention"}  # what the operators' names hold
+
+
+@needs_dot
+@pytest.mark.parametrize("passes", [*[(name,) for name in CALLED], tuple(CALLED)])
+def test_fusions_keep_the_numbers(passes: tuple[str, ...], made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lowered(names: tuple[str, ...]) -> ir.Model:
+        def chosen(model: ir.Model) -> None:
+            for name in names:
+                getattr(fuse, f"fuse_{name}")(model)
+            common_passes.RemoveUnusedNodesPass()(model)
+            if names:
+                fuse.pool_early(model)
+                common_passes.RemoveUnusedNodesPass()(model)
+
+        monkeypatch.setattr(quantize_module, "fuse", chosen)
+        model = ir.load(made.path / "model.onnx")
+        ir.external_data.load_to_model(model)
+        return quantize(model)
+
+    ids = np.random.default_rng(1).integers(10, 2000, (3, 50))
+    expected = rewards_of(lowered(()), ids, kernel=False)
+    model = lowered(passes)
+    kinds = [node.op_type for node in model.graph if node.domain == "rewardrt"]
+    assert all(any(CALLED[name] in kind for kind in kinds) for name in passes)
+    spread = 1.9  # standard deviations of this model's rewards
+    assert np.abs(rewards_of(model, ids, kernel=False) - expected).max() < 0.002 * spread
+    assert np.abs(rewards_of(model, ids, kernel=True) - expected).max() < 0.02 * spread  # attention in bfloat16
+
+
+@needs_dot
+def test_after_the_last_attention_only_the_tokens_that_are_read_are_computed(made: Bundle) -> None:
+    graph = ir.load(made.path / "model.int8.onnx").graph
+    kinds = [node.op_type for node in graph]
+    last = max(place for place, kind in enumerate(kinds) if kind.endswith("Attention"))
+    gathers = [place for place, kind in enumerate(kinds) if kind == "GatherND"]
+    products = [place for place, kind in enumerate(kinds) if kind.startswith("Product")]
+    assert len(gathers) == 2  # attention's result, and the residual beside it
+    assert min(gathers) > last
+    assert sum(place > max(gathers) for place in products) == 4  # o, gate, up and down

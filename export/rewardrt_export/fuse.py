@@ -21,6 +21,8 @@ def fuse(model: ir.Model) -> None:
     fuse_sums(model)
     fuse_gates(model)
     fuse_attention(model)
+    common_passes.RemoveUnusedNodesPass()(model)  # what was replaced no longer reads anything
+    pool_early(model)
     common_passes.RemoveUnusedNodesPass()(model)
 
 
@@ -56,15 +58,19 @@ def fuse_sums(model: ir.Model) -> None:
 
 
 def fuse_gates(model: ir.Model) -> None:
-    """Let silu(gate) up, gate sigmoid(gate) up in the graph, be one call."""
+    """Let silu(gate) up, gate sigmoid(gate) up in the graph, be taken where it is rounded."""
     for node in list(model.graph):
-        if node.op_type != "Mul" or node.domain:
+        product = _maker(node.inputs[0], "Mul") if node.op_type.startswith("RoundTokens") else None
+        if product is None or len(product.outputs[0].uses()) != 1:
             continue
-        for silu, up in (node.inputs, node.inputs[::-1]):
+        for silu, up in (product.inputs, product.inputs[::-1]):
             gate = _gate(silu)
-            if gate is not None and up is not None:
-                _replace(model.graph, node, "GateUp", [gate, up], {})
-                break
+            if gate is None or up is None or gate.shape is None or gate.shape != up.shape:
+                continue
+            _replace(
+                model.graph, node, f"Gate{node.op_type}", [gate, up], {"channels": _attribute(node, "channels", 0)}
+            )
+            break
 
 
 def _gate(silu: ir.Value | None) -> ir.Value | None:
@@ -87,6 +93,62 @@ def fuse_attention(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type == "Attention" and not node.domain:
             _fuse_attention(model.graph, node)
+
+
+def pool_early(model: ir.Model) -> None:
+    """Take the states that heads read before the nodes that treat each token by itself, not after.
+
+    What follows the last attention is then computed of these tokens alone. Where something else reads the last states
+    (rewards of every token do) nothing changes.
+    """
+    for node in list(model.graph):
+        if node.op_type != "GatherND" or node.domain or _attribute(node, "batch_dims", 0):
+            continue
+        states, places = node.inputs[0], node.inputs[1]
+        if states is None or places is None or len(states.uses()) != 1 or states.is_graph_output():
+            continue
+        if states.shape is None or len(states.shape) != 3 or places.shape is None or places.shape[-1] != 2:
+            continue
+        late = {node}  # nodes whose results nothing reads but what leads here
+        for each in reversed(model.graph):
+            uses = [usage.node for output in each.outputs for usage in output.uses()]
+            outputs = any(output.is_graph_output() for output in each.outputs)
+            if _is_by_token(each) and uses and not outputs and late.issuperset(uses):
+                late.add(each)
+        tape = Tape()
+        pooled = _pooled(tape, states, places, late, {})
+        model.graph.insert_before(node, tape.nodes)
+        pooled.shape, pooled.type = node.outputs[0].shape, node.outputs[0].type
+        node.outputs[0].replace_all_uses_with(pooled)
+        model.graph.remove(node, safe=True)
+
+
+def _is_by_token(node: ir.Node) -> bool:
+    if node.domain == DOMAIN:
+        return "Round" in node.op_type or "Product" in node.op_type
+    return node.op_type == "RMSNormalization" and _attribute(node, "axis", -1) == -1
+
+
+def _pooled(
+    tape: Tape, value: ir.Value, places: ir.Value, late: set[ir.Node], done: dict[ir.Value, ir.Value]
+) -> ir.Value:
+    """Return the tokens of a value [batch, tokens, ...] at places [pooled, 2]: [pooled, ...]."""
+    if value in done:
+        return done[value]
+    node = value.producer()
+    if node is None or node not in late:
+        done[value] = tape.op("GatherND", [value, places])
+        return done[value]
+    inputs = [
+        item if item is None or item.is_initializer() else _pooled(tape, item, places, late, done)
+        for item in node.inputs
+    ]
+    attributes = {name: item.value for name, item in node.attributes.items()}
+    results = tape.op_multi_out(node.op_type, inputs, attributes, num_outputs=len(node.outputs), domain=node.domain)
+    for old, new in zip(node.outputs, results, strict=True):
+        new.type = old.type
+        done[old] = new
+    return done[value]
 
 
 def _fuse_attention(graph: ir.Graph, node: ir.Node) -> None:

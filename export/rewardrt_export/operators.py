@@ -175,6 +175,40 @@ def NormRoundTokensMixedTwice(
 
 
 @script(own, default_opset=op)
+def GateUp(gate: Floats, up: Floats) -> Floats:
+    """Return silu(gate) up."""
+    return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+
+
+@script(own, default_opset=op)
+def GateRoundTokens(gate: Floats, up: Floats, channels: int) -> tuple[Bytes, Floats]:
+    """Take silu(gate) up of each token, and round it."""
+    plane, steps = own.RoundTokens(own.GateUp(gate, up), channels=channels)
+    return plane, steps
+
+
+@script(own, default_opset=op)
+def GateRoundTokensTwice(gate: Floats, up: Floats, channels: int) -> tuple[Bytes, Bytes, Floats]:
+    """Take silu(gate) up of each token, and round it twice."""
+    plane, rest, steps = own.RoundTokensTwice(own.GateUp(gate, up), channels=channels)
+    return plane, rest, steps
+
+
+@script(own, default_opset=op)
+def GateRoundTokensMixed(gate: Floats, up: Floats, channels: int) -> tuple[Bytes, Floats]:
+    """Take silu(gate) up of each token, and mix it and round it."""
+    plane, steps = own.RoundTokens(own.Mix(own.GateUp(gate, up)), channels=channels)
+    return plane, steps
+
+
+@script(own, default_opset=op)
+def GateRoundTokensMixedTwice(gate: Floats, up: Floats, channels: int) -> tuple[Bytes, Bytes, Floats]:
+    """Take silu(gate) up of each token, and mix it and round it twice."""
+    plane, rest, steps = own.RoundTokensTwice(own.Mix(own.GateUp(gate, up)), channels=channels)
+    return plane, rest, steps
+
+
+@script(own, default_opset=op)
 def Unpack(weight: Integers, columns: Floats) -> Integers:
     """Return a weight in panels as [K, N]; `columns` [N]. onnxruntime does so once, when it loads the graph."""
     wide = op.Concat(
@@ -215,12 +249,6 @@ def ProductTwiceAdd(
 ) -> Floats:
     """Multiply tokens that were rounded twice, and add what is there already."""
     return op.Add(own.ProductTwice(plane, rest, steps, weight, columns), added)
-
-
-@script(own, default_opset=op)
-def GateUp(gate: Floats, up: Floats) -> Floats:
-    """Return silu(gate) up."""
-    return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
 
 
 @script(own, default_opset=op)
@@ -276,11 +304,12 @@ def RotaryCausalAttention(
 
 
 OPERATORS: tuple[OnnxFunction[Any, Any], ...] = (
-    Mix, Steps, Zeros, Unpack,
+    Mix, Steps, Zeros, GateUp, Unpack,
     RoundTokens, RoundTokensTwice, RoundTokensMixed, RoundTokensMixedTwice,
     ScaleRoundTokens, ScaleRoundTokensTwice, ScaleRoundTokensMixed, ScaleRoundTokensMixedTwice,
+    GateRoundTokens, GateRoundTokensTwice, GateRoundTokensMixed, GateRoundTokensMixedTwice,
     NormRoundTokens, NormRoundTokensTwice, NormRoundTokensMixed, NormRoundTokensMixedTwice,
-    Product, ProductTwice, ProductAdd, ProductTwiceAdd, GateUp, CausalAttention, RotaryCausalAttention,
+    Product, ProductTwice, ProductAdd, ProductTwiceAdd, CausalAttention, RotaryCausalAttention,
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@
 /* Rounds tokens: values [tokens][channels] to one or two planes of uint8 around 128, and the step [tokens] of each. */
 typedef struct {
     const float *values;
+    const float *gates; /* [tokens][channels]: values are multiplied with silu(gate) before all else; or NULL */
     const float *gain; /* [channels]: each token is multiplied with this; or NULL */
     int norm;          /* it is divided by its root mean square before */
     float epsilon;     /* that is added to the mean square */
@@ -46,9 +47,6 @@ typedef struct {
 
 void column_zeros(const int8_t *weight, size_t channels, size_t columns, int32_t *zeros);
 void multiply(const Product *task, size_t first, size_t end, size_t panel);
-
-/* silu(gate) up, element by element; result may be one of the two */
-void gate_up(const float *gate, const float *up, float *result, size_t count);
 
 /* Causal attention of new tokens to a past and each other.
  *

@@ -47,8 +47,9 @@ struct Operator {
     const char *name;
     int inputs[INPUTS], outputs[OUTPUTS]; /* types; 0 after the last */
     Status (*compute)(Kernel *kernel, void *context, Tensor *inputs);
-    int mixed, twice;      /* of rounding and products */
-    int norm, gain, added; /* what comes before rounding and after products */
+    int mixed, twice; /* of rounding and products */
+    enum { NOTHING, SCALE, NORM, GATE } before; /* rounding; it has a second input */
+    int added; /* to a product; another input */
 };
 
 /* ---- work on the session's threads ---- */
@@ -130,16 +131,23 @@ static void round_some(const void *task, size_t index, void *scratch) {
 
 static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
     Tensor *x = inputs;
+    const int before = kernel->op->before;
     struct {
         Rounding rounding;
         size_t tokens;
-    } all = {{.values = x->data, .norm = kernel->op->norm, .epsilon = kernel->number, .mixed = kernel->op->mixed}, 0};
+    } all = {{.values = x->data, .norm = before == NORM, .epsilon = kernel->number, .mixed = kernel->op->mixed}, 0};
     if (x->axes < 1) return refuse(kernel, "rounding: expected values [..., channels]");
     all.rounding.channels = (size_t)x->sizes[x->axes - 1];
     if (all.rounding.mixed && all.rounding.channels % MIXED) return refuse(kernel, "rounding: channels in blocks of 16");
-    if (kernel->op->gain) {
+    if (before == SCALE || before == NORM) {
         if (elements(inputs + 1, inputs[1].axes) != all.rounding.channels) return refuse(kernel, "rounding: a gain per channel");
         all.rounding.gain = inputs[1].data;
+    }
+    if (before == GATE) {
+        if (elements(inputs + 1, inputs[1].axes) != elements(x, x->axes))
+            return refuse(kernel, "rounding: gates and values do not fit each other");
+        all.rounding.gates = x->data;
+        all.rounding.values = inputs[1].data;
     }
     all.tokens = elements(x, x->axes - 1);
     size_t output = 0;
@@ -193,29 +201,6 @@ static Status compute_product(Kernel *kernel, void *context, Tensor *inputs) {
     }
     TRY(make_output(kernel, context, 0, sizes, plane->axes, &all.product.result));
     return share(kernel, context, multiply_some, &all, panels * all.blocks, 0);
-}
-
-static void gate_some(const void *task, size_t index, void *scratch) {
-    const struct {
-        const float *gate, *up;
-        float *result;
-        size_t count;
-    } *all = task;
-    const size_t first = index * 8192, count = all->count - first < 8192 ? all->count - first : 8192;
-    (void)scratch;
-    gate_up(all->gate + first, all->up + first, all->result + first, count);
-}
-
-static Status compute_gate(Kernel *kernel, void *context, Tensor *inputs) {
-    struct {
-        const float *gate, *up;
-        float *result;
-        size_t count;
-    } all = {inputs[0].data, inputs[1].data, NULL, elements(inputs, inputs->axes)};
-    if (inputs[0].axes != inputs[1].axes || memcmp(inputs[0].sizes, inputs[1].sizes, inputs->axes * sizeof(int64_t)))
-        return refuse(kernel, "gate: expected two tensors of one shape");
-    TRY(make_output(kernel, context, 0, inputs->sizes, inputs->axes, &all.result));
-    return share(kernel, context, gate_some, &all, (all.count + 8191) / 8192, 0);
 }
 
 static void pack_some(const void *task, size_t index, void *scratch) {
@@ -293,7 +278,7 @@ static Status create(const CustomOp *base, Api api, const void *info, void **out
     *kernel = (Kernel){.op = op, .api = api};
     Status status = NULL;
     if (op->compute == compute_attention) status = ATTRIBUTE_FLOAT(api, info, "scale", &kernel->number);
-    if (op->compute == compute_rounding && op->norm) status = ATTRIBUTE_FLOAT(api, info, "epsilon", &kernel->number);
+    if (op->before == NORM) status = ATTRIBUTE_FLOAT(api, info, "epsilon", &kernel->number);
     if (op->compute == compute_product) {
         int constant = 0;
         void *value = NULL;
@@ -343,12 +328,14 @@ static Status compute(void *data, void *context) {
         .input_presence = get_zero, .output_presence = get_zero, .input_memory = get_zero, .create = create,    \
         .compute = compute, .destroy = destroy, .first_version = get_version, .last_version = get_version       \
     }
-#define ROUNDINGS(title, is_norm, is_mixed, ...)                                                                      \
-    {.base = BASE, .name = title, .inputs = {__VA_ARGS__}, .outputs = {UINT8, FLOAT}, .compute = compute_rounding,   \
-     .norm = is_norm, .gain = COUNT(((int[]){__VA_ARGS__})) > 1, .mixed = is_mixed},                                 \
-        {.base = BASE, .name = title "Twice", .inputs = {__VA_ARGS__}, .outputs = {UINT8, UINT8, FLOAT},             \
-         .compute = compute_rounding, .norm = is_norm, .gain = COUNT(((int[]){__VA_ARGS__})) > 1, .mixed = is_mixed, \
-         .twice = 1}
+#define ROUNDING(title, second, first_step, is_mixed, is_twice, ...)                                              \
+    {.base = BASE, .name = title, .inputs = {FLOAT, second}, .outputs = {__VA_ARGS__}, .compute = compute_rounding, \
+     .before = first_step, .mixed = is_mixed, .twice = is_twice}
+#define ROUNDINGS(title, second, first_step)                                           \
+    ROUNDING(title "RoundTokens", second, first_step, 0, 0, UINT8, FLOAT),             \
+        ROUNDING(title "RoundTokensTwice", second, first_step, 0, 1, UINT8, UINT8, FLOAT), \
+        ROUNDING(title "RoundTokensMixed", second, first_step, 1, 0, UINT8, FLOAT),    \
+        ROUNDING(title "RoundTokensMixedTwice", second, first_step, 1, 1, UINT8, UINT8, FLOAT)
 #define PRODUCT(title, is_twice, is_added, ...)                                                                \
     {.base = BASE, .name = title, .inputs = {__VA_ARGS__}, .outputs = {FLOAT}, .compute = compute_product,     \
      .twice = is_twice, .added = is_added}
@@ -358,13 +345,10 @@ static Status compute(void *data, void *context) {
 #define COUNT(table) (sizeof(table) / sizeof *(table))
 
 static const Operator ELEMENTS[] = {
-    ROUNDINGS("RoundTokens", 0, 0, FLOAT),
-    ROUNDINGS("RoundTokensMixed", 0, 1, FLOAT),
-    ROUNDINGS("ScaleRoundTokens", 0, 0, FLOAT, FLOAT),
-    ROUNDINGS("ScaleRoundTokensMixed", 0, 1, FLOAT, FLOAT),
-    ROUNDINGS("NormRoundTokens", 1, 0, FLOAT, FLOAT),
-    ROUNDINGS("NormRoundTokensMixed", 1, 1, FLOAT, FLOAT),
-    {.base = BASE, .name = "GateUp", .inputs = {FLOAT, FLOAT}, .outputs = {FLOAT}, .compute = compute_gate},
+    ROUNDINGS("", 0, NOTHING),
+    ROUNDINGS("Scale", FLOAT, SCALE),
+    ROUNDINGS("Norm", FLOAT, NORM),
+    ROUNDINGS("Gate", FLOAT, GATE),
 };
 static const Operator PRODUCTS[] = {
     PRODUCT("Product", 0, 0, UINT8, FLOAT, INT8, FLOAT),

@@ -33,51 +33,6 @@ INLINE __m128i around_128(__m512i rounded) {
     return _mm512_cvtusepi32_epi8(shifted);
 }
 
-/* Writes a token, normalised and mixed where that is asked for, and returns its largest value. */
-INLINE __m512 prepare(const Rounding *task, const float *row, float *out) {
-    const size_t channels = task->channels;
-    __m512 factor = _mm512_set1_ps(1), largest = _mm512_set1_ps(TINY);
-    if (task->norm) {
-        __m512 sum = _mm512_setzero_ps();
-        for (size_t i = 0; i < channels; i += 16) {
-            const __m512 x = _mm512_maskz_loadu_ps(lanes(channels - i), row + i);
-            sum = _mm512_fmadd_ps(x, x, sum);
-        }
-        factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)channels + task->epsilon));
-    }
-    for (size_t i = 0; i < channels; i += 16) {
-        const __mmask16 some = lanes(channels - i);
-        __m512 x = _mm512_maskz_loadu_ps(some, row + i);
-        if (task->gain) x = _mm512_mul_ps(_mm512_mul_ps(x, factor), _mm512_maskz_loadu_ps(some, task->gain + i));
-        if (task->mixed) x = mix(x);
-        _mm512_mask_storeu_ps(out + i, some, x);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(x)); /* a NaN may be lost here: it is looked for below */
-    }
-    return largest;
-}
-
-void round_tokens(const Rounding *task, float *scratch, size_t first, size_t end) {
-    const size_t channels = task->channels;
-    for (size_t token = first; token < end; token++) {
-        const float step = _mm512_reduce_max_ps(prepare(task, task->values + token * channels, scratch)) * (1.0f / 127.0f);
-        const __m512 steps = _mm512_set1_ps(step), finer = _mm512_set1_ps(step * FINER);
-        __mmask16 bad = 0;
-        for (size_t i = 0; i < channels; i += 16) {
-            const __mmask16 some = lanes(channels - i);
-            const __m512 x = _mm512_maskz_loadu_ps(some, scratch + i);
-            bad |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-            const __m512i near = _mm512_cvtps_epi32(_mm512_div_ps(x, steps));
-            _mm_mask_storeu_epi8(task->plane + token * channels + i, some, around_128(near));
-            if (task->rest) {
-                const __m512 rest = _mm512_sub_ps(x, _mm512_mul_ps(_mm512_cvtepi32_ps(near), steps));
-                const __m512i again = _mm512_cvtps_epi32(_mm512_div_ps(rest, finer));
-                _mm_mask_storeu_epi8(task->rest + token * channels + i, some, around_128(again));
-            }
-        }
-        task->steps[token] = bad ? __builtin_nanf("") : step; /* integers cannot say that there was none */
-    }
-}
-
 /* e^x, a relative error of 2e-7: 2^n with n whole, times the Taylor polynomial of e^r for the rest, |r| <= ln 2 / 2 */
 INLINE __m512 exponential(__m512 x) {
     x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87)), _mm512_set1_ps(88));
@@ -95,14 +50,55 @@ INLINE __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
-void gate_up(const float *gate, const float *up, float *result, size_t count) {
-    const __m512 one = _mm512_set1_ps(1);
-    for (size_t i = 0; i < count; i += 16) {
-        const __mmask16 some = lanes(count - i);
-        const __m512 x = _mm512_maskz_loadu_ps(some, gate + i);
-        const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
-        const __m512 silu = _mm512_div_ps(x, below);
-        _mm512_mask_storeu_ps(result + i, some, _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(some, up + i)));
+INLINE __m512 silu(__m512 x) {
+    const __m512 minus = _mm512_sub_ps(_mm512_setzero_ps(), x);
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), exponential(minus)));
+}
+
+/* Writes a token, gated, normalised, scaled and mixed where that is asked for, and returns its largest value. */
+INLINE __m512 prepare(const Rounding *task, size_t token, float *out) {
+    const size_t channels = task->channels;
+    const float *row = task->values + token * channels, *gates = task->gates ? task->gates + token * channels : NULL;
+    __m512 factor = _mm512_set1_ps(1), largest = _mm512_set1_ps(TINY);
+    if (task->norm) {
+        __m512 sum = _mm512_setzero_ps();
+        for (size_t i = 0; i < channels; i += 16) {
+            const __m512 x = _mm512_maskz_loadu_ps(lanes(channels - i), row + i);
+            sum = _mm512_fmadd_ps(x, x, sum);
+        }
+        factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)channels + task->epsilon));
+    }
+    for (size_t i = 0; i < channels; i += 16) {
+        const __mmask16 some = lanes(channels - i);
+        __m512 x = _mm512_maskz_loadu_ps(some, row + i);
+        if (gates) x = _mm512_mul_ps(silu(_mm512_maskz_loadu_ps(some, gates + i)), x);
+        if (task->gain) x = _mm512_mul_ps(_mm512_mul_ps(x, factor), _mm512_maskz_loadu_ps(some, task->gain + i));
+        if (task->mixed) x = mix(x);
+        _mm512_mask_storeu_ps(out + i, some, x);
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(x)); /* a NaN may be lost here: it is looked for below */
+    }
+    return largest;
+}
+
+void round_tokens(const Rounding *task, float *scratch, size_t first, size_t end) {
+    const size_t channels = task->channels;
+    for (size_t token = first; token < end; token++) {
+        const float step = _mm512_reduce_max_ps(prepare(task, token, scratch)) * (1.0f / 127.0f);
+        const __m512 steps = _mm512_set1_ps(step), finer = _mm512_set1_ps(step * FINER);
+        __mmask16 bad = 0;
+        for (size_t i = 0; i < channels; i += 16) {
+            const __mmask16 some = lanes(channels - i);
+            const __m512 x = _mm512_maskz_loadu_ps(some, scratch + i);
+            bad |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+            const __m512i near = _mm512_cvtps_epi32(_mm512_div_ps(x, steps));
+            _mm_mask_storeu_epi8(task->plane + token * channels + i, some, around_128(near));
+            if (task->rest) {
+                const __m512 rest = _mm512_sub_ps(x, _mm512_mul_ps(_mm512_cvtepi32_ps(near), steps));
+                const __m512i again = _mm512_cvtps_epi32(_mm512_div_ps(rest, finer));
+                _mm_mask_storeu_epi8(task->rest + token * channels + i, some, around_128(again));
+            }
+        }
+        task->steps[token] = bad ? __builtin_nanf("") : step; /* integers cannot say that there was none */
     }
 }
 
