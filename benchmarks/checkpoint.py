@@ -79,6 +79,8 @@ def write_shape(tiny: Path, target: Path) -> None:
         if file.name not in ("model.safetensors", "config.json"):
             shutil.copyfile(file, target / file.name)
     (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    linear = layers * sum(rows * columns for rows, columns in shapes.values())
-    (target / "linear_weights.json").write_text(json.dumps(linear), encoding="utf-8")
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    skipped = sum(size for name, size in sizes.items() if not name.endswith(("q_proj", "k_proj", "v_proj")))
+    counts = {"all": layers * sum(sizes.values()), "last": skipped}  # of the last layer, after its attention
+    (target / "linear_weights.json").write_text(json.dumps(counts), encoding="utf-8")
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})  # last: it says that all is there

@@ -332,7 +332,7 @@ def _gemm(gemm: dict[str, Any]) -> list[str]:
     ])  # fmt: skip
     if "operations_per_second" in gemm:
         lines += ["", "A random model with the shape of a 0.5B one (24 layers, hidden size 896, intermediate 4864) on "
-                  "texts of 512 tokens; only the products with weights are counted:", ""]  # fmt: skip
+                  "texts of 512 tokens; only the products with weights that are computed are counted:", ""]  # fmt: skip
         lines += _table(["", "tokens/s", "GOP/s", "share of the peak"], [
             [precision, f"{gemm['tokens_per_second'][precision]:,.0f}", f"{operations / 1e9:,.0f}",
              f"{gemm['share_of_peak'][precision]:.0%}"]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rewardrt import kernels
+
 ROOT = Path(__file__).parent.parent
 # The runtime's own dependencies, and what tokenizers and onnxruntime bring along.
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx-ir", "optimum", "safetensors", "pandas", "scipy"}
@@ -46,6 +48,11 @@ def test_score_and_verify_work_and_nothing_heavy_is_installed(lean: Path, tiny_b
     assert scored.stdout == here.stdout
     verified = command(lean, lean / "rewardrt", "verify", tiny_bundle)
     assert (verified.returncode, verified.stdout.splitlines()[-1]) == (0, "passed")
+
+
+def test_the_wheel_has_the_kernels_that_are_compiled_here(lean: Path) -> None:
+    report = json.loads(command(lean, lean / "rewardrt", "doctor", "--json").stdout)
+    assert report["kernels"] == kernels.describe()
 
 
 def test_importing_and_scoring_load_neither_torch_nor_transformers_nor_the_export(

@@ -286,7 +286,10 @@ def test_weights_alone_are_rounded_by_block(bits: Literal[4, 8], rows: int) -> N
 
 
 @needs_dot
-def test_int8_gives_the_same_bits_in_any_company(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_int8_gives_the_same_bits_in_any_company(made: Bundle, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    if not compiled:  # onnxruntime's kernels, in the functions of the graph
+        monkeypatch.setattr(kernels, "LIBRARY", made.path / "none.so")
     plain = RewardModel.load(made.path, provider="cpu", precision="int8", prefix_reuse=False)
     texts = awkward_texts(400)
     expected = [rewards(plain, [text])[0] for text in texts]

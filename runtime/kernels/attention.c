@@ -1,7 +1,7 @@
-/* Causal attention with AVX-512 bf16: scores of a tile of queries with all their keys, their softmax, the sum of values.
+/* Causal attention with AVX-512 bf16: a tile of queries with all their keys, softmax, the sum of values.
  *
- * A tile's scores lie in a buffer of its own, [ROWS][keys], so that what is needed at once grows with the text, not with
- * its square, and what lies after a token is hardly ever computed. Keys count from the text's first token, past or not.
+ * A tile's scores lie in a buffer of its own, [ROWS][keys], so that what is needed at once grows with the text and not
+ * with its square, and what lies after a token is hardly ever computed. Keys count from the text's first token.
  */
 #include "kernels.h"
 
@@ -30,10 +30,7 @@ INLINE __m512 power_of_2(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
-INLINE uint16_t *bits_of(__m256bh x, uint16_t *at) {
-    memcpy(at, &x, 32);
-    return at;
-}
+INLINE void bits_of(__m256bh x, uint16_t *at) { memcpy(at, &x, 32); }
 
 /* The number of a head's vector at `from`, rotated where there are angles: 16 of them from channel i on. */
 INLINE __m512 rotated(const float *row, size_t i, size_t size, const float *cosines, const float *sines) {
@@ -54,42 +51,59 @@ size_t packed_size(const Attention *t) {
 
 size_t pack_tasks(const Attention *t) { return t->batch * t->kv_heads * (up(t->past + t->tokens, KEYS) / KEYS); }
 
-/* One block of keys and values of one head: into the present as float16, and from there into what is multiplied with. */
+/* 16 channels, from i on, of the key and the value at a place of one head, as float16; zeros after the last place: they
+ * are masked, but must not be infinite. A new token's go into the present here, and a past one's are copied there.
+ */
+INLINE void take(const Attention *t, size_t lane, size_t place, size_t i, __m256i *key, __m256i *value) {
+    const size_t total = t->past + t->tokens, size = t->size, to = (lane * total + place) * size + i;
+    if (place >= total) {
+        *key = *value = _mm256_setzero_si256();
+        return;
+    }
+    if (place < t->past) {
+        const size_t from = (lane * t->past + place) * size + i;
+        *key = _mm256_loadu_si256((const __m256i *)(t->past_key + from));
+        *value = _mm256_loadu_si256((const __m256i *)(t->past_value + from));
+    } else {
+        const size_t batch = lane / t->kv_heads, token = batch * t->tokens + place - t->past;
+        const size_t from = (token * t->kv_heads + lane % t->kv_heads) * size;
+        const float *cosines = t->cosines ? t->cosines + token * (size / 2) : NULL;
+        const float *sines = t->sines ? t->sines + token * (size / 2) : NULL;
+        const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        *key = _mm512_cvtps_ph(rotated(t->key + from, i, size, cosines, sines), nearest);
+        *value = _mm512_cvtps_ph(_mm512_loadu_ps(t->value + from + i), nearest);
+    }
+    _mm256_storeu_si256((__m256i *)(t->present_key + to), *key);
+    _mm256_storeu_si256((__m256i *)(t->present_value + to), *value);
+}
+
+INLINE __m256i in_bfloat16(__m256i halves) { return (__m256i)_mm512_cvtneps_pbh(_mm512_cvtph_ps(halves)); }
+
+/* One block of keys and values of one head, two places at a time. */
 void pack(const Attention *t, size_t index) {
-    const size_t total = t->past + t->tokens, blocks = up(total, KEYS) / KEYS, size = t->size;
-    const size_t start = index % blocks * KEYS, end = least(start + KEYS, total);
-    const size_t lane = index / blocks, batch = lane / t->kv_heads, head = lane % t->kv_heads;
+    const size_t blocks = up(t->past + t->tokens, KEYS) / KEYS, size = t->size, lane = index / blocks;
     uint16_t *keys = t->packed_key + index * KEYS * size, *values = t->packed_value + index * KEYS * size;
-    uint16_t row[2][32] __attribute__((aligned(64)));
-    for (size_t place = start; place < start + KEYS; place++) {
-        const size_t inside = place - start;
-        if (place >= end) { /* keys of no token: they are masked, but must not be infinite */
-            for (size_t i = 0; i < size; i += 2) memset(keys + (i / 2 * KEYS + inside) * 2, 0, 4);
-            for (size_t i = 0; i < size; i++) values[(inside / 2 * size + i) * 2 + inside % 2] = 0;
-            continue;
-        }
-        const size_t token = place - t->past, at = (batch * t->tokens + token) * t->kv_heads + head;
-        const float *cosines = t->cosines ? t->cosines + (batch * t->tokens + token) * (size / 2) : NULL;
-        const float *sines = t->sines ? t->sines + (batch * t->tokens + token) * (size / 2) : NULL;
+    for (size_t inside = 0; inside < KEYS; inside += 2) {
+        const size_t place = index % blocks * KEYS + inside;
         for (size_t i = 0; i < size; i += 16) {
-            __m256i key, value;
-            if (place < t->past) {
-                const size_t from = (lane * t->past + place) * size + i;
-                key = _mm256_loadu_si256((const __m256i *)(t->past_key + from));
-                value = _mm256_loadu_si256((const __m256i *)(t->past_value + from));
-            } else {
-                const __m512 turned = rotated(t->key + at * size, i, size, cosines, sines);
-                key = _mm512_cvtps_ph(turned, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-                value = _mm512_cvtps_ph(_mm512_loadu_ps(t->value + at * size + i),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            __m256i key[2], value[2];
+            take(t, lane, place, i, key, value);
+            take(t, lane, place + 1, i, key + 1, value + 1);
+            for (int k = 0; k < 2; k++) {
+                key[k] = in_bfloat16(key[k]);
+                value[k] = in_bfloat16(value[k]);
             }
-            const size_t to = (lane * total + place) * size + i;
-            _mm256_storeu_si256((__m256i *)(t->present_key + to), key);
-            _mm256_storeu_si256((__m256i *)(t->present_value + to), value);
-            bits_of(_mm512_cvtneps_pbh(_mm512_cvtph_ps(key)), row[0]);
-            bits_of(_mm512_cvtneps_pbh(_mm512_cvtph_ps(value)), row[1]);
-            for (size_t j = 0; j < 16; j += 2) memcpy(keys + ((i + j) / 2 * KEYS + inside) * 2, row[0] + j, 4);
-            for (size_t j = 0; j < 16; j++) values[(inside / 2 * size + i + j) * 2 + inside % 2] = row[1][j];
+            /* Within each half of a register: channels 0 to 3 and 4 to 7, then 8 to 11 and 12 to 15. */
+            const __m256i low = _mm256_unpacklo_epi16(value[0], value[1]);
+            const __m256i high = _mm256_unpackhi_epi16(value[0], value[1]);
+            __m256i *to = (__m256i *)(values + (inside / 2 * size + i) * 2);
+            _mm256_storeu_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
+            _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
+            uint64_t both[8]; /* two channels of two places */
+            _mm256_storeu_si256((__m256i *)both, _mm256_unpacklo_epi32(key[0], key[1]));
+            _mm256_storeu_si256((__m256i *)(both + 4), _mm256_unpackhi_epi32(key[0], key[1]));
+            static const int ORDER[8] = {0, 1, 4, 5, 2, 3, 6, 7}; /* where in `both` the channels 0, 2, 4, ... are */
+            for (int j = 0; j < 8; j++) memcpy(keys + ((i / 2 + j) * KEYS + inside) * 2, both + ORDER[j], 8);
         }
     }
 }

@@ -1,5 +1,5 @@
-/* The part of onnxruntime's C interface that operators.c calls, as its binary interface fixes it: a table of functions,
- * by place, that only ever grows at its end, and a structure that an operator is described with. Version 17 of it, which
+/* The part of onnxruntime's C interface that operators.c calls, as its binary interface fixes it: a table of functions
+ * by place, which only ever grows at its end, and a structure that an operator is described with. Version 17 of it, which
  * came with onnxruntime 1.17.
  */
 #ifndef REWARDRT_ONNXRUNTIME_ABI_H
@@ -27,7 +27,8 @@ typedef struct {
 #define DIMENSIONS_COUNT(api, info, out) CALL(api, 61, Status(*)(const void *, size_t *))(info, out)
 #define DIMENSIONS(api, info, out, count) CALL(api, 62, Status(*)(const void *, int64_t *, size_t))(info, out, count)
 #define TENSOR_SHAPE(api, value, out) CALL(api, 65, Status(*)(const void *, void **))(value, out)
-#define ATTRIBUTE_FLOAT(api, info, name, out) CALL(api, 85, Status(*)(const void *, const char *, float *))(info, name, out)
+#define ATTRIBUTE_FLOAT(api, info, name, out) \
+    CALL(api, 85, Status(*)(const void *, const char *, float *))(info, name, out)
 #define INPUT(api, context, index, out) CALL(api, 90, Status(*)(const void *, size_t, void **))(context, index, out)
 #define OUTPUT(api, context, index, dimensions, count, out) \
     CALL(api, 91, Status(*)(void *, size_t, const int64_t *, size_t, void **))(context, index, dimensions, count, out)
@@ -35,8 +36,9 @@ typedef struct {
 #define CONSTANT_INPUT(api, info, index, constant, out) \
     CALL(api, 249, Status(*)(const void *, size_t, int *, void **))(info, index, constant, out)
 /* `function` for each index below `total`, each by itself, on the session's threads */
-#define PARALLEL(api, context, function, total, data) \
-    CALL(api, 274, Status(*)(const void *, void (*)(void *, size_t), size_t, size_t, void *))(context, function, total, 0, data)
+#define PARALLEL(api, context, function, total, data)                                          \
+    CALL(api, 274, Status(*)(const void *, void (*)(void *, size_t), size_t, size_t, void *)) \
+    (context, function, total, 0, data)
 
 enum { FAIL = 1, INVALID_ARGUMENT = 2 };                       /* OrtErrorCode */
 enum { FLOAT = 1, UINT8 = 2, INT8 = 3, FLOAT16 = 10 };         /* ONNXTensorElementDataType */

@@ -47,9 +47,9 @@ struct Operator {
     const char *name;
     int inputs[INPUTS], outputs[OUTPUTS]; /* types; 0 after the last */
     Status (*compute)(Kernel *kernel, void *context, Tensor *inputs);
-    int mixed, twice; /* of rounding and products */
-    enum { NOTHING, SCALE, NORM, GATE } before; /* rounding; it has a second input */
-    int added; /* to a product; another input */
+    int mixed, twice; /* rounding, and twice: products too */
+    enum { NOTHING, SCALE, NORM, GATE } before; /* rounding; but for NOTHING it has a second input */
+    int added; /* products: to a last input */
 };
 
 /* ---- work on the session's threads ---- */
@@ -120,43 +120,42 @@ static Status refuse(Kernel *kernel, const char *expected) {
 
 /* ---- the operators ---- */
 
+typedef struct {
+    Rounding rounding;
+    size_t tokens;
+} Roundings;
+
 static void round_some(const void *task, size_t index, void *scratch) {
-    const struct {
-        Rounding rounding;
-        size_t tokens;
-    } *all = task;
+    const Roundings *all = task;
     const size_t first = index * TOKENS, end = first + TOKENS < all->tokens ? first + TOKENS : all->tokens;
     round_tokens(&all->rounding, scratch, first, end);
 }
 
 static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
-    Tensor *x = inputs;
-    const int before = kernel->op->before;
-    struct {
-        Rounding rounding;
-        size_t tokens;
-    } all = {{.values = x->data, .norm = before == NORM, .epsilon = kernel->number, .mixed = kernel->op->mixed}, 0};
+    const Operator *op = kernel->op;
+    Tensor *x = inputs, *second = inputs + 1;
+    Roundings all = {{.values = x->data, .norm = op->before == NORM, .epsilon = kernel->number, .mixed = op->mixed}, 0};
     if (x->axes < 1) return refuse(kernel, "rounding: expected values [..., channels]");
-    all.rounding.channels = (size_t)x->sizes[x->axes - 1];
-    if (all.rounding.mixed && all.rounding.channels % MIXED) return refuse(kernel, "rounding: channels in blocks of 16");
-    if (before == SCALE || before == NORM) {
-        if (elements(inputs + 1, inputs[1].axes) != all.rounding.channels) return refuse(kernel, "rounding: a gain per channel");
-        all.rounding.gain = inputs[1].data;
-    }
-    if (before == GATE) {
-        if (elements(inputs + 1, inputs[1].axes) != elements(x, x->axes))
+    const size_t channels = (size_t)x->sizes[x->axes - 1];
+    if (op->mixed && channels % MIXED) return refuse(kernel, "rounding: expected channels in blocks of 16");
+    if (op->before == GATE) {
+        if (elements(second, second->axes) != elements(x, x->axes))
             return refuse(kernel, "rounding: gates and values do not fit each other");
         all.rounding.gates = x->data;
-        all.rounding.values = inputs[1].data;
+        all.rounding.values = second->data;
+    } else if (op->before != NOTHING) {
+        if (elements(second, second->axes) != channels) return refuse(kernel, "rounding: expected a gain per channel");
+        all.rounding.gain = second->data;
     }
+    all.rounding.channels = channels;
     all.tokens = elements(x, x->axes - 1);
     size_t output = 0;
     TRY(make_output(kernel, context, output++, x->sizes, x->axes, &all.rounding.plane));
-    if (kernel->op->twice) TRY(make_output(kernel, context, output++, x->sizes, x->axes, &all.rounding.rest));
+    if (op->twice) TRY(make_output(kernel, context, output++, x->sizes, x->axes, &all.rounding.rest));
     x->sizes[x->axes - 1] = 1;
     TRY(make_output(kernel, context, output, x->sizes, x->axes, &all.rounding.steps));
     return share(kernel, context, round_some, &all, (all.tokens + TOKENS - 1) / TOKENS,
-                 (all.rounding.channels + 16) * sizeof(float));
+                 (channels + 16) * sizeof(float));
 }
 
 typedef struct {
@@ -188,7 +187,8 @@ static Status compute_product(Kernel *kernel, void *context, Tensor *inputs) {
     all.blocks = (all.tokens + BLOCK - 1) / BLOCK;
     const size_t panels = (all.product.columns + PANEL - 1) / PANEL;
     if (all.product.channels % 4 || elements(weight, weight->axes) != panels * PANEL * all.product.channels ||
-        elements(steps, steps->axes) != all.tokens || (rest && elements(rest, rest->axes) != elements(plane, plane->axes)))
+        elements(steps, steps->axes) != all.tokens ||
+        (rest && elements(rest, rest->axes) != elements(plane, plane->axes)))
         return refuse(kernel, "product: planes, steps, weight and its steps do not fit each other");
     int64_t sizes[AXES];
     memcpy(sizes, plane->sizes, sizeof sizes);
@@ -211,7 +211,8 @@ static void pack_some(const void *task, size_t index, void *scratch) {
 static void attend_some(const void *task, size_t index, void *scratch) { attend(task, index, scratch); }
 
 static Status compute_attention(Kernel *kernel, void *context, Tensor *inputs) {
-    const Tensor *query = inputs, *key = inputs + 1, *value = inputs + 2, *past_key = inputs + 3, *past_value = inputs + 4;
+    const Tensor *query = inputs, *key = inputs + 1, *value = inputs + 2;
+    const Tensor *past_key = inputs + 3, *past_value = inputs + 4;
     const int rotary = kernel->op->inputs[5] != 0;
     for (size_t i = 0; i < 5; i++)
         if (inputs[i].axes != 4) return refuse(kernel, "attention: expected 4 axes");
@@ -242,7 +243,7 @@ static Status compute_attention(Kernel *kernel, void *context, Tensor *inputs) {
     TRY(make_output(kernel, context, 1, present, 4, &task.present_key));
     TRY(make_output(kernel, context, 2, present, 4, &task.present_value));
     const size_t packed = packed_size(&task);
-    uint16_t *both = aligned_alloc(64, (2 * packed * sizeof(uint16_t) + 63) / 64 * 64);
+    uint16_t *both = aligned_alloc(64, packed * 2 * sizeof(uint16_t) / 64 * 64 + 64);
     if (!both) return CREATE_STATUS(kernel->api, FAIL, "out of memory");
     task.packed_key = both;
     task.packed_value = both + packed;

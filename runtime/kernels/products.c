@@ -83,7 +83,8 @@ INLINE __m512 prepare(const Rounding *task, size_t token, float *out) {
 void round_tokens(const Rounding *task, float *scratch, size_t first, size_t end) {
     const size_t channels = task->channels;
     for (size_t token = first; token < end; token++) {
-        const float step = _mm512_reduce_max_ps(prepare(task, token, scratch)) * (1.0f / 127.0f);
+        const __m512 largest = prepare(task, token, scratch);
+        const float step = _mm512_reduce_max_ps(largest) * (1.0f / 127.0f);
         const __m512 steps = _mm512_set1_ps(step), finer = _mm512_set1_ps(step * FINER);
         __mmask16 bad = 0;
         for (size_t i = 0; i < channels; i += 16) {
