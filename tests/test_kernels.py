@@ -114,11 +114,11 @@ def test_rounding_gives_the_bits_of_its_function(twice: str, channels: int) -> N
     ],
 )
 def test_mixing_and_norms_give_the_numbers_of_their_functions(kind: str, twice: str) -> None:
-    inputs, attributes = {"x": normal(2, 33, 160, scale=30)}, {"channels": 160}
+    inputs, attributes = {"x": normal(2, 33, 192, scale=30)}, {"channels": 192}
     if kind.startswith("Gate"):
-        inputs["up"] = normal(2, 33, 160)
+        inputs["up"] = normal(2, 33, 192)
     elif not kind.startswith("Round"):
-        inputs["gain"] = normal(160)
+        inputs["gain"] = normal(192)
     if kind.startswith("Norm"):
         attributes |= {"epsilon": 1e-5}
     found, expected = Operator(f"{kind}{twice}", inputs, 3 if twice else 2, **attributes).both()
@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_refused() -> None:
             attend(attention).run(kernel=True, **{name: attention[name][..., :-1]})
     with pytest.raises(Exception, match="expected a constant weight"):
         Operator("Product", inputs, 1, ()).run(kernel=True)
-    with pytest.raises(Exception, match="blocks of 16"):
+    with pytest.raises(Exception, match="blocks of 64"):
         Operator("RoundTokensMixed", {"x": normal(1, 2, 24)}, 2, channels=24).run(kernel=True)
 
 

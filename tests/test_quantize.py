@@ -63,8 +63,8 @@ def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
 
 
 def activations(tokens: int = 14) -> np.ndarray:
-    """Make activations [2, tokens / 2, 96]: channels go together, and two are large, as in a language model."""
-    x = RNG.standard_normal((2, tokens // 2, 12)) @ RNG.standard_normal((12, 96))
+    """Make activations [2, tokens / 2, 128]: channels go together, and two are large, as in a language model."""
+    x = RNG.standard_normal((2, tokens // 2, 12)) @ RNG.standard_normal((12, 128))
     x += 0.3 * RNG.standard_normal(x.shape)
     x[..., [3, 50]] *= 40
     return x.astype(np.float32)
@@ -72,7 +72,7 @@ def activations(tokens: int = 14) -> np.ndarray:
 
 @needs_dot
 def test_a_product_is_its_formula() -> None:
-    x, weight = activations(), RNG.standard_normal((96, 40)).astype(np.float32)
+    x, weight = activations(), RNG.standard_normal((128, 40)).astype(np.float32)
     in_steps = x / (np.abs(x).max(-1, keepdims=True) / 127)
     planes = np.rint(in_steps) + np.rint((in_steps - np.rint(in_steps)) * 254) / 254
     steps = np.abs(weight).max(0) / 127
@@ -85,7 +85,7 @@ def test_a_product_is_its_formula() -> None:
 @needs_dot
 def test_compensated_rounding_keeps_the_product_nearer() -> None:
     texts, unseen = np.split(activations(1_200), 2)  # both sets have the same directions
-    weight = RNG.standard_normal((96, 40)).astype(np.float32)
+    weight = RNG.standard_normal((128, 40)).astype(np.float32)
     true = unseen.astype(np.float64) @ weight
     calibration = Calibration()
     calibration.observe("w", torch.from_numpy(texts))
@@ -97,9 +97,9 @@ def test_compensated_rounding_keeps_the_product_nearer() -> None:
 
 
 def test_the_factor_is_that_of_the_inverse_of_the_moments() -> None:
-    seen = activations(600).reshape(-1, 96).astype(np.float64)
+    seen = activations(600).reshape(-1, 128).astype(np.float64)
     moments = seen.T @ seen
-    moments[np.diag_indices(96)] += 0.01 * np.diagonal(moments).mean()
+    moments[np.diag_indices(128)] += 0.01 * np.diagonal(moments).mean()
     factor = make_factor(seen.astype(np.float32))
     inverse = np.linalg.inv(moments[np.ix_(factor.order, factor.order)])
     assert np.abs(factor.upper.T @ factor.upper - inverse).max() < 1e-4 * np.abs(inverse).max()
@@ -107,18 +107,18 @@ def test_the_factor_is_that_of_the_inverse_of_the_moments() -> None:
 
 
 def test_rounding_stays_in_range_and_survives_what_calibration_may_see() -> None:
-    weight = RNG.standard_normal((96, 40)).astype(np.float32)
+    weight = RNG.standard_normal((128, 40)).astype(np.float32)
     weight[:, 7] = 0
     steps = column_steps(weight)
-    seen = activations(20).reshape(-1, 96)  # fewer tokens than channels
+    seen = activations(20).reshape(-1, 128)  # fewer tokens than channels
     dead = seen.copy()
     dead[:, 10] = 0
-    for tokens in (seen, dead, np.zeros((5, 96), np.float32), np.zeros((0, 96), np.float32)):
+    for tokens in (seen, dead, np.zeros((5, 128), np.float32), np.zeros((0, 128), np.float32)):
         rounded = round_weight(weight, steps, make_factor(tokens))
         assert rounded.min() >= -127
         assert (rounded[:, 7] == 0).all()
         assert np.abs(rounded * steps - weight).max() < 12 * steps.max()
-    nothing = round_weight(weight, steps, make_factor(np.zeros((5, 96), np.float32)))
+    nothing = round_weight(weight, steps, make_factor(np.zeros((5, 128), np.float32)))
     assert (nothing == round_weight(weight, steps, None)).all()  # no text, no reason to move a row
 
 
@@ -138,18 +138,18 @@ def test_calibration_keeps_one_copy_of_what_layers_share() -> None:
 
 def test_tokens_that_overflow_do_not_count_and_weights_that_no_text_met_stay() -> None:
     calibration = Calibration()
-    seen = torch.randn(1, 30, 96)
+    seen = torch.randn(1, 30, 128)
     calibration.observe("q", seen)
-    odd = torch.cat([seen[0], torch.full((1, 96), 1e30), torch.full((1, 96), float("nan"))])
+    odd = torch.cat([seen[0], torch.full((1, 128), 1e30), torch.full((1, 128), float("nan"))])
     calibration.observe("o", odd)
     plan = Plan(calibration)
     q, o = (plan.factor(f"backbone.{name}.weight") for name in "qo")
     assert (o.upper == q.upper).all()
     with pytest.raises(ExportError, match="no products with weights"):
-        quantize(product(RNG.standard_normal((96, 8)).astype(np.float32)), calibration)
+        quantize(product(RNG.standard_normal((128, 8)).astype(np.float32)), calibration)
 
 
-WEIGHT = RNG.standard_normal((96, 40)).astype(np.float32)
+WEIGHT = RNG.standard_normal((128, 40)).astype(np.float32)
 READ = RNG.standard_normal(40).astype(np.float32)  # the reward of a text is the sum of x W READ over its tokens
 
 
@@ -190,8 +190,8 @@ def test_gradients_that_overflow_give_two_planes_and_finite_scales() -> None:
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_smoothing_leaves_the_product_as_it_was(mixed: bool) -> None:
-    smoothing = Smoothing(np.exp(RNG.standard_normal(96)).astype(np.float32), mixed)
-    x = activations(30).reshape(-1, 96)
+    smoothing = Smoothing(np.exp(RNG.standard_normal(128)).astype(np.float32), mixed)
+    x = activations(30).reshape(-1, 128)
     found = smoothing.activation(torch.from_numpy(x)).numpy() @ smoothing.weight(WEIGHT)
     assert np.abs(found - x @ WEIGHT).max() < 1e-5 * np.abs(x @ WEIGHT).max()
     assert (hadamard() == hadamard().T).all()
@@ -267,11 +267,11 @@ def test_scales_go_into_norms_and_weights_and_only_attention_is_scaled_by_itself
 
 @needs_dot
 def test_a_token_of_zeros_stays_zero() -> None:
-    weight = RNG.standard_normal((96, 8)).astype(np.float32)
-    assert (run(quantize(product(weight)), np.zeros((1, 3, 96), np.float32)) == 0).all()
+    weight = RNG.standard_normal((128, 8)).astype(np.float32)
+    assert (run(quantize(product(weight)), np.zeros((1, 3, 128), np.float32)) == 0).all()
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(8, 96), (4, 96), (8, 50), (4, 50)])
+@pytest.mark.parametrize(("bits", "rows"), [(8, 128), (4, 128), (8, 50), (4, 50)])
 def test_weights_alone_are_rounded_by_block(bits: Literal[4, 8], rows: int) -> None:
     weight = RNG.standard_normal((rows, 24)).astype(np.float32)
     x = RNG.standard_normal((1, 5, rows)).astype(np.float32)

@@ -21,7 +21,7 @@ from onnxscript.values import OnnxFunction, Opset
 DOMAIN = "rewardrt"
 PANEL = 64  # columns
 CHANNELS = 4  # that lie together
-MIXED = 16  # channels of a block that is multiplied with a Hadamard matrix; with 64, rounding's damage is a sixth less
+MIXED = 64  # channels of a block that is multiplied with a Hadamard matrix; with 16, rounding's damage is a sixth more
 
 if TYPE_CHECKING:  # tensors of any shape
     Floats: TypeAlias = Any
@@ -59,7 +59,7 @@ _HADAMARD = ir.to_proto(ir.tensor(hadamard(), name="hadamard"))
 def Mix(values: Floats) -> Floats:
     """Multiply each block of MIXED channels with a Hadamard matrix."""
     ahead = op.Shape(values, start=0, end=-1)
-    blocks = op.Reshape(values, op.Concat(ahead, op.Constant(value_ints=[-1, 16]), axis=0))
+    blocks = op.Reshape(values, op.Concat(ahead, op.Constant(value_ints=[-1, MIXED]), axis=0))
     return op.Reshape(op.MatMul(blocks, op.Constant(value=_HADAMARD)), op.Shape(values))
 
 

@@ -13,7 +13,7 @@
 #define UNROLL _Pragma("GCC unroll 8")
 
 #define PANEL 64 /* columns of a weight that lie together: [ceil(columns / PANEL)][channels / 4][PANEL][4] */
-#define MIXED 16 /* channels of a block that is multiplied with a Hadamard matrix */
+#define MIXED 64 /* channels of a block that is multiplied with a Hadamard matrix */
 
 /* Rounds tokens: values [tokens][channels] to one or two planes of uint8 around 128, and the step [tokens] of each. */
 typedef struct {
@@ -29,7 +29,7 @@ typedef struct {
     int mixed;
 } Rounding;
 
-/* scratch [channels] */
+/* scratch [channels + MIXED] */
 void round_tokens(const Rounding *task, float *scratch, size_t first, size_t end);
 
 /* Multiplies planes [tokens][channels] with a weight in panels; results [tokens][columns]. */

@@ -1,6 +1,6 @@
 /* The part of onnxruntime's C interface that operators.c calls, as its binary interface fixes it: a table of functions
- * by place, which only ever grows at its end, and a structure that an operator is described with. Version 17 of it, which
- * came with onnxruntime 1.17.
+ * by place, which only ever grows at its end, and a structure that an operator is described with. Version 17 of it,
+ * which came with onnxruntime 1.17.
  */
 #ifndef REWARDRT_ONNXRUNTIME_ABI_H
 #define REWARDRT_ONNXRUNTIME_ABI_H

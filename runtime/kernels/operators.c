@@ -137,7 +137,7 @@ static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
     Roundings all = {{.values = x->data, .norm = op->before == NORM, .epsilon = kernel->number, .mixed = op->mixed}, 0};
     if (x->axes < 1) return refuse(kernel, "rounding: expected values [..., channels]");
     const size_t channels = (size_t)x->sizes[x->axes - 1];
-    if (op->mixed && channels % MIXED) return refuse(kernel, "rounding: expected channels in blocks of 16");
+    if (op->mixed && channels % MIXED) return refuse(kernel, "rounding: expected channels in blocks of 64");
     if (op->before == GATE) {
         if (elements(second, second->axes) != elements(x, x->axes))
             return refuse(kernel, "rounding: gates and values do not fit each other");
@@ -155,7 +155,7 @@ static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
     x->sizes[x->axes - 1] = 1;
     TRY(make_output(kernel, context, output, x->sizes, x->axes, &all.rounding.steps));
     return share(kernel, context, round_some, &all, (all.tokens + TOKENS - 1) / TOKENS,
-                 (channels + 16) * sizeof(float));
+                 (channels + MIXED) * sizeof(float));
 }
 
 typedef struct {

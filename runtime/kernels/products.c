@@ -18,12 +18,22 @@ INLINE __m512 signs(int distance) {
     return _mm512_mask_blend_ps(higher, _mm512_set1_ps(1), _mm512_set1_ps(-1));
 }
 
-INLINE __m512 mix(__m512 x) {
-    x = BUTTERFLY(x, _mm512_permute_ps(x, 0xB1), 1);
-    x = BUTTERFLY(x, _mm512_permute_ps(x, 0x4E), 2);
-    x = BUTTERFLY(x, _mm512_shuffle_f32x4(x, x, 0xB1), 4);
-    x = BUTTERFLY(x, _mm512_shuffle_f32x4(x, x, 0x4E), 8);
-    return _mm512_mul_ps(x, _mm512_set1_ps(0.25f));
+/* The product of MIXED numbers with a Hadamard matrix: butterflies within the four registers, then between them. */
+INLINE void mix(__m512 x[4]) {
+    const __m512 scale = _mm512_set1_ps(0.125f); /* 1 / sqrt(MIXED) */
+    UNROLL
+    for (int r = 0; r < 4; r++) {
+        x[r] = BUTTERFLY(x[r], _mm512_permute_ps(x[r], 0xB1), 1);
+        x[r] = BUTTERFLY(x[r], _mm512_permute_ps(x[r], 0x4E), 2);
+        x[r] = BUTTERFLY(x[r], _mm512_shuffle_f32x4(x[r], x[r], 0xB1), 4);
+        x[r] = BUTTERFLY(x[r], _mm512_shuffle_f32x4(x[r], x[r], 0x4E), 8);
+    }
+    const __m512 sums[2] = {_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3])};
+    const __m512 differences[2] = {_mm512_sub_ps(x[0], x[1]), _mm512_sub_ps(x[2], x[3])};
+    x[0] = _mm512_mul_ps(_mm512_add_ps(sums[0], sums[1]), scale);
+    x[1] = _mm512_mul_ps(_mm512_add_ps(differences[0], differences[1]), scale);
+    x[2] = _mm512_mul_ps(_mm512_sub_ps(sums[0], sums[1]), scale);
+    x[3] = _mm512_mul_ps(_mm512_sub_ps(differences[0], differences[1]), scale);
 }
 
 INLINE __mmask16 lanes(size_t left) { return left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1); }
@@ -68,14 +78,23 @@ INLINE __m512 prepare(const Rounding *task, size_t token, float *out) {
         }
         factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)channels + task->epsilon));
     }
-    for (size_t i = 0; i < channels; i += 16) {
-        const __mmask16 some = lanes(channels - i);
-        __m512 x = _mm512_maskz_loadu_ps(some, row + i);
-        if (gates) x = _mm512_mul_ps(silu(_mm512_maskz_loadu_ps(some, gates + i)), x);
-        if (task->gain) x = _mm512_mul_ps(_mm512_mul_ps(x, factor), _mm512_maskz_loadu_ps(some, task->gain + i));
-        if (task->mixed) x = mix(x);
-        _mm512_mask_storeu_ps(out + i, some, x);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(x)); /* a NaN may be lost here: it is looked for below */
+    for (size_t i = 0; i < channels; i += MIXED) {
+        __m512 x[4];
+        UNROLL
+        for (size_t r = 0; r < 4; r++) {
+            const size_t at = i + 16 * r;
+            const __mmask16 some = at < channels ? lanes(channels - at) : 0;
+            x[r] = _mm512_maskz_loadu_ps(some, row + at);
+            if (gates) x[r] = _mm512_mul_ps(silu(_mm512_maskz_loadu_ps(some, gates + at)), x[r]);
+            if (task->gain)
+                x[r] = _mm512_mul_ps(_mm512_mul_ps(x[r], factor), _mm512_maskz_loadu_ps(some, task->gain + at));
+        }
+        if (task->mixed) mix(x);
+        UNROLL
+        for (size_t r = 0; r < 4; r++) { /* scratch has room for what is over */
+            _mm512_storeu_ps(out + i + 16 * r, x[r]);
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(x[r])); /* a NaN may be lost here: it is looked for below */
+        }
     }
     return largest;
 }
@@ -108,8 +127,10 @@ void column_zeros(const int8_t *weight, size_t channels, size_t columns, int32_t
         __m512i sums[PANEL / 16] = {0};
         const int8_t *panel = weight + column * channels;
         for (size_t i = 0; i < channels * PANEL; i += 4 * PANEL)
-            for (size_t c = 0; c < PANEL / 16; c++)
-                sums[c] = _mm512_dpbusd_epi32(sums[c], _mm512_set1_epi8((char)128), _mm512_loadu_si512(panel + i + 64 * c));
+            for (size_t c = 0; c < PANEL / 16; c++) {
+                const __m512i four = _mm512_loadu_si512(panel + i + 64 * c);
+                sums[c] = _mm512_dpbusd_epi32(sums[c], _mm512_set1_epi8((char)128), four);
+            }
         for (size_t c = 0; c < PANEL / 16 && column + 16 * c < columns; c++)
             _mm512_mask_storeu_epi32(zeros + column + 16 * c, lanes(columns - column - 16 * c), sums[c]);
     }
