@@ -23,7 +23,11 @@ SOURCES = Path("runtime/kernels")
 FLAGS = ["-O3", "-std=c11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # operators.c asks the processor before it calls one of the others.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-OWN_FLAGS = {"operators": [], "products": [*AVX512, "-mavx512vnni"], "attention": [*AVX512, "-mavx512bf16"]}
+OWN_FLAGS = {
+    "operators": [],
+    "products": [*AVX512, "-mavx512vnni"],
+    "attention": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+}
 
 
 class KernelsHook(BuildHookInterface[Any]):

@@ -237,6 +237,32 @@ def test_attention_gives_a_token_the_same_bits_in_any_company(cut: int) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(second[1:], whole[1:], strict=True))
 
 
+@needs["attention"]
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e6])
+def test_attention_to_what_is_not_finite_is_not_a_number(name: str, bad: float) -> None:
+    inputs = attention_inputs(1, 40, 2, 1, 32, 0, rotary=False)
+    inputs[name][0, 7, 0, 5] = bad
+    result = attend(inputs).run(kernel=True)[0]
+    finite = np.isfinite(result).all(axis=(0, 2, 3))
+    assert finite[:7].all() or name == "value"  # masked values are multiplied with 0
+    if (name, bad) == ("query", 1e6):  # a query is not float16: a large one is a number
+        assert finite.all()
+    elif name == "query":
+        assert not finite[7]
+    else:  # what float16 cannot hold is infinite
+        assert not finite[7:].any()
+
+
+@needs["attention"]
+def test_a_large_channel_does_not_cost_the_others_their_bits() -> None:
+    inputs = attention_inputs(1, 60, 2, 1, 64, 0, rotary=False)
+    for name in ("query", "key"):
+        inputs[name][..., 3] += 60  # as in a language model: a score of thousands, of which differences matter
+    found, expected = attend(inputs).both()
+    assert np.sqrt(np.mean((found[0] - expected[0]) ** 2) / np.mean(expected[0] ** 2)) < 0.02
+
+
 @needs["products"]
 @needs["attention"]
 def test_what_does_not_fit_is_refused() -> None:

@@ -13,6 +13,7 @@ from rewardrt_export.operators import DOMAIN
 
 _TOKENS_FIRST = [0, 2, 1, 3]  # [batch, heads, tokens, size] to or from [batch, tokens, heads, size]
 _LANES = 16  # that the kernels take of a head at once
+_LARGEST_HEAD = 256
 
 
 def fuse(model: ir.Model) -> None:
@@ -159,7 +160,14 @@ def _fuse_attention(graph: ir.Graph, node: ir.Node) -> None:
         return
     sizes = {_size(item) for item in (query, key, value)}
     size = sizes.pop()
-    if sizes or size is None or size % _LANES or "scale" not in node.attributes or len(node.outputs) != 3:
+    if (
+        sizes
+        or size is None
+        or size % _LANES
+        or size > _LARGEST_HEAD
+        or "scale" not in node.attributes
+        or len(node.outputs) != 3
+    ):
         return
     tape = Tape()
     angles: list[ir.Value] = []

@@ -52,7 +52,7 @@ void multiply(const Product *task, size_t first, size_t end, size_t panel);
  *
  * query, result [batch][tokens][heads][size]; key, value [batch][tokens][kv_heads][size];
  * past_*, present_* float16 [batch][kv_heads][past (+ tokens)][size]; cosines, sines [batch][tokens][size / 2] or NULL.
- * Keys and values are what float16 holds of them, and products are of bfloat16 numbers, added up in float32.
+ * Keys and values are what float16 holds of them. `size` is at most LARGEST_HEAD.
  */
 typedef struct {
     const float *query, *key, *value, *cosines, *sines;
@@ -61,11 +61,14 @@ typedef struct {
     float *result;
     float scale;
     size_t batch, heads, kv_heads, tokens, past, size;
-    uint16_t *packed_key, *packed_value; /* each `packed_size` */
+    int16_t *packed_key; /* `packed_size` */
+    uint16_t *packed_value; /* `packed_size` */
+    float *key_units; /* `packed_size` / `size` */
 } Attention;
 
 #define KEYS 64 /* that are packed together; a multiple of what PANEL is */
 #define ROWS 6  /* queries of a tile */
+#define LARGEST_HEAD 256
 
 size_t packed_size(const Attention *task); /* elements, for all heads of the batch */
 size_t pack_tasks(const Attention *task);

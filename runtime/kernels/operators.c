@@ -233,7 +233,7 @@ static Status compute_attention(Kernel *kernel, void *context, Tensor *inputs) {
     const size_t angles = task.batch * task.tokens * (task.size / 2);
     const int64_t news[] = {query->sizes[0], query->sizes[1], key->sizes[2], query->sizes[3]};
     const int64_t olds[] = {query->sizes[0], key->sizes[2], past_key->sizes[2], query->sizes[3]};
-    if (task.size % (rotary ? 32 : 16) || !task.kv_heads || task.heads % task.kv_heads ||
+    if (task.size % (rotary ? 32 : 16) || !task.size || task.size > LARGEST_HEAD || !task.kv_heads || task.heads % task.kv_heads ||
         memcmp(key->sizes, news, sizeof news) || memcmp(value->sizes, news, sizeof news) ||
         memcmp(past_key->sizes, olds, sizeof olds) || memcmp(past_value->sizes, olds, sizeof olds) ||
         (rotary && (elements(inputs + 5, inputs[5].axes) != angles || elements(inputs + 6, inputs[6].axes) != angles)))
@@ -243,13 +243,15 @@ static Status compute_attention(Kernel *kernel, void *context, Tensor *inputs) {
     TRY(make_output(kernel, context, 1, present, 4, &task.present_key));
     TRY(make_output(kernel, context, 2, present, 4, &task.present_value));
     const size_t packed = packed_size(&task);
-    uint16_t *both = aligned_alloc(64, packed * 2 * sizeof(uint16_t) / 64 * 64 + 64);
-    if (!both) return CREATE_STATUS(kernel->api, FAIL, "out of memory");
-    task.packed_key = both;
-    task.packed_value = both + packed;
+    const size_t bytes = packed * 2 * sizeof(uint16_t) + packed / task.size * sizeof(float);
+    float *buffer = aligned_alloc(64, bytes / 64 * 64 + 64);
+    if (!buffer) return CREATE_STATUS(kernel->api, FAIL, "out of memory");
+    task.key_units = buffer;
+    task.packed_value = (uint16_t *)(buffer + packed / task.size);
+    task.packed_key = (int16_t *)(task.packed_value + packed);
     Status status = share(kernel, context, pack_some, &task, pack_tasks(&task), 0);
     if (!status) status = share(kernel, context, attend_some, &task, attend_tasks(&task), attend_scratch(&task));
-    free(both);
+    free(buffer);
     return status;
 }
 
