@@ -36,7 +36,7 @@ INLINE __m512 power_of_2(__m512 x) {
 
 INLINE void bits_of(__m256bh x, uint16_t *at) { memcpy(at, &x, 32); }
 
-/* The number of a head's vector at `from`, rotated where there are angles: 16 of them from channel i on. */
+/* 16 numbers of a head's vector, from channel i on, rotated where there are angles. */
 INLINE __m512 rotated(const float *row, size_t i, size_t size, const float *cosines, const float *sines) {
     const __m512 x = _mm512_loadu_ps(row + i);
     if (!cosines) return x;
@@ -167,8 +167,8 @@ INLINE void add_products(int columns, const uint16_t *left, size_t left_stride, 
     }
 }
 
-/* scores [ROWS][KEYS] of queries [ROWS][size] with a block of keys, in units of both. A function of its own that does no
- * more: otherwise compilers keep the sums in memory.
+/* scores [ROWS][KEYS] of queries [ROWS][size] with a block of keys, in units of both. A function of its own that does
+ * no more: otherwise compilers keep the sums in memory.
  */
 static __attribute__((noinline)) void score(const int16_t *queries, const int16_t *keys, size_t size, int32_t *scores,
                                             size_t stride) {
@@ -248,7 +248,8 @@ void attend(const Attention *t, size_t index, void *scratch) {
         const size_t at = ((batch * t->tokens + token) * t->heads + head * group + row % group) * size;
         const float *cosines = t->cosines ? t->cosines + (batch * t->tokens + token) * (size / 2) : NULL;
         const float *sines = t->sines ? t->sines + (batch * t->tokens + token) * (size / 2) : NULL;
-        for (size_t i = 0; i < size; i += 16) _mm512_storeu_ps(query + i, rotated(t->query + at, i, size, cosines, sines));
+        for (size_t i = 0; i < size; i += 16)
+            _mm512_storeu_ps(query + i, rotated(t->query + at, i, size, cosines, sines));
         factors[r] = in_integers(query, size, queries + r * size) * (t->scale * LOG2E);
         results[r] = t->result + at;
         seen[r] = t->past + token + 1;

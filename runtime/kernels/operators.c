@@ -233,7 +233,8 @@ static Status compute_attention(Kernel *kernel, void *context, Tensor *inputs) {
     const size_t angles = task.batch * task.tokens * (task.size / 2);
     const int64_t news[] = {query->sizes[0], query->sizes[1], key->sizes[2], query->sizes[3]};
     const int64_t olds[] = {query->sizes[0], key->sizes[2], past_key->sizes[2], query->sizes[3]};
-    if (task.size % (rotary ? 32 : 16) || !task.size || task.size > LARGEST_HEAD || !task.kv_heads || task.heads % task.kv_heads ||
+    if (!task.size || task.size % (rotary ? 32 : 16) || task.size > LARGEST_HEAD || !task.kv_heads ||
+        task.heads % task.kv_heads ||
         memcmp(key->sizes, news, sizeof news) || memcmp(value->sizes, news, sizeof news) ||
         memcmp(past_key->sizes, olds, sizeof olds) || memcmp(past_value->sizes, olds, sizeof olds) ||
         (rotary && (elements(inputs + 5, inputs[5].axes) != angles || elements(inputs + 6, inputs[6].axes) != angles)))
