@@ -277,8 +277,14 @@ def export_shape(cache: Path) -> tuple[Path, str | None]:
     checkpoint = cache / "shape-checkpoint"
     if not (checkpoint / "model.safetensors").is_file():
         write_shape(ROOT / "models" / "tiny", checkpoint)
-    golden = cache / "shape_golden.jsonl"  # few tokens: what is certified of random weights is of no interest
-    rows = [{"prompt": f"What is {number} + 1?", "response": str(number + 1)} for number in range(32)]
+    # Few tokens: what is certified of random weights is of no interest. Each text is other words: of texts that are
+    # nearly the same the rewards are too, and int8 would have to be far nearer to them than to a model's.
+    golden = cache / "shape_golden.jsonl"
+    words, random = (ROOT / "README.md").read_text(encoding="utf-8").split(), np.random.default_rng(0)
+    rows = [
+        {"prompt": " ".join(random.choice(words, 12)), "response": " ".join(random.choice(words, 12))}
+        for _ in range(32)
+    ]
     golden.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     try:
         return export(checkpoint, cache / "shape", ["fp32", "int8"], golden), None

@@ -64,16 +64,19 @@ def write_shape(tiny: Path, target: Path) -> None:
     def weight(*shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         return random.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[-1]))
 
+    def gain() -> np.ndarray[Any, np.dtype[np.float32]]:  # of ones, all norms would share one tensor
+        return 1 + random.standard_normal(hidden, dtype=np.float32) / 10
+
     tensors = {
         "model.embed_tokens.weight": weight(config["vocab_size"], hidden),
-        "model.norm.weight": np.ones(hidden, dtype=np.float32),
+        "model.norm.weight": gain(),
         "score.weight": weight(1, hidden),
     }
     for layer in range(layers):
         for name, shape in shapes.items():
             tensors[f"model.layers.{layer}.{name}.weight"] = weight(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{name}.weight"] = np.ones(hidden, dtype=np.float32)
+            tensors[f"model.layers.{layer}.{name}.weight"] = gain()
     target.mkdir(parents=True, exist_ok=True)
     for file in tiny.iterdir():
         if file.name not in ("model.safetensors", "config.json"):
