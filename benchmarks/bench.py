@@ -256,7 +256,8 @@ def measure_cold_start(cache: Path, runs: int) -> dict[str, Any]:
 def export(checkpoint: Path, bundle: Path, precisions: list[str], golden: Path | None = None) -> Path:
     """Export where that was not done yet with this code; raises ClickException with what the export said."""
     stamp = bundle.with_name(f"{bundle.name}.made")
-    code = str(max(path.stat().st_mtime_ns for path in (ROOT / "export").rglob("*.py")))
+    sources = [path for folder in ("export", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    code = str(max(path.stat().st_mtime_ns for path in sources))
     if (bundle / "reward.json").is_file() and stamp.is_file() and stamp.read_text(encoding="ascii") == code:
         return bundle
     say(f"exporting {bundle.name}")
