@@ -11,7 +11,7 @@ from onnx_ir.tape import Tape
 
 from rewardrt_export.operators import DOMAIN
 
-_TOKENS_FIRST = [0, 2, 1, 3]  # [batch, heads, tokens, size] to or from [batch, tokens, heads, size]
+_TOKENS_FIRST = (0, 2, 1, 3)  # [batch, heads, tokens, size] to or from [batch, tokens, heads, size]
 _LANES = 16  # that the kernels take of a head at once
 _LARGEST_HEAD = 256
 
@@ -215,7 +215,9 @@ def _tokens_first(tape: Tape, value: ir.Value) -> ir.Value:
 
 
 def _is_tokens_first(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and not node.domain and list(node.attributes["perm"].as_ints()) == _TOKENS_FIRST
+    if node.op_type != "Transpose" or node.domain or "perm" not in node.attributes:
+        return False
+    return tuple(node.attributes["perm"].as_ints()) == _TOKENS_FIRST
 
 
 def _maker(value: ir.Value | None, kind: str) -> ir.Node | None:
