@@ -6,16 +6,14 @@
  * Scores are products of 16-bit integers, each vector scaled by its own largest number: as fast as bfloat16, whose 8
  * bits are too few where a few channels make a score large (a 135M model's rewards lay 0.028 standard deviations off).
  */
+#include "avx512.h"
 #include "kernels.h"
 
-#include <immintrin.h>
 #include <math.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
 #define LOG2E 1.44269504088896340736f
 
-INLINE __mmask16 lanes(size_t left) { return left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1); }
 INLINE size_t up(size_t count, size_t to) { return (count + to - 1) / to * to; }
 INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
 

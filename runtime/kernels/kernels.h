@@ -9,9 +9,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Loops over a tile are written out, so that it lies in registers. */
-#define UNROLL _Pragma("GCC unroll 8")
-
 #define PANEL 64 /* columns of a weight that lie together: [ceil(columns / PANEL)][channels / 4][PANEL][4] */
 #define MIXED 64 /* channels of a block that is multiplied with a Hadamard matrix */
 

@@ -1,11 +1,9 @@
 /* Rounding of tokens and products of integers, with AVX-512 VNNI. See quantize.py for the formulas. */
+#include "avx512.h"
 #include "kernels.h"
 
-#include <immintrin.h>
 #include <math.h>
 #include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
 
 static const float TINY = 1e-30f;        /* of a token whose channels are all 0: it is divided by */
 static const float FINER = 1.0f / 254.0f; /* a step of the second plane in those of the first */
@@ -35,8 +33,6 @@ INLINE void mix(__m512 x[4]) {
     x[2] = _mm512_mul_ps(_mm512_sub_ps(sums[0], sums[1]), scale);
     x[3] = _mm512_mul_ps(_mm512_sub_ps(differences[0], differences[1]), scale);
 }
-
-INLINE __mmask16 lanes(size_t left) { return left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1); }
 
 INLINE __m128i around_128(__m512i rounded) {
     const __m512i shifted = _mm512_max_epi32(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)), _mm512_setzero_si512());
