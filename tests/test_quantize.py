@@ -423,7 +423,7 @@ def test_fusions_keep_the_numbers(passes: tuple[str, ...], made: Bundle, monkeyp
     assert all(any(CALLED[name] in kind for kind in kinds) for name in passes)
     spread = 1.9  # standard deviations of this model's rewards
     assert np.abs(rewards_of(model, ids, kernel=False) - expected).max() < 0.002 * spread
-    assert np.abs(rewards_of(model, ids, kernel=True) - expected).max() < 0.02 * spread  # attention in bfloat16
+    assert np.abs(rewards_of(model, ids, kernel=True) - expected).max() < 0.02 * spread  # attention in 16 bits
 
 
 @needs_dot

@@ -129,14 +129,14 @@ def ScaleRoundTokensTwice(values: Floats, gain: Floats, channels: int) -> tuple[
 @script(own, default_opset=op)
 def ScaleRoundTokensMixed(values: Floats, gain: Floats, channels: int) -> tuple[Bytes, Floats]:
     """Multiply each token with a gain, mix it and round it."""
-    plane, steps = own.RoundTokens(own.Mix(op.Mul(values, gain)), channels=channels)
+    plane, steps = own.RoundTokensMixed(op.Mul(values, gain), channels=channels)
     return plane, steps
 
 
 @script(own, default_opset=op)
 def ScaleRoundTokensMixedTwice(values: Floats, gain: Floats, channels: int) -> tuple[Bytes, Bytes, Floats]:
     """Multiply each token with a gain, mix it and round it twice."""
-    plane, rest, steps = own.RoundTokensTwice(own.Mix(op.Mul(values, gain)), channels=channels)
+    plane, rest, steps = own.RoundTokensMixedTwice(op.Mul(values, gain), channels=channels)
     return plane, rest, steps
 
 
@@ -160,7 +160,7 @@ def NormRoundTokensTwice(values: Floats, gain: Floats, channels: int, epsilon: f
 def NormRoundTokensMixed(values: Floats, gain: Floats, channels: int, epsilon: float) -> tuple[Bytes, Floats]:
     """Normalise each token, mix it and round it."""
     normal = op.RMSNormalization(values, gain, axis=-1, epsilon=epsilon)
-    plane, steps = own.RoundTokens(own.Mix(normal), channels=channels)
+    plane, steps = own.RoundTokensMixed(normal, channels=channels)
     return plane, steps
 
 
@@ -170,7 +170,7 @@ def NormRoundTokensMixedTwice(
 ) -> tuple[Bytes, Bytes, Floats]:
     """Normalise each token, mix it and round it twice."""
     normal = op.RMSNormalization(values, gain, axis=-1, epsilon=epsilon)
-    plane, rest, steps = own.RoundTokensTwice(own.Mix(normal), channels=channels)
+    plane, rest, steps = own.RoundTokensMixedTwice(normal, channels=channels)
     return plane, rest, steps
 
 
@@ -197,14 +197,14 @@ def GateRoundTokensTwice(gate: Floats, up: Floats, channels: int) -> tuple[Bytes
 @script(own, default_opset=op)
 def GateRoundTokensMixed(gate: Floats, up: Floats, channels: int) -> tuple[Bytes, Floats]:
     """Take silu(gate) up of each token, and mix it and round it."""
-    plane, steps = own.RoundTokens(own.Mix(own.GateUp(gate, up)), channels=channels)
+    plane, steps = own.RoundTokensMixed(own.GateUp(gate, up), channels=channels)
     return plane, steps
 
 
 @script(own, default_opset=op)
 def GateRoundTokensMixedTwice(gate: Floats, up: Floats, channels: int) -> tuple[Bytes, Bytes, Floats]:
     """Take silu(gate) up of each token, and mix it and round it twice."""
-    plane, rest, steps = own.RoundTokensTwice(own.Mix(own.GateUp(gate, up)), channels=channels)
+    plane, rest, steps = own.RoundTokensMixedTwice(own.GateUp(gate, up), channels=channels)
     return plane, rest, steps
 
 
