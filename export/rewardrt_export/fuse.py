@@ -5,6 +5,9 @@ Each pass takes an `onnx_ir.Model` and changes it in place. What it does not rec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeGuard
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
@@ -21,6 +24,7 @@ def fuse(model: ir.Model) -> None:
     fuse_norms(model)
     fuse_sums(model)
     fuse_gates(model)
+    fuse_products(model)
     fuse_attention(model)
     common_passes.RemoveUnusedNodesPass()(model)  # what was replaced no longer reads anything
     pool_early(model)
@@ -48,30 +52,68 @@ def fuse_sums(model: ir.Model) -> None:
             continue
         for product, added in (node.inputs, node.inputs[::-1]):
             maker = product.producer() if product is not None else None
-            if maker is None or maker.domain != DOMAIN or maker.op_type not in ("Product", "ProductTwice"):
+            if not _is_product(maker):
                 continue
             if product is None or len(product.uses()) != 1 or added is None:
                 continue
             if product.shape is None or added.shape != product.shape:
                 continue
-            _replace(model.graph, node, f"{maker.op_type}Add", [*maker.inputs, added], {})  # type: ignore[list-item]
+            _replace(model.graph, node, f"{maker.op_type}Add", [*maker.inputs, added], {})
             break
 
 
 def fuse_gates(model: ir.Model) -> None:
-    """Let silu(gate) up, gate sigmoid(gate) up in the graph, be taken where it is rounded."""
+    """Let silu(gate) up, gate sigmoid(gate) up in the graph, be taken where both are made, or else where it is rounded.
+
+    Both are made at one place where they are products of one activation that nothing else reads.
+    """
     for node in list(model.graph):
-        product = _maker(node.inputs[0], "Mul") if node.op_type.startswith("RoundTokens") else None
-        if product is None or len(product.outputs[0].uses()) != 1:
+        if node.op_type != "Mul" or node.domain:
             continue
-        for silu, up in (product.inputs, product.inputs[::-1]):
+        for silu, up in (node.inputs, node.inputs[::-1]):
             gate = _gate(silu)
             if gate is None or up is None or gate.shape is None or gate.shape != up.shape:
                 continue
-            _replace(
-                model.graph, node, f"Gate{node.op_type}", [gate, up], {"channels": _attribute(node, "channels", 0)}
-            )
+            opened, made = gate.producer(), up.producer()
+            if _is_product(opened) and _is_product(made) and opened.inputs[:-2] == made.inputs[:-2]:
+                if len(gate.uses()) == 2 and len(up.uses()) == 1:
+                    _replace(model.graph, node, f"{made.op_type}Gate", [*opened.inputs, *made.inputs[-2:]], {})
+                    break
+            readers = [usage.node for usage in node.outputs[0].uses()]
+            if len(readers) == 1 and readers[0].op_type.startswith("RoundTokens"):
+                attributes = {"channels": _attribute(readers[0], "channels", 0)}
+                _replace(model.graph, readers[0], f"Gate{readers[0].op_type}", [gate, up], attributes)
             break
+
+
+def _is_product(node: ir.Node | None) -> TypeGuard[ir.Node]:
+    return node is not None and node.domain == DOMAIN and node.op_type in ("Product", "ProductTwice")
+
+
+def fuse_products(model: ir.Model) -> None:
+    """Let two or three products of one activation be taken at once: threads share out the work of all of them."""
+    common_passes.RemoveUnusedNodesPass()(model)  # products whose results other passes no longer read
+    readers: dict[tuple[ir.Value, str], list[ir.Node]] = {}
+    for node in model.graph:
+        plane = node.inputs[0] if _is_product(node) else None
+        if plane is not None:
+            readers.setdefault((plane, node.op_type), []).append(node)
+    for (_, kind), nodes in readers.items():
+        # Nodes that lie together: what one of them is multiplied with is never made of what another gave.
+        for group in (nodes[start : start + 3] for start in range(0, len(nodes), 3)):
+            if len(group) == 1:
+                continue
+            shared = [item for item in group[0].inputs[:-2] if item is not None]
+            weights = [item for node in group for item in node.inputs[-2:] if item is not None]
+            tape = Tape()
+            called = f"{kind}{'Pair' if len(group) == 2 else 'Triple'}"
+            results = tape.op_multi_out(called, [*shared, *weights], num_outputs=len(group), domain=DOMAIN)
+            model.graph.insert_before(group[0], tape.nodes)
+            for node, result in zip(group, results, strict=True):
+                old = node.outputs[0]
+                result.shape, result.type = old.shape, old.type
+                old.replace_all_uses_with(result)
+            model.graph.remove(group, safe=True)
 
 
 def _gate(silu: ir.Value | None) -> ir.Value | None:
@@ -234,7 +276,9 @@ def _attribute(node: ir.Node, name: str, default: float) -> float:
     return node.attributes[name].value if name in node.attributes else default
 
 
-def _replace(graph: ir.Graph, node: ir.Node, kind: str, inputs: list[ir.Value], attributes: dict[str, float]) -> None:
+def _replace(
+    graph: ir.Graph, node: ir.Node, kind: str, inputs: Sequence[ir.Value | None], attributes: dict[str, float]
+) -> None:
     tape = Tape()
     results = tape.op_multi_out(kind, inputs, attributes, num_outputs=len(node.outputs), domain=DOMAIN)
     graph.insert_before(node, tape.nodes)

@@ -1,7 +1,7 @@
 """The operators of int8 graphs: each a function of standard nodes, for which the runtime brings a kernel of its own.
 
 A graph that calls them is complete: onnxruntime puts a function's nodes in the place of the call wherever no kernel is
-registered under its name. The kernels are in runtime/rewardrt/native. What an operator takes and gives may never change
+registered under its name. The kernels are in runtime/kernels. What an operator takes and gives may never change
 under its name: a kernel that does not fit is an error, not a reason to take the function.
 
 A weight W [K, N] of integers is stored in panels of 64 columns, [ceil(N / 64), K / 4, 64, 4], as the processor's
@@ -252,6 +252,80 @@ def ProductTwiceAdd(
 
 
 @script(own, default_opset=op)
+def ProductGate(
+    plane: Bytes, steps: Floats, gate: Integers, gate_columns: Floats, up: Integers, up_columns: Floats
+) -> Floats:
+    """Multiply rounded tokens with two weights, and take silu(gate) up of the results."""
+    return own.GateUp(own.Product(plane, steps, gate, gate_columns), own.Product(plane, steps, up, up_columns))
+
+
+@script(own, default_opset=op)
+def ProductTwiceGate(
+    plane: Bytes, rest: Bytes, steps: Floats, gate: Integers, gate_columns: Floats, up: Integers, up_columns: Floats
+) -> Floats:
+    """Multiply tokens that were rounded twice with two weights, and take silu(gate) up of the results."""
+    opened = own.ProductTwice(plane, rest, steps, gate, gate_columns)
+    return own.GateUp(opened, own.ProductTwice(plane, rest, steps, up, up_columns))
+
+
+@script(own, default_opset=op)
+def ProductPair(
+    plane: Bytes, steps: Floats, weight: Integers, columns: Floats, weight2: Integers, columns2: Floats
+) -> tuple[Floats, Floats]:
+    """Multiply rounded tokens with two weights."""
+    first = own.Product(plane, steps, weight, columns)
+    second = own.Product(plane, steps, weight2, columns2)
+    return first, second
+
+
+@script(own, default_opset=op)
+def ProductTwicePair(
+    plane: Bytes, rest: Bytes, steps: Floats, weight: Integers, columns: Floats, weight2: Integers, columns2: Floats
+) -> tuple[Floats, Floats]:
+    """Multiply tokens that were rounded twice with two weights."""
+    first = own.ProductTwice(plane, rest, steps, weight, columns)
+    second = own.ProductTwice(plane, rest, steps, weight2, columns2)
+    return first, second
+
+
+@script(own, default_opset=op)
+def ProductTriple(
+    plane: Bytes,
+    steps: Floats,
+    weight: Integers,
+    columns: Floats,
+    weight2: Integers,
+    columns2: Floats,
+    weight3: Integers,
+    columns3: Floats,
+) -> tuple[Floats, Floats, Floats]:
+    """Multiply rounded tokens with three weights."""
+    first = own.Product(plane, steps, weight, columns)
+    second = own.Product(plane, steps, weight2, columns2)
+    third = own.Product(plane, steps, weight3, columns3)
+    return first, second, third
+
+
+@script(own, default_opset=op)
+def ProductTwiceTriple(
+    plane: Bytes,
+    rest: Bytes,
+    steps: Floats,
+    weight: Integers,
+    columns: Floats,
+    weight2: Integers,
+    columns2: Floats,
+    weight3: Integers,
+    columns3: Floats,
+) -> tuple[Floats, Floats, Floats]:
+    """Multiply tokens that were rounded twice with three weights."""
+    first = own.ProductTwice(plane, rest, steps, weight, columns)
+    second = own.ProductTwice(plane, rest, steps, weight2, columns2)
+    third = own.ProductTwice(plane, rest, steps, weight3, columns3)
+    return first, second, third
+
+
+@script(own, default_opset=op)
 def CausalAttention(
     query: Floats,
     key: Floats,
@@ -309,7 +383,8 @@ OPERATORS: tuple[OnnxFunction[Any, Any], ...] = (
     ScaleRoundTokens, ScaleRoundTokensTwice, ScaleRoundTokensMixed, ScaleRoundTokensMixedTwice,
     GateRoundTokens, GateRoundTokensTwice, GateRoundTokensMixed, GateRoundTokensMixedTwice,
     NormRoundTokens, NormRoundTokensTwice, NormRoundTokensMixed, NormRoundTokensMixedTwice,
-    Product, ProductTwice, ProductAdd, ProductTwiceAdd, CausalAttention, RotaryCausalAttention,
+    Product, ProductTwice, ProductAdd, ProductTwiceAdd,
+    ProductGate, ProductTwiceGate, ProductPair, ProductTwicePair, ProductTriple, ProductTwiceTriple, CausalAttention, RotaryCausalAttention,
 )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ the weights then carry what was large, and cost more than the activations did.)
 
 Where the sum of A over all activations is still too large, those with most of it are mixed too: blocks of MIXED
 channels are multiplied with a Hadamard matrix, which spreads what is large over the block (QuaRot, Ashkboos et al.
-2024, https://arxiv.org/abs/2404.00456). Where that is not enough, what rounding left over is given in a second plane.
+2024, https://arxiv.org/abs/2404.00456). Where that is not enough, what rounding left over is given in a second plane,
+which doubles the integer products and so costs far more than mixing does: no activation has one before all are mixed.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ class Smoothing:
     mixed: bool = False
     planes: int = 2
 
+    @property
+    def mixable(self) -> bool:
+        """Whether it is not mixed, and could be."""
+        return self.planes == 1 and not self.mixed and self.scale is not None and len(self.scale) % MIXED == 0
+
     def activation(self, seen: torch.Tensor) -> torch.Tensor:
         """Return activations [tokens, K] as they are rounded."""
         scaled = seen if self.scale is None else seen / torch.from_numpy(self.scale)
@@ -82,7 +88,8 @@ class Plan:
     """How activations are smoothed and weights rounded, of each weight that texts went through, by its name.
 
     The damage of all activations together is brought below GOAL: the one with most of it takes its next step, until it
-    is. Where nothing is known of the gradients, all have two planes.
+    is; of those that can be mixed, as long as there are any. Where nothing is known of the gradients, all have two
+    planes.
     """
 
     def __init__(self, calibration: Calibration) -> None:
@@ -91,7 +98,8 @@ class Plan:
         taken = {owner: next(ladder) for owner, ladder in ladders.items()}
         goal = (GOAL * calibration.reward_std) ** 2
         while sum(step.damage for step in taken.values()) > goal:
-            worst = max(taken, key=lambda owner: taken[owner].damage)
+            cheap = [owner for owner, step in taken.items() if step.smoothing.mixable]
+            worst = max(cheap or taken, key=lambda owner: taken[owner].damage)
             taken[worst] = next(ladders[worst])
         self._calibration = calibration
         self._steps = taken

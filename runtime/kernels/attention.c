@@ -12,25 +12,8 @@
 #include <math.h>
 #include <string.h>
 
-#define LOG2E 1.44269504088896340736f
-
 INLINE size_t up(size_t count, size_t to) { return (count + to - 1) / to * to; }
 INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
-
-/* 2^x for x <= 0; a relative error of 2e-7 (the polynomial is 2^f's minimax one over [-1/2, 1/2]) */
-INLINE __m512 power_of_2(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-126), x); /* in this order a NaN stays one */
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(1.54353085e-4f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.33989386e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.61817019e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55032901e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40226507e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93147182e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1));
-    return _mm512_scalef_ps(p, whole);
-}
 
 INLINE void bits_of(__m256bh x, uint16_t *at) { memcpy(at, &x, 32); }
 
@@ -45,8 +28,11 @@ INLINE __m512 rotated(const float *row, size_t i, size_t size, const float *cosi
     return i < half ? _mm512_sub_ps(kept, turned) : _mm512_add_ps(kept, turned);
 }
 
-/* Turns a vector into integers and returns their unit; a NaN where it has numbers that are not finite. */
-INLINE float in_integers(const float *vector, size_t size, int16_t *integers) {
+/* The most that an integer may be, so that `size` products add up to less than 2^31: 5791 for 64, 4095 for 128. */
+INLINE float largest_integer(size_t size) { return __builtin_floorf(sqrtf(2147483648.0f / (float)size)) - 1; }
+
+/* Turns a vector into integers up to `limit` and returns their unit; a NaN where numbers are not finite. */
+INLINE float in_integers(const float *vector, size_t size, float limit, int16_t *integers) {
     __m512 largest = _mm512_set1_ps(1e-30f);
     __mmask16 bad = 0;
     for (size_t i = 0; i < size; i += 16) {
@@ -54,11 +40,10 @@ INLINE float in_integers(const float *vector, size_t size, int16_t *integers) {
         bad |= _mm512_cmp_ps_mask(x, _mm512_set1_ps(__builtin_inff()), _CMP_NLT_UQ);
         largest = _mm512_max_ps(largest, x);
     }
-    /* Of so large ones `size` products add up to less than 2^31: 5791 for 64, 4095 for 128. */
-    const float limit = __builtin_floorf(sqrtf(2147483648.0f / (float)size)) - 1;
     const float unit = _mm512_reduce_max_ps(largest) / limit;
+    const __m512 in_units = _mm512_set1_ps(1.0f / unit);
     for (size_t i = 0; i < size; i += 16) {
-        const __m512i rounded = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(vector + i), _mm512_set1_ps(unit)));
+        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(vector + i), in_units));
         _mm256_storeu_si256((__m256i *)(integers + i), _mm512_cvtsepi32_epi16(rounded));
     }
     return bad ? __builtin_nanf("") : unit;
@@ -122,6 +107,7 @@ void pack(const Attention *t, size_t index) {
     int16_t *keys = t->packed_key + index * KEYS * size;
     uint16_t *values = t->packed_value + index * KEYS * size;
     float *units = t->key_units + index * KEYS;
+    const float limit = largest_integer(size);
     for (size_t inside = 0; inside < KEYS; inside += 2) {
         const size_t place = index % blocks * KEYS + inside;
         float numbers[2][LARGEST_HEAD];
@@ -135,7 +121,7 @@ void pack(const Attention *t, size_t index) {
             }
             interleave_channels(value[0], value[1], values + (inside / 2 * size + i) * 2);
         }
-        for (int k = 0; k < 2; k++) units[inside + k] = in_integers(numbers[k], size, integers[k]);
+        for (int k = 0; k < 2; k++) units[inside + k] = in_integers(numbers[k], size, limit, integers[k]);
         for (size_t i = 0; i < size; i += 16)
             interleave_places(integers[0] + i, integers[1] + i, keys + (i / 2 * KEYS + inside) * 2, KEYS * 2);
     }
@@ -165,34 +151,46 @@ INLINE void add_products(int columns, const uint16_t *left, size_t left_stride, 
     }
 }
 
-/* scores [ROWS][KEYS] of queries [ROWS][size] with a block of keys, in units of both. A function of its own that does
- * no more: otherwise compilers keep the sums in memory.
+/* scores [ROWS][16 columns] of queries [ROWS][size] with keys of a block, in units of both. Functions of their own that
+ * do no more: otherwise compilers keep the sums in memory.
  */
-static __attribute__((noinline)) void score(const int16_t *queries, const int16_t *keys, size_t size, int32_t *scores,
-                                            size_t stride) {
+INLINE void score(int columns, const int16_t *queries, const int16_t *keys, size_t size, int32_t *scores,
+                  size_t stride) {
     __m512i sums[ROWS][4];
     UNROLL
     for (int r = 0; r < ROWS; r++)
         UNROLL
-        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_si512();
+        for (int c = 0; c < columns; c++) sums[r][c] = _mm512_setzero_si512();
     for (size_t i = 0; i < size; i += 2) {
         __m512i w[4];
         UNROLL
-        for (int c = 0; c < 4; c++) w[c] = _mm512_loadu_si512(keys + i * KEYS + 32 * c);
+        for (int c = 0; c < columns; c++) w[c] = _mm512_loadu_si512(keys + i * KEYS + 32 * c);
         UNROLL
         for (int r = 0; r < ROWS; r++) {
             int32_t two;
             memcpy(&two, queries + r * size + i, 4);
             const __m512i x = _mm512_set1_epi32(two);
             UNROLL
-            for (int c = 0; c < 4; c++) sums[r][c] = _mm512_dpwssd_epi32(sums[r][c], x, w[c]);
+            for (int c = 0; c < columns; c++) sums[r][c] = _mm512_dpwssd_epi32(sums[r][c], x, w[c]);
         }
     }
     UNROLL
     for (int r = 0; r < ROWS; r++)
         UNROLL
-        for (int c = 0; c < 4; c++) _mm512_storeu_si512(scores + r * stride + 16 * c, sums[r][c]);
+        for (int c = 0; c < columns; c++) _mm512_storeu_si512(scores + r * stride + 16 * c, sums[r][c]);
 }
+
+#define SCORE(columns)                                                                                            \
+    static __attribute__((noinline)) void score_##columns(const int16_t *queries, const int16_t *keys, size_t size, \
+                                                          int32_t *scores, size_t stride) {                       \
+        score(columns, queries, keys, size, scores, stride);                                                      \
+    }
+SCORE(1)
+SCORE(2)
+SCORE(3)
+SCORE(4)
+static void (*const SCORERS[])(const int16_t *, const int16_t *, size_t, int32_t *, size_t) = {score_1, score_2,
+                                                                                             score_3, score_4};
 
 INLINE __m512 in_units(const int32_t *numbers, const float *units) {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(numbers)), _mm512_loadu_ps(units));
@@ -239,6 +237,7 @@ void attend(const Attention *t, size_t index, void *scratch) {
     int32_t *scores = scratch;
     uint16_t *weights = (uint16_t *)(scores + ROWS * stride);
     int16_t *queries = (int16_t *)(weights + ROWS * stride);
+    const float limit = largest_integer(size);
     float *results[ROWS], totals[ROWS], factors[ROWS], query[LARGEST_HEAD];
     size_t seen[ROWS];
     for (size_t r = 0; r < ROWS; r++) {
@@ -248,23 +247,26 @@ void attend(const Attention *t, size_t index, void *scratch) {
         const float *sines = t->sines ? t->sines + (batch * t->tokens + token) * (size / 2) : NULL;
         for (size_t i = 0; i < size; i += 16)
             _mm512_storeu_ps(query + i, rotated(t->query + at, i, size, cosines, sines));
-        factors[r] = in_integers(query, size, queries + r * size) * (t->scale * LOG2E);
+        factors[r] = in_integers(query, size, limit, queries + r * size) * (t->scale * LOG2E);
         results[r] = t->result + at;
         seen[r] = t->past + token + 1;
     }
     const size_t longest = seen[ROWS - 1];
     for (size_t start = 0; start < longest; start += KEYS)
-        score(queries, keys + start * size, size, scores + start, stride);
+        SCORERS[up(least(KEYS, longest - start), 16) / 16 - 1](queries, keys + start * size, size, scores + start, stride);
     for (size_t r = 0; r < used; r++) {
-        const int32_t *row = scores + r * stride;
+        int32_t *row = scores + r * stride; /* float32 from the first loop on */
         const __m512 factor = _mm512_set1_ps(factors[r]);
         __m512 largest = _mm512_set1_ps(-__builtin_inff()), total = _mm512_setzero_ps();
-        for (size_t i = 0; i < seen[r]; i += 16)
-            largest = _mm512_mask_max_ps(largest, lanes(seen[r] - i), largest, in_units(row + i, units + i));
+        for (size_t i = 0; i < seen[r]; i += 16) {
+            const __m512 x = in_units(row + i, units + i);
+            largest = _mm512_mask_max_ps(largest, lanes(seen[r] - i), largest, x);
+            _mm512_storeu_ps(row + i, x);
+        }
         const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
         for (size_t i = 0; i < longest; i += 16) {
             const __mmask16 some = i < seen[r] ? lanes(seen[r] - i) : 0;
-            const __m512 below = _mm512_mul_ps(_mm512_sub_ps(in_units(row + i, units + i), peak), factor);
+            const __m512 below = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + i), peak), factor);
             const __m512 weight = _mm512_maskz_mov_ps(some, power_of_2(below));
             total = _mm512_add_ps(total, weight);
             bits_of(_mm512_cvtneps_pbh(weight), weights + r * stride + i);

@@ -43,7 +43,8 @@ typedef struct {
 } Product;
 
 void column_zeros(const int8_t *weight, size_t channels, size_t columns, int32_t *zeros);
-void multiply(const Product *task, size_t first, size_t end, size_t panel);
+/* One panel of columns; each result is multiplied with silu(gate's) where there is a gate, of as many columns. */
+void multiply(const Product *task, const Product *gate, size_t first, size_t end, size_t panel);
 
 /* Causal attention of new tokens to a past and each other.
  *

@@ -13,10 +13,11 @@
 #include <cpuid.h>
 
 #define AXES 4
-#define INPUTS 7
+#define INPUTS 9
 #define OUTPUTS 3
-#define TOKENS 16  /* of a task of rounding */
-#define BLOCK 96   /* tokens of a task of products, a multiple of ROWS: a panel and they stay in a core's cache */
+#define NUMBERS 20480 /* that a task of rounding takes, or one token */
+#define BLOCK 96   /* most tokens of a task of products, a multiple of ROWS: a panel and they stay in a core's cache */
+#define TASKS 32   /* fewest tasks of products, where there are tokens enough: threads then end together */
 #define HELPERS 64 /* most threads that share one operator's work */
 #define EXPORTED __attribute__((visibility("default")))
 
@@ -49,7 +50,9 @@ struct Operator {
     Status (*compute)(Kernel *kernel, void *context, Tensor *inputs);
     int mixed, twice; /* rounding, and twice: products too */
     enum { NOTHING, SCALE, NORM, GATE } before; /* rounding; but for NOTHING it has a second input */
-    int added; /* products: to a last input */
+    size_t products; /* of one activation */
+    int added;       /* products: to a last input */
+    int gated;       /* products: the first is the gate of the second, and no result of its own */
 };
 
 /* ---- work on the session's threads ---- */
@@ -78,8 +81,8 @@ static void help(void *data, size_t index) {
 static Status share(Kernel *kernel, void *context, void (*run)(const void *, size_t, void *), const void *task,
                     size_t count, size_t scratch) {
     Work work = {.run = run, .task = task, .count = count, .scratch = scratch};
-    if (count == 0) return NULL;
-    TRY(PARALLEL(kernel->api, context, help, count < HELPERS ? count : HELPERS, &work));
+    if (count == 1) help(&work, 0);
+    if (count > 1) TRY(PARALLEL(kernel->api, context, help, count < HELPERS ? count : HELPERS, &work));
     return work.failed ? CREATE_STATUS(kernel->api, FAIL, "out of memory") : NULL;
 }
 
@@ -122,19 +125,19 @@ static Status refuse(Kernel *kernel, const char *expected) {
 
 typedef struct {
     Rounding rounding;
-    size_t tokens;
+    size_t tokens, each; /* of a task */
 } Roundings;
 
 static void round_some(const void *task, size_t index, void *scratch) {
     const Roundings *all = task;
-    const size_t first = index * TOKENS, end = first + TOKENS < all->tokens ? first + TOKENS : all->tokens;
+    const size_t first = index * all->each, end = first + all->each < all->tokens ? first + all->each : all->tokens;
     round_tokens(&all->rounding, scratch, first, end);
 }
 
 static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
     const Operator *op = kernel->op;
     Tensor *x = inputs, *second = inputs + 1;
-    Roundings all = {{.values = x->data, .norm = op->before == NORM, .epsilon = kernel->number, .mixed = op->mixed}, 0};
+    Roundings all = {{.values = x->data, .norm = op->before == NORM, .epsilon = kernel->number, .mixed = op->mixed}, 0, 0};
     if (x->axes < 1) return refuse(kernel, "rounding: expected values [..., channels]");
     const size_t channels = (size_t)x->sizes[x->axes - 1];
     if (op->mixed && channels % MIXED) return refuse(kernel, "rounding: expected channels in blocks of 64");
@@ -149,66 +152,96 @@ static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
     }
     all.rounding.channels = channels;
     all.tokens = elements(x, x->axes - 1);
+    all.each = channels < NUMBERS ? NUMBERS / (channels + !channels) : 1;
     size_t output = 0;
     TRY(make_output(kernel, context, output++, x->sizes, x->axes, &all.rounding.plane));
     if (op->twice) TRY(make_output(kernel, context, output++, x->sizes, x->axes, &all.rounding.rest));
     x->sizes[x->axes - 1] = 1;
     TRY(make_output(kernel, context, output, x->sizes, x->axes, &all.rounding.steps));
-    return share(kernel, context, round_some, &all, (all.tokens + TOKENS - 1) / TOKENS,
+    return share(kernel, context, round_some, &all, (all.tokens + all.each - 1) / all.each,
                  (channels + MIXED) * sizeof(float));
 }
 
 typedef struct {
-    Product product;
-    size_t tokens, blocks;
+    const Product *gate; /* or NULL */
+    Product products[OUTPUTS];
+    size_t panels[OUTPUTS], tokens, block, blocks; /* of `block` tokens */
 } Products;
 
 static void multiply_some(const void *task, size_t index, void *scratch) {
     const Products *all = task;
-    const size_t panel = index / all->blocks, first = index % all->blocks * BLOCK;
+    const size_t first = index % all->blocks * all->block, end = first + all->block;
+    const Product *product = all->products;
+    size_t panel = index / all->blocks;
     (void)scratch;
-    multiply(&all->product, first, first + BLOCK < all->tokens ? first + BLOCK : all->tokens, panel);
+    for (const size_t *panels = all->panels; panel >= *panels; product++) panel -= *panels++;
+    multiply(product, all->gate, first, end < all->tokens ? end : all->tokens, panel);
 }
 
-static Status compute_product(Kernel *kernel, void *context, Tensor *inputs) {
-    const Tensor *plane = inputs, *rest = kernel->op->twice ? inputs + 1 : NULL;
-    const Tensor *steps = inputs + 1 + kernel->op->twice, *weight = steps + 1, *columns = steps + 2;
-    Products all = {{.plane = (uint8_t *)plane->data,
-                     .rest = rest ? (uint8_t *)rest->data : NULL,
-                     .steps = steps->data,
-                     .weight = (int8_t *)weight->data,
-                     .zeros = kernel->zeros,
-                     .column_steps = columns->data,
-                     .columns = elements(columns, columns->axes)},
-                    0, 0};
+static Status compute_products(Kernel *kernel, void *context, Tensor *inputs) {
+    const Operator *op = kernel->op;
+    const Tensor *plane = inputs, *rest = op->twice ? inputs + 1 : NULL, *steps = inputs + 1 + op->twice;
+    Products all = {0};
+    Product gate = {0};
+    size_t panels = 0, zeros = 0;
     if (plane->axes < 1) return refuse(kernel, "product: expected planes [..., channels]");
-    all.product.channels = (size_t)plane->sizes[plane->axes - 1];
+    const size_t channels = (size_t)plane->sizes[plane->axes - 1];
     all.tokens = elements(plane, plane->axes - 1);
-    all.blocks = (all.tokens + BLOCK - 1) / BLOCK;
-    const size_t panels = (all.product.columns + PANEL - 1) / PANEL;
-    if (all.product.channels % 4 || elements(weight, weight->axes) != panels * PANEL * all.product.channels ||
-        elements(steps, steps->axes) != all.tokens ||
+    if (channels % 4 || elements(steps, steps->axes) != all.tokens ||
         (rest && elements(rest, rest->axes) != elements(plane, plane->axes)))
-        return refuse(kernel, "product: planes, steps, weight and its steps do not fit each other");
-    int64_t sizes[AXES];
-    memcpy(sizes, plane->sizes, sizeof sizes);
-    sizes[plane->axes - 1] = (int64_t)all.product.columns;
-    if (kernel->op->added) {
-        const Tensor *added = columns + 1;
-        if (added->axes != plane->axes || memcmp(added->sizes, sizes, plane->axes * sizeof *sizes))
+        return refuse(kernel, "product: planes and steps do not fit each other");
+    for (size_t i = 0, output = 0; i < op->products; i++) {
+        const Tensor *weight = steps + 1 + 2 * i, *columns = weight + 1, *added = op->added ? columns + 1 : NULL;
+        Product *product = op->gated && i == 0 ? &gate : all.products + output;
+        *product = (Product){.plane = (uint8_t *)plane->data,
+                             .rest = rest ? (uint8_t *)rest->data : NULL,
+                             .steps = steps->data,
+                             .weight = (int8_t *)weight->data,
+                             .zeros = kernel->zeros + zeros,
+                             .column_steps = columns->data,
+                             .added = added ? added->data : NULL,
+                             .channels = channels,
+                             .columns = elements(columns, columns->axes)};
+        const size_t own = (product->columns + PANEL - 1) / PANEL;
+        zeros += own * PANEL;
+        if (elements(weight, weight->axes) != own * PANEL * channels)
+            return refuse(kernel, "product: planes, weight and its steps do not fit each other");
+        if (product == &gate) continue;
+        int64_t sizes[AXES];
+        memcpy(sizes, plane->sizes, sizeof sizes);
+        sizes[plane->axes - 1] = (int64_t)product->columns;
+        if (added && (added->axes != plane->axes || memcmp(added->sizes, sizes, plane->axes * sizeof *sizes)))
             return refuse(kernel, "product: what is added does not have the result's shape");
-        all.product.added = added->data;
+        TRY(make_output(kernel, context, output, sizes, plane->axes, &product->result));
+        panels += all.panels[output++] = own;
     }
-    TRY(make_output(kernel, context, 0, sizes, plane->axes, &all.product.result));
+    if (op->gated && gate.columns != all.products->columns)
+        return refuse(kernel, "product: gates and values do not fit each other");
+    all.gate = op->gated ? &gate : NULL;
+    const size_t least = (all.tokens + BLOCK - 1) / BLOCK, many = panels ? (TASKS + panels - 1) / panels : 1;
+    const size_t blocks = many > least ? many : least;
+    all.block = ((all.tokens + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
+    all.blocks = all.block ? (all.tokens + all.block - 1) / all.block : 0;
     return share(kernel, context, multiply_some, &all, panels * all.blocks, 0);
 }
 
-static void pack_some(const void *task, size_t index, void *scratch) {
-    (void)scratch;
-    pack(task, index);
-}
+typedef struct {
+    Attention attention;
+    size_t packs;
+    atomic_size_t packed;
+} Attending;
 
-static void attend_some(const void *task, size_t index, void *scratch) { attend(task, index, scratch); }
+/* Tasks are handed out in order: whoever gets to attend knows that all packing is done or under way elsewhere. */
+static void pack_or_attend(const void *task, size_t index, void *scratch) {
+    Attending *all = (Attending *)task;
+    if (index < all->packs) {
+        pack(&all->attention, index);
+        atomic_fetch_add(&all->packed, 1);
+        return;
+    }
+    while (atomic_load(&all->packed) < all->packs) __builtin_ia32_pause();
+    attend(&all->attention, index - all->packs, scratch);
+}
 
 static Status compute_attention(Kernel *kernel, void *context, Tensor *inputs) {
     const Tensor *query = inputs, *key = inputs + 1, *value = inputs + 2;
@@ -250,8 +283,9 @@ static Status compute_attention(Kernel *kernel, void *context, Tensor *inputs) {
     task.key_units = buffer;
     task.packed_value = (uint16_t *)(buffer + packed / task.size);
     task.packed_key = (int16_t *)(task.packed_value + packed);
-    Status status = share(kernel, context, pack_some, &task, pack_tasks(&task), 0);
-    if (!status) status = share(kernel, context, attend_some, &task, attend_tasks(&task), attend_scratch(&task));
+    Attending all = {.attention = task, .packs = pack_tasks(&task)};
+    Status status =
+        share(kernel, context, pack_or_attend, &all, all.packs + attend_tasks(&task), attend_scratch(&task));
     free(buffer);
     return status;
 }
@@ -283,21 +317,23 @@ static Status create(const CustomOp *base, Api api, const void *info, void **out
     Status status = NULL;
     if (op->compute == compute_attention) status = ATTRIBUTE_FLOAT(api, info, "scale", &kernel->number);
     if (op->before == NORM) status = ATTRIBUTE_FLOAT(api, info, "epsilon", &kernel->number);
-    if (op->compute == compute_product) {
+    size_t columns = 0; /* of all weights, with those that fill the last panel of each */
+    for (size_t i = 0; i < op->products && !status; i++) {
         int constant = 0;
         void *value = NULL;
         Tensor weight = {0};
-        status = CONSTANT_INPUT(api, info, 2 + op->twice, &constant, &value);
+        status = CONSTANT_INPUT(api, info, 2 + op->twice + 2 * i, &constant, &value);
         if (!status && !constant) status = CREATE_STATUS(api, INVALID_ARGUMENT, "product: expected a constant weight");
         if (!status) status = read_shape(api, value, &weight);
         if (!status) status = TENSOR_DATA(api, value, (void **)&weight.data);
         if (!status && (weight.axes != 4 || weight.sizes[2] != PANEL || weight.sizes[3] != 4))
             status = CREATE_STATUS(api, INVALID_ARGUMENT, "product: expected a weight [panels, channels / 4, 64, 4]");
         if (!status) {
-            const size_t columns = (size_t)weight.sizes[0] * PANEL;
-            kernel->zeros = calloc(columns, sizeof *kernel->zeros);
-            if (kernel->zeros)
-                column_zeros((int8_t *)weight.data, (size_t)weight.sizes[1] * 4, columns, kernel->zeros);
+            const size_t first = columns, count = (size_t)weight.sizes[0] * PANEL;
+            columns += count;
+            int32_t *zeros = realloc(kernel->zeros, columns * sizeof *zeros);
+            if (zeros)
+                column_zeros((int8_t *)weight.data, (size_t)weight.sizes[1] * 4, count, (kernel->zeros = zeros) + first);
             else
                 status = CREATE_STATUS(api, FAIL, "out of memory");
         }
@@ -340,9 +376,9 @@ static Status compute(void *data, void *context) {
         ROUNDING(title "RoundTokensTwice", second, first_step, 0, 1, UINT8, UINT8, FLOAT), \
         ROUNDING(title "RoundTokensMixed", second, first_step, 1, 0, UINT8, FLOAT),    \
         ROUNDING(title "RoundTokensMixedTwice", second, first_step, 1, 1, UINT8, UINT8, FLOAT)
-#define PRODUCT(title, is_twice, is_added, ...)                                                                \
-    {.base = BASE, .name = title, .inputs = {__VA_ARGS__}, .outputs = {FLOAT}, .compute = compute_product,     \
-     .twice = is_twice, .added = is_added}
+#define PRODUCT(title, is_twice, second, third, ...)                                          \
+    .base = BASE, .name = title, .inputs = {__VA_ARGS__}, .outputs = {FLOAT, second, third}, \
+    .compute = compute_products, .twice = is_twice
 #define ATTENTION(title, ...)                                                                              \
     {.base = BASE, .name = title, .inputs = {FLOAT, FLOAT, FLOAT, FLOAT16, FLOAT16, ##__VA_ARGS__},        \
      .outputs = {FLOAT, FLOAT16, FLOAT16}, .compute = compute_attention}
@@ -354,11 +390,17 @@ static const Operator ELEMENTS[] = {
     ROUNDINGS("Norm", FLOAT, NORM),
     ROUNDINGS("Gate", FLOAT, GATE),
 };
+#define WEIGHT INT8, FLOAT
+#define PRODUCTS_OF(title, is_twice, ...)                                                                              \
+    {PRODUCT(title, is_twice, 0, 0, __VA_ARGS__, WEIGHT), .products = 1},                                              \
+        {PRODUCT(title "Add", is_twice, 0, 0, __VA_ARGS__, WEIGHT, FLOAT), .products = 1, .added = 1},                 \
+        {PRODUCT(title "Gate", is_twice, 0, 0, __VA_ARGS__, WEIGHT, WEIGHT), .products = 2, .gated = 1},               \
+        {PRODUCT(title "Pair", is_twice, FLOAT, 0, __VA_ARGS__, WEIGHT, WEIGHT), .products = 2},                       \
+        {PRODUCT(title "Triple", is_twice, FLOAT, FLOAT, __VA_ARGS__, WEIGHT, WEIGHT, WEIGHT), .products = 3}
+
 static const Operator PRODUCTS[] = {
-    PRODUCT("Product", 0, 0, UINT8, FLOAT, INT8, FLOAT),
-    PRODUCT("ProductTwice", 1, 0, UINT8, UINT8, FLOAT, INT8, FLOAT),
-    PRODUCT("ProductAdd", 0, 1, UINT8, FLOAT, INT8, FLOAT, FLOAT),
-    PRODUCT("ProductTwiceAdd", 1, 1, UINT8, UINT8, FLOAT, INT8, FLOAT, FLOAT),
+    PRODUCTS_OF("Product", 0, UINT8, FLOAT),
+    PRODUCTS_OF("ProductTwice", 1, UINT8, UINT8, FLOAT),
 };
 static const Operator ATTENTIONS[] = {
     ATTENTION("CausalAttention"),

@@ -39,26 +39,17 @@ INLINE __m128i around_128(__m512i rounded) {
     return _mm512_cvtusepi32_epi8(shifted);
 }
 
-/* e^x, a relative error of 2e-7: 2^n with n whole, times the Taylor polynomial of e^r for the rest, |r| <= ln 2 / 2 */
-INLINE __m512 exponential(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87)), _mm512_set1_ps(88));
-    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145752f), x);
-    r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860677e-6f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 5040);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 2));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    return _mm512_scalef_ps(p, whole);
+/* 1 / x for x >= 1, a relative error of 2^-23: the processor's guess of 14 bits, and a step of Newton's */
+INLINE __m512 reciprocal(__m512 x) {
+    const __m512 guess = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(2)));
 }
 
 INLINE __m512 silu(__m512 x) {
-    const __m512 minus = _mm512_sub_ps(_mm512_setzero_ps(), x);
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), exponential(minus)));
+    __m512 minus = _mm512_mul_ps(x, _mm512_set1_ps(-LOG2E));
+    minus = _mm512_max_ps(_mm512_set1_ps(-126), _mm512_min_ps(_mm512_set1_ps(126), minus));
+    const __m512 power = power_of_2(minus);
+    return _mm512_mul_ps(x, reciprocal(_mm512_add_ps(power, _mm512_set1_ps(1))));
 }
 
 /* Writes a token, gated, normalised, scaled and mixed where that is asked for, and returns its largest value. */
@@ -100,17 +91,18 @@ void round_tokens(const Rounding *task, float *scratch, size_t first, size_t end
     for (size_t token = first; token < end; token++) {
         const __m512 largest = prepare(task, token, scratch);
         const float step = _mm512_reduce_max_ps(largest) * (1.0f / 127.0f);
-        const __m512 steps = _mm512_set1_ps(step), finer = _mm512_set1_ps(step * FINER);
+        const __m512 steps = _mm512_set1_ps(step);
+        const __m512 in_steps = _mm512_set1_ps(1.0f / step), in_finer = _mm512_set1_ps(254.0f / step);
         __mmask16 bad = 0;
         for (size_t i = 0; i < channels; i += 16) {
             const __mmask16 some = lanes(channels - i);
             const __m512 x = _mm512_maskz_loadu_ps(some, scratch + i);
             bad |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-            const __m512i near = _mm512_cvtps_epi32(_mm512_div_ps(x, steps));
+            const __m512i near = _mm512_cvtps_epi32(_mm512_mul_ps(x, in_steps));
             _mm_mask_storeu_epi8(task->plane + token * channels + i, some, around_128(near));
             if (task->rest) {
                 const __m512 rest = _mm512_sub_ps(x, _mm512_mul_ps(_mm512_cvtepi32_ps(near), steps));
-                const __m512i again = _mm512_cvtps_epi32(_mm512_div_ps(rest, finer));
+                const __m512i again = _mm512_cvtps_epi32(_mm512_mul_ps(rest, in_finer));
                 _mm_mask_storeu_epi8(task->rest + token * channels + i, some, around_128(again));
             }
         }
@@ -178,37 +170,57 @@ static void (*const ADDERS[])(const uint8_t *, const int8_t *, size_t, Sums) = {
 /* All of the result, from one plane; the first of two parts; or the second, and with it the result. */
 typedef enum { ALL, FIRST, SECOND } Part;
 
-INLINE void product_tile(Part part, const Product *task, size_t rows, size_t token, size_t panel) {
+/* A tile of results [rows][PANEL], at `to` with `stride` numbers from row to row. */
+INLINE void product_tile(Part part, const Product *task, size_t rows, size_t token, size_t panel, float *to,
+                         size_t stride) {
     const size_t columns = task->columns, column = panel * PANEL;
     const uint8_t *plane = part == SECOND ? task->rest : task->plane;
     Sums sums;
     ADDERS[rows - 1](plane + token * task->channels, task->weight + column * task->channels, task->channels, sums);
-    for (size_t at = column; at < column + PANEL && at < columns; at += 16) {
-        const __mmask16 some = lanes(columns - at);
-        const __m512i zeros = _mm512_maskz_loadu_epi32(some, task->zeros + at);
-        __m512 steps = _mm512_maskz_loadu_ps(some, task->column_steps + at);
+    for (size_t at = 0; at < PANEL && column + at < columns; at += 16) {
+        const __mmask16 some = lanes(columns - column - at);
+        const __m512i zeros = _mm512_maskz_loadu_epi32(some, task->zeros + column + at);
+        __m512 steps = _mm512_maskz_loadu_ps(some, task->column_steps + column + at);
         if (part == SECOND) steps = _mm512_mul_ps(steps, _mm512_set1_ps(FINER));
         for (size_t r = 0; r < rows; r++) {
-            float *to = task->result + (token + r) * columns + at;
-            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[r] + at - column), zeros);
+            float *result = to + r * stride + at;
+            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[r] + at), zeros);
             __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), steps);
-            if (part == SECOND) y = _mm512_add_ps(_mm512_maskz_loadu_ps(some, to), y);
+            if (part == SECOND) y = _mm512_add_ps(_mm512_maskz_loadu_ps(some, result), y);
             if (part != FIRST) y = _mm512_mul_ps(y, _mm512_set1_ps(task->steps[token + r]));
-            if (part != FIRST && task->added)
-                y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, task->added + (token + r) * columns + at));
-            _mm512_mask_storeu_ps(to, some, y);
+            if (part != FIRST && task->added) {
+                const float *added = task->added + (token + r) * columns + column + at;
+                y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, added));
+            }
+            _mm512_mask_storeu_ps(result, some, y);
         }
     }
 }
 
-void multiply(const Product *task, size_t first, size_t end, size_t panel) {
+INLINE void tile(const Product *task, size_t rows, size_t token, size_t panel, float *to, size_t stride) {
+    if (task->rest) {
+        product_tile(FIRST, task, rows, token, panel, to, stride);
+        product_tile(SECOND, task, rows, token, panel, to, stride);
+    } else {
+        product_tile(ALL, task, rows, token, panel, to, stride);
+    }
+}
+
+void multiply(const Product *task, const Product *gate, size_t first, size_t end, size_t panel) {
+    const size_t columns = task->columns, column = panel * PANEL;
     for (size_t token = first; token < end; token += ROWS) {
         const size_t rows = end - token < ROWS ? end - token : ROWS;
-        if (task->rest) {
-            product_tile(FIRST, task, rows, token, panel);
-            product_tile(SECOND, task, rows, token, panel);
-        } else {
-            product_tile(ALL, task, rows, token, panel);
-        }
+        float *to = task->result + token * columns + column;
+        tile(task, rows, token, panel, to, columns);
+        if (!gate) continue;
+        float gates[ROWS * PANEL];
+        tile(gate, rows, token, panel, gates, PANEL);
+        for (size_t r = 0; r < rows; r++)
+            for (size_t at = 0; at < PANEL && column + at < columns; at += 16) {
+                const __mmask16 some = lanes(columns - column - at);
+                const __m512 x = _mm512_maskz_loadu_ps(some, to + r * columns + at);
+                const __m512 opened = silu(_mm512_maskz_loadu_ps(some, gates + r * PANEL + at));
+                _mm512_mask_storeu_ps(to + r * columns + at, some, _mm512_mul_ps(opened, x));
+            }
     }
 }
