@@ -43,8 +43,10 @@ typedef struct {
 } Product;
 
 void column_zeros(const int8_t *weight, size_t channels, size_t columns, int32_t *zeros);
-/* One panel of columns; each result is multiplied with silu(gate's) where there is a gate, of as many columns. */
-void multiply(const Product *task, const Product *gate, size_t first, size_t end, size_t panel);
+/* One panel of columns; each result is multiplied with silu(gate's) where there is a gate, of as many columns. `ahead` is
+ * the panel, of as many channels, that this thread will likely want next: it is fetched from memory meanwhile.
+ */
+void multiply(const Product *task, const Product *gate, size_t first, size_t end, size_t panel, const int8_t *ahead);
 
 /* Causal attention of new tokens to a past and each other.
  *

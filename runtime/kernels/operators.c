@@ -17,7 +17,7 @@
 #define OUTPUTS 3
 #define NUMBERS 20480 /* that a task of rounding takes, or one token */
 #define BLOCK 96   /* most tokens of a task of products, a multiple of ROWS: a panel and they stay in a core's cache */
-#define TASKS 32   /* fewest tasks of products, where there are tokens enough: threads then end together */
+#define TASKS 16   /* fewest tasks of products, where there are tokens enough: threads then end together */
 #define HELPERS 64 /* most threads that share one operator's work */
 #define EXPORTED __attribute__((visibility("default")))
 
@@ -58,10 +58,10 @@ struct Operator {
 /* ---- work on the session's threads ---- */
 
 typedef struct {
-    void (*run)(const void *task, size_t index, void *scratch);
+    void (*run)(const void *task, size_t index, size_t then, void *scratch); /* `then`: likely this thread's next one */
     const void *task;
     size_t count, scratch;
-    atomic_size_t next;
+    atomic_size_t next, threads;
     atomic_int failed;
 } Work;
 
@@ -74,11 +74,13 @@ static void help(void *data, size_t index) {
         atomic_store(&work->failed, 1);
         return;
     }
-    for (size_t i; (i = atomic_fetch_add(&work->next, 1)) < work->count;) work->run(work->task, i, scratch);
+    atomic_fetch_add(&work->threads, 1);
+    for (size_t i; (i = atomic_fetch_add(&work->next, 1)) < work->count;)
+        work->run(work->task, i, i + atomic_load(&work->threads), scratch);
     free(scratch);
 }
 
-static Status share(Kernel *kernel, void *context, void (*run)(const void *, size_t, void *), const void *task,
+static Status share(Kernel *kernel, void *context, void (*run)(const void *, size_t, size_t, void *), const void *task,
                     size_t count, size_t scratch) {
     Work work = {.run = run, .task = task, .count = count, .scratch = scratch};
     if (count == 1) help(&work, 0);
@@ -128,8 +130,9 @@ typedef struct {
     size_t tokens, each; /* of a task */
 } Roundings;
 
-static void round_some(const void *task, size_t index, void *scratch) {
+static void round_some(const void *task, size_t index, size_t then, void *scratch) {
     const Roundings *all = task;
+    (void)then;
     const size_t first = index * all->each, end = first + all->each < all->tokens ? first + all->each : all->tokens;
     round_tokens(&all->rounding, scratch, first, end);
 }
@@ -165,17 +168,26 @@ static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
 typedef struct {
     const Product *gate; /* or NULL */
     Product products[OUTPUTS];
-    size_t panels[OUTPUTS], tokens, block, blocks; /* of `block` tokens */
+    size_t panels[OUTPUTS], tokens, block, blocks, count; /* tasks: a panel times `block` tokens */
 } Products;
 
-static void multiply_some(const void *task, size_t index, void *scratch) {
+/* Which product and, in `panel`, which of its panels a task is for. */
+static const Product *product_of(const Products *all, size_t index, size_t *panel) {
+    const Product *product = all->products;
+    *panel = index / all->blocks;
+    for (const size_t *panels = all->panels; *panel >= *panels; product++) *panel -= *panels++;
+    return product;
+}
+
+static void multiply_some(const void *task, size_t index, size_t then, void *scratch) {
     const Products *all = task;
     const size_t first = index % all->blocks * all->block, end = first + all->block;
-    const Product *product = all->products;
-    size_t panel = index / all->blocks;
+    size_t panel, next;
+    const Product *product = product_of(all, index, &panel);
+    const Product *other = product_of(all, then < all->count ? then : index, &next);
     (void)scratch;
-    for (const size_t *panels = all->panels; panel >= *panels; product++) panel -= *panels++;
-    multiply(product, all->gate, first, end < all->tokens ? end : all->tokens, panel);
+    multiply(product, all->gate, first, end < all->tokens ? end : all->tokens, panel,
+             other->weight + next * PANEL * other->channels);
 }
 
 static Status compute_products(Kernel *kernel, void *context, Tensor *inputs) {
@@ -220,9 +232,10 @@ static Status compute_products(Kernel *kernel, void *context, Tensor *inputs) {
     all.gate = op->gated ? &gate : NULL;
     const size_t least = (all.tokens + BLOCK - 1) / BLOCK, many = panels ? (TASKS + panels - 1) / panels : 1;
     const size_t blocks = many > least ? many : least;
-    all.block = ((all.tokens + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
-    all.blocks = all.block ? (all.tokens + all.block - 1) / all.block : 0;
-    return share(kernel, context, multiply_some, &all, panels * all.blocks, 0);
+    all.block = all.tokens ? (all.tokens + blocks - 1) / blocks : 1;
+    all.blocks = (all.tokens + all.block - 1) / all.block;
+    all.count = panels * all.blocks;
+    return share(kernel, context, multiply_some, &all, all.count, 0);
 }
 
 typedef struct {
@@ -232,8 +245,9 @@ typedef struct {
 } Attending;
 
 /* Tasks are handed out in order: whoever gets to attend knows that all packing is done or under way elsewhere. */
-static void pack_or_attend(const void *task, size_t index, void *scratch) {
+static void pack_or_attend(const void *task, size_t index, size_t then, void *scratch) {
     Attending *all = (Attending *)task;
+    (void)then;
     if (index < all->packs) {
         pack(&all->attention, index);
         atomic_fetch_add(&all->packed, 1);

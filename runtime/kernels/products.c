@@ -129,13 +129,15 @@ void column_zeros(const int8_t *weight, size_t channels, size_t columns, int32_t
  */
 typedef int32_t Sums[ROWS][PANEL];
 
-INLINE void add_up(int rows, const uint8_t *plane, const int8_t *weight, size_t channels, Sums stored) {
+INLINE void add_up(int rows, const uint8_t *plane, const int8_t *weight, size_t channels, const int8_t *ahead,
+                   Sums stored) {
     __m512i sums[ROWS][4];
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
         for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_si512();
     for (size_t i = 0; i < channels; i += 4, weight += 4 * PANEL) {
+        _mm_prefetch(ahead + i * PANEL / 4, _MM_HINT_T1);
         const __m512i w[4] = {_mm512_loadu_si512(weight), _mm512_loadu_si512(weight + 64),
                               _mm512_loadu_si512(weight + 128), _mm512_loadu_si512(weight + 192)};
         UNROLL
@@ -155,8 +157,8 @@ INLINE void add_up(int rows, const uint8_t *plane, const int8_t *weight, size_t 
 
 #define ADD_UP(rows)                                                                                                  \
     static __attribute__((noinline)) void add_up_##rows(const uint8_t *plane, const int8_t *weight, size_t channels, \
-                                                        Sums stored) {                                              \
-        add_up(rows, plane, weight, channels, stored);                                                              \
+                                                        const int8_t *ahead, Sums stored) {                         \
+        add_up(rows, plane, weight, channels, ahead, stored);                                                       \
     }
 ADD_UP(1)
 ADD_UP(2)
@@ -164,19 +166,20 @@ ADD_UP(3)
 ADD_UP(4)
 ADD_UP(5)
 ADD_UP(6)
-static void (*const ADDERS[])(const uint8_t *, const int8_t *, size_t, Sums) = {add_up_1, add_up_2, add_up_3,
-                                                                              add_up_4, add_up_5, add_up_6};
+static void (*const ADDERS[])(const uint8_t *, const int8_t *, size_t, const int8_t *, Sums) = {
+    add_up_1, add_up_2, add_up_3, add_up_4, add_up_5, add_up_6};
 
 /* All of the result, from one plane; the first of two parts; or the second, and with it the result. */
 typedef enum { ALL, FIRST, SECOND } Part;
 
 /* A tile of results [rows][PANEL], at `to` with `stride` numbers from row to row. */
-INLINE void product_tile(Part part, const Product *task, size_t rows, size_t token, size_t panel, float *to,
-                         size_t stride) {
+INLINE void product_tile(Part part, const Product *task, size_t rows, size_t token, size_t panel, const int8_t *ahead,
+                         float *to, size_t stride) {
     const size_t columns = task->columns, column = panel * PANEL;
     const uint8_t *plane = part == SECOND ? task->rest : task->plane;
     Sums sums;
-    ADDERS[rows - 1](plane + token * task->channels, task->weight + column * task->channels, task->channels, sums);
+    ADDERS[rows - 1](plane + token * task->channels, task->weight + column * task->channels, task->channels, ahead,
+                     sums);
     for (size_t at = 0; at < PANEL && column + at < columns; at += 16) {
         const __mmask16 some = lanes(columns - column - at);
         const __m512i zeros = _mm512_maskz_loadu_epi32(some, task->zeros + column + at);
@@ -197,30 +200,36 @@ INLINE void product_tile(Part part, const Product *task, size_t rows, size_t tok
     }
 }
 
-INLINE void tile(const Product *task, size_t rows, size_t token, size_t panel, float *to, size_t stride) {
+INLINE void tile(const Product *task, size_t rows, size_t token, size_t panel, const int8_t *ahead, float *to,
+                 size_t stride) {
     if (task->rest) {
-        product_tile(FIRST, task, rows, token, panel, to, stride);
-        product_tile(SECOND, task, rows, token, panel, to, stride);
+        product_tile(FIRST, task, rows, token, panel, ahead, to, stride);
+        product_tile(SECOND, task, rows, token, panel, ahead, to, stride);
     } else {
-        product_tile(ALL, task, rows, token, panel, to, stride);
+        product_tile(ALL, task, rows, token, panel, ahead, to, stride);
     }
 }
 
-void multiply(const Product *task, const Product *gate, size_t first, size_t end, size_t panel) {
+void multiply(const Product *task, const Product *gate, size_t first, size_t end, size_t panel, const int8_t *ahead) {
     const size_t columns = task->columns, column = panel * PANEL;
-    for (size_t token = first; token < end; token += ROWS) {
-        const size_t rows = end - token < ROWS ? end - token : ROWS;
+    const int8_t *gate_panel = gate ? gate->weight + column * gate->channels : NULL;
+    const size_t quarter = task->channels * PANEL / 4; /* of a panel is what a tile fetches ahead */
+    size_t rows, tiles = (end - first + ROWS - 1) / ROWS, fetched = 0;
+    for (size_t token = first; token < end; token += rows, tiles--) {
+        rows = (end - token + tiles - 1) / tiles; /* as even as can be: a tile of few rows waits for the weight */
         float *to = task->result + token * columns + column;
-        tile(task, rows, token, panel, to, columns);
-        if (!gate) continue;
-        float gates[ROWS * PANEL];
-        tile(gate, rows, token, panel, gates, PANEL);
-        for (size_t r = 0; r < rows; r++)
-            for (size_t at = 0; at < PANEL && column + at < columns; at += 16) {
-                const __mmask16 some = lanes(columns - column - at);
-                const __m512 x = _mm512_maskz_loadu_ps(some, to + r * columns + at);
-                const __m512 opened = silu(_mm512_maskz_loadu_ps(some, gates + r * PANEL + at));
-                _mm512_mask_storeu_ps(to + r * columns + at, some, _mm512_mul_ps(opened, x));
-            }
+        tile(task, rows, token, panel, (gate ? gate_panel : ahead) + fetched, to, columns);
+        if (gate) {
+            float gates[ROWS * PANEL];
+            tile(gate, rows, token, panel, ahead + fetched, gates, PANEL);
+            for (size_t r = 0; r < rows; r++)
+                for (size_t at = 0; at < PANEL && column + at < columns; at += 16) {
+                    const __mmask16 some = lanes(columns - column - at);
+                    const __m512 x = _mm512_maskz_loadu_ps(some, to + r * columns + at);
+                    const __m512 opened = silu(_mm512_maskz_loadu_ps(some, gates + r * PANEL + at));
+                    _mm512_mask_storeu_ps(to + r * columns + at, some, _mm512_mul_ps(opened, x));
+                }
+        }
+        if (fetched < 3 * quarter) fetched += quarter;
     }
 }
