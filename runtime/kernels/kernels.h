@@ -35,14 +35,14 @@ typedef struct {
     const uint8_t *rest; /* NULL: one plane */
     const float *steps;
     const int8_t *weight;
-    const int32_t *zeros; /* [columns]: 128 times the sum of each column */
+    const int32_t *starts; /* [panels][PANEL]: what a column's sums start from, as planes lie around 128 */
     const float *column_steps;
     const float *added; /* [tokens][columns], or NULL */
     float *result;
     size_t channels, columns;
 } Product;
 
-void column_zeros(const int8_t *weight, size_t channels, size_t columns, int32_t *zeros);
+void panel_starts(const int8_t *panel, size_t channels, int32_t starts[PANEL]); /* -128 times a column's sum */
 /* One panel of columns; each result is multiplied with silu(gate's) where there is a gate, of as many columns. `ahead` is
  * the panel, of as many channels, that this thread will likely want next: it is fetched from memory meanwhile.
  */

@@ -15,7 +15,7 @@
 #define AXES 4
 #define INPUTS 9
 #define OUTPUTS 3
-#define NUMBERS 20480 /* that a task of rounding takes, or one token */
+#define NUMBERS 10240 /* that a task of rounding takes, or one token */
 #define BLOCK 96   /* most tokens of a task of products, a multiple of ROWS: a panel and they stay in a core's cache */
 #define TASKS 16   /* fewest tasks of products, where there are tokens enough: threads then end together */
 #define HELPERS 64 /* most threads that share one operator's work */
@@ -34,7 +34,7 @@ typedef struct {
     const Operator *op;
     Api api;
     float number;   /* attention's scale, a norm's epsilon */
-    int32_t *zeros; /* products: what a weight's columns add up to, 128 times */
+    int32_t *starts; /* products: of all weights' panels */
 } Kernel;
 
 typedef struct {
@@ -195,7 +195,7 @@ static Status compute_products(Kernel *kernel, void *context, Tensor *inputs) {
     const Tensor *plane = inputs, *rest = op->twice ? inputs + 1 : NULL, *steps = inputs + 1 + op->twice;
     Products all = {0};
     Product gate = {0};
-    size_t panels = 0, zeros = 0;
+    size_t panels = 0, starts = 0;
     if (plane->axes < 1) return refuse(kernel, "product: expected planes [..., channels]");
     const size_t channels = (size_t)plane->sizes[plane->axes - 1];
     all.tokens = elements(plane, plane->axes - 1);
@@ -209,13 +209,13 @@ static Status compute_products(Kernel *kernel, void *context, Tensor *inputs) {
                              .rest = rest ? (uint8_t *)rest->data : NULL,
                              .steps = steps->data,
                              .weight = (int8_t *)weight->data,
-                             .zeros = kernel->zeros + zeros,
+                             .starts = kernel->starts + starts,
                              .column_steps = columns->data,
                              .added = added ? added->data : NULL,
                              .channels = channels,
                              .columns = elements(columns, columns->axes)};
         const size_t own = (product->columns + PANEL - 1) / PANEL;
-        zeros += own * PANEL;
+        starts += own * PANEL;
         if (elements(weight, weight->axes) != own * PANEL * channels)
             return refuse(kernel, "product: planes, weight and its steps do not fit each other");
         if (product == &gate) continue;
@@ -331,7 +331,7 @@ static Status create(const CustomOp *base, Api api, const void *info, void **out
     Status status = NULL;
     if (op->compute == compute_attention) status = ATTRIBUTE_FLOAT(api, info, "scale", &kernel->number);
     if (op->before == NORM) status = ATTRIBUTE_FLOAT(api, info, "epsilon", &kernel->number);
-    size_t columns = 0; /* of all weights, with those that fill the last panel of each */
+    size_t panels = 0;
     for (size_t i = 0; i < op->products && !status; i++) {
         int constant = 0;
         void *value = NULL;
@@ -343,17 +343,18 @@ static Status create(const CustomOp *base, Api api, const void *info, void **out
         if (!status && (weight.axes != 4 || weight.sizes[2] != PANEL || weight.sizes[3] != 4))
             status = CREATE_STATUS(api, INVALID_ARGUMENT, "product: expected a weight [panels, channels / 4, 64, 4]");
         if (!status) {
-            const size_t first = columns, count = (size_t)weight.sizes[0] * PANEL;
-            columns += count;
-            int32_t *zeros = realloc(kernel->zeros, columns * sizeof *zeros);
-            if (zeros)
-                column_zeros((int8_t *)weight.data, (size_t)weight.sizes[1] * 4, count, (kernel->zeros = zeros) + first);
-            else
+            const size_t channels = (size_t)weight.sizes[1] * 4, first = panels;
+            panels += (size_t)weight.sizes[0];
+            int32_t *starts = realloc(kernel->starts, panels * PANEL * sizeof *starts);
+            if (starts) kernel->starts = starts;
+            for (size_t panel = first; starts && panel < panels; panel++)
+                panel_starts((int8_t *)weight.data + (panel - first) * PANEL * channels, channels, starts + panel * PANEL);
+            if (!starts)
                 status = CREATE_STATUS(api, FAIL, "out of memory");
         }
     }
     if (status) {
-        free(kernel->zeros);
+        free(kernel->starts);
         free(kernel);
         return status;
     }
@@ -363,7 +364,7 @@ static Status create(const CustomOp *base, Api api, const void *info, void **out
 
 static void destroy(void *data) {
     Kernel *kernel = data;
-    free(kernel->zeros);
+    free(kernel->starts);
     free(kernel);
 }
 

@@ -16,9 +16,10 @@ INLINE __m512 signs(int distance) {
     return _mm512_mask_blend_ps(higher, _mm512_set1_ps(1), _mm512_set1_ps(-1));
 }
 
-/* The product of MIXED numbers with a Hadamard matrix: butterflies within the four registers, then between them. */
+/* The product of MIXED numbers with a matrix of 1 and -1, Hadamard's: butterflies within the four registers, then between
+ * them. What it lacks, a factor of 1 / sqrt(MIXED), is left to the step.
+ */
 INLINE void mix(__m512 x[4]) {
-    const __m512 scale = _mm512_set1_ps(0.125f); /* 1 / sqrt(MIXED) */
     UNROLL
     for (int r = 0; r < 4; r++) {
         x[r] = BUTTERFLY(x[r], _mm512_permute_ps(x[r], 0xB1), 1);
@@ -28,15 +29,20 @@ INLINE void mix(__m512 x[4]) {
     }
     const __m512 sums[2] = {_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3])};
     const __m512 differences[2] = {_mm512_sub_ps(x[0], x[1]), _mm512_sub_ps(x[2], x[3])};
-    x[0] = _mm512_mul_ps(_mm512_add_ps(sums[0], sums[1]), scale);
-    x[1] = _mm512_mul_ps(_mm512_add_ps(differences[0], differences[1]), scale);
-    x[2] = _mm512_mul_ps(_mm512_sub_ps(sums[0], sums[1]), scale);
-    x[3] = _mm512_mul_ps(_mm512_sub_ps(differences[0], differences[1]), scale);
+    x[0] = _mm512_add_ps(sums[0], sums[1]);
+    x[1] = _mm512_add_ps(differences[0], differences[1]);
+    x[2] = _mm512_sub_ps(sums[0], sums[1]);
+    x[3] = _mm512_sub_ps(differences[0], differences[1]);
 }
 
-INLINE __m128i around_128(__m512i rounded) {
-    const __m512i shifted = _mm512_max_epi32(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)), _mm512_setzero_si512());
-    return _mm512_cvtusepi32_epi8(shifted);
+/* 64 integers as bytes around 128; the least of them all goes into `least`, in 16 bits. */
+INLINE __m512i around_128(const __m512i integers[4], __m512i *least) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i zero = _mm512_set1_epi16(128);
+    const __m512i low = _mm512_packs_epi32(integers[0], integers[1]), high = _mm512_packs_epi32(integers[2], integers[3]);
+    *least = _mm512_min_epi16(*least, _mm512_min_epi16(low, high));
+    const __m512i bytes = _mm512_packus_epi16(_mm512_add_epi16(low, zero), _mm512_add_epi16(high, zero));
+    return _mm512_permutexvar_epi32(order, bytes); /* they were packed within each 128 bits */
 }
 
 /* 1 / x for x >= 1, a relative error of 2^-23: the processor's guess of 14 bits, and a step of Newton's */
@@ -58,11 +64,15 @@ INLINE __m512 prepare(const Rounding *task, size_t token, float *out) {
     const float *row = task->values + token * channels, *gates = task->gates ? task->gates + token * channels : NULL;
     __m512 factor = _mm512_set1_ps(1), largest = _mm512_set1_ps(TINY);
     if (task->norm) {
-        __m512 sum = _mm512_setzero_ps();
-        for (size_t i = 0; i < channels; i += 16) {
-            const __m512 x = _mm512_maskz_loadu_ps(lanes(channels - i), row + i);
-            sum = _mm512_fmadd_ps(x, x, sum);
-        }
+        __m512 sums[4] = {0};
+        for (size_t i = 0; i < channels; i += 64)
+            UNROLL
+            for (size_t r = 0; r < 4; r++) {
+                const size_t at = i + 16 * r;
+                const __m512 x = _mm512_maskz_loadu_ps(at < channels ? lanes(channels - at) : 0, row + at);
+                sums[r] = _mm512_fmadd_ps(x, x, sums[r]);
+            }
+        const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
         factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)channels + task->epsilon));
     }
     for (size_t i = 0; i < channels; i += MIXED) {
@@ -89,39 +99,43 @@ INLINE __m512 prepare(const Rounding *task, size_t token, float *out) {
 void round_tokens(const Rounding *task, float *scratch, size_t first, size_t end) {
     const size_t channels = task->channels;
     for (size_t token = first; token < end; token++) {
-        const __m512 largest = prepare(task, token, scratch);
-        const float step = _mm512_reduce_max_ps(largest) * (1.0f / 127.0f);
-        const __m512 steps = _mm512_set1_ps(step);
-        const __m512 in_steps = _mm512_set1_ps(1.0f / step), in_finer = _mm512_set1_ps(254.0f / step);
-        __mmask16 bad = 0;
-        for (size_t i = 0; i < channels; i += 16) {
-            const __mmask16 some = lanes(channels - i);
-            const __m512 x = _mm512_maskz_loadu_ps(some, scratch + i);
-            bad |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-            const __m512i near = _mm512_cvtps_epi32(_mm512_mul_ps(x, in_steps));
-            _mm_mask_storeu_epi8(task->plane + token * channels + i, some, around_128(near));
-            if (task->rest) {
-                const __m512 rest = _mm512_sub_ps(x, _mm512_mul_ps(_mm512_cvtepi32_ps(near), steps));
-                const __m512i again = _mm512_cvtps_epi32(_mm512_mul_ps(rest, in_finer));
-                _mm_mask_storeu_epi8(task->rest + token * channels + i, some, around_128(again));
+        const float step = _mm512_reduce_max_ps(prepare(task, token, scratch)) * (1.0f / 127.0f);
+        const __m512 steps = _mm512_set1_ps(step), in_steps = _mm512_set1_ps(1.0f / step);
+        const __m512 in_finer = _mm512_set1_ps(254.0f / step);
+        __m512i least = _mm512_setzero_si512();
+        for (size_t i = 0; i < channels; i += 64) {
+            const __mmask64 some = channels - i >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (channels - i)) - 1;
+            __m512 x[4];
+            __m512i integers[4];
+            UNROLL
+            for (size_t r = 0; r < 4; r++) {
+                x[r] = _mm512_loadu_ps(scratch + i + 16 * r);
+                integers[r] = _mm512_cvtps_epi32(_mm512_mul_ps(x[r], in_steps));
             }
+            _mm512_mask_storeu_epi8(task->plane + token * channels + i, some, around_128(integers, &least));
+            if (!task->rest) continue;
+            UNROLL
+            for (size_t r = 0; r < 4; r++) {
+                const __m512 rest = _mm512_sub_ps(x[r], _mm512_mul_ps(_mm512_cvtepi32_ps(integers[r]), steps));
+                integers[r] = _mm512_cvtps_epi32(_mm512_mul_ps(rest, in_finer));
+            }
+            _mm512_mask_storeu_epi8(task->rest + token * channels + i, some, around_128(integers, &least));
         }
-        task->steps[token] = bad ? __builtin_nanf("") : step; /* integers cannot say that there was none */
+        /* What is not a number became the least integer there is; integers cannot say that there was none. */
+        const int bad = _mm512_cmpeq_epi16_mask(least, _mm512_set1_epi16(-32768)) != 0;
+        task->steps[token] = bad ? __builtin_nanf("") : task->mixed ? step * 0.125f : step; /* 1 / sqrt(MIXED) */
     }
 }
 
-void column_zeros(const int8_t *weight, size_t channels, size_t columns, int32_t *zeros) {
-    for (size_t column = 0; column < columns; column += PANEL) {
-        __m512i sums[PANEL / 16] = {0};
-        const int8_t *panel = weight + column * channels;
-        for (size_t i = 0; i < channels * PANEL; i += 4 * PANEL)
-            for (size_t c = 0; c < PANEL / 16; c++) {
-                const __m512i four = _mm512_loadu_si512(panel + i + 64 * c);
-                sums[c] = _mm512_dpbusd_epi32(sums[c], _mm512_set1_epi8((char)128), four);
-            }
-        for (size_t c = 0; c < PANEL / 16 && column + 16 * c < columns; c++)
-            _mm512_mask_storeu_epi32(zeros + column + 16 * c, lanes(columns - column - 16 * c), sums[c]);
-    }
+void panel_starts(const int8_t *panel, size_t channels, int32_t starts[PANEL]) {
+    __m512i sums[PANEL / 16] = {0};
+    for (size_t i = 0; i < channels * PANEL; i += 4 * PANEL)
+        for (size_t c = 0; c < PANEL / 16; c++) {
+            const __m512i four = _mm512_loadu_si512(panel + i + 64 * c);
+            sums[c] = _mm512_dpbusd_epi32(sums[c], _mm512_set1_epi8((char)128), four);
+        }
+    for (size_t c = 0; c < PANEL / 16; c++)
+        _mm512_storeu_si512(starts + 16 * c, _mm512_sub_epi32(_mm512_setzero_si512(), sums[c]));
 }
 
 /* Sums of rows x PANEL products; `rows` is a constant where this is called. Functions of their own: where a tile's sums
@@ -129,13 +143,13 @@ void column_zeros(const int8_t *weight, size_t channels, size_t columns, int32_t
  */
 typedef int32_t Sums[ROWS][PANEL];
 
-INLINE void add_up(int rows, const uint8_t *plane, const int8_t *weight, size_t channels, const int8_t *ahead,
-                   Sums stored) {
+INLINE void add_up(int rows, const uint8_t *plane, const int8_t *weight, size_t channels, const int32_t *starts,
+                   const int8_t *ahead, Sums stored) {
     __m512i sums[ROWS][4];
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
-        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_si512();
+        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_loadu_si512(starts + 16 * c);
     for (size_t i = 0; i < channels; i += 4, weight += 4 * PANEL) {
         _mm_prefetch(ahead + i * PANEL / 4, _MM_HINT_T1);
         const __m512i w[4] = {_mm512_loadu_si512(weight), _mm512_loadu_si512(weight + 64),
@@ -157,8 +171,8 @@ INLINE void add_up(int rows, const uint8_t *plane, const int8_t *weight, size_t 
 
 #define ADD_UP(rows)                                                                                                  \
     static __attribute__((noinline)) void add_up_##rows(const uint8_t *plane, const int8_t *weight, size_t channels, \
-                                                        const int8_t *ahead, Sums stored) {                         \
-        add_up(rows, plane, weight, channels, ahead, stored);                                                       \
+                                                        const int32_t *starts, const int8_t *ahead, Sums stored) {  \
+        add_up(rows, plane, weight, channels, starts, ahead, stored);                                               \
     }
 ADD_UP(1)
 ADD_UP(2)
@@ -166,7 +180,7 @@ ADD_UP(3)
 ADD_UP(4)
 ADD_UP(5)
 ADD_UP(6)
-static void (*const ADDERS[])(const uint8_t *, const int8_t *, size_t, const int8_t *, Sums) = {
+static void (*const ADDERS[])(const uint8_t *, const int8_t *, size_t, const int32_t *, const int8_t *, Sums) = {
     add_up_1, add_up_2, add_up_3, add_up_4, add_up_5, add_up_6};
 
 /* All of the result, from one plane; the first of two parts; or the second, and with it the result. */
@@ -178,17 +192,15 @@ INLINE void product_tile(Part part, const Product *task, size_t rows, size_t tok
     const size_t columns = task->columns, column = panel * PANEL;
     const uint8_t *plane = part == SECOND ? task->rest : task->plane;
     Sums sums;
-    ADDERS[rows - 1](plane + token * task->channels, task->weight + column * task->channels, task->channels, ahead,
-                     sums);
+    ADDERS[rows - 1](plane + token * task->channels, task->weight + column * task->channels, task->channels,
+                     task->starts + column, ahead, sums);
     for (size_t at = 0; at < PANEL && column + at < columns; at += 16) {
         const __mmask16 some = lanes(columns - column - at);
-        const __m512i zeros = _mm512_maskz_loadu_epi32(some, task->zeros + column + at);
         __m512 steps = _mm512_maskz_loadu_ps(some, task->column_steps + column + at);
         if (part == SECOND) steps = _mm512_mul_ps(steps, _mm512_set1_ps(FINER));
         for (size_t r = 0; r < rows; r++) {
             float *result = to + r * stride + at;
-            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[r] + at), zeros);
-            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), steps);
+            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums[r] + at)), steps);
             if (part == SECOND) y = _mm512_add_ps(_mm512_maskz_loadu_ps(some, result), y);
             if (part != FIRST) y = _mm512_mul_ps(y, _mm512_set1_ps(task->steps[token + r]));
             if (part != FIRST && task->added) {
