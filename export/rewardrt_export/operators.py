@@ -228,13 +228,18 @@ def Product(plane: Bytes, steps: Floats, weight: Integers, columns: Floats) -> F
 
 
 @script(own, default_opset=op)
+def Rest(rest: Bytes, steps: Floats, weight: Integers, columns: Floats) -> Floats:
+    """Multiply what was rounded the second time."""
+    zero = op.Cast(op.Constant(value_int=128), to=2)
+    finer = op.Constant(value_float=1 / 254)
+    result = microsoft.MatMulIntegerToFloat(rest, own.Unpack(weight, columns), finer, columns, zero)
+    return op.Mul(result, steps)
+
+
+@script(own, default_opset=op)
 def ProductTwice(plane: Bytes, rest: Bytes, steps: Floats, weight: Integers, columns: Floats) -> Floats:
     """Multiply tokens that were rounded twice."""
-    integers = own.Unpack(weight, columns)
-    zero = op.Cast(op.Constant(value_int=128), to=2)
-    first = microsoft.MatMulIntegerToFloat(plane, integers, op.Constant(value_float=1.0), columns, zero)
-    second = microsoft.MatMulIntegerToFloat(rest, integers, op.Constant(value_float=1 / 254), columns, zero)
-    return op.Mul(op.Add(first, second), steps)
+    return op.Add(own.Product(plane, steps, weight, columns), own.Rest(rest, steps, weight, columns))
 
 
 @script(own, default_opset=op)
@@ -248,7 +253,7 @@ def ProductTwiceAdd(
     plane: Bytes, rest: Bytes, steps: Floats, weight: Integers, columns: Floats, added: Floats
 ) -> Floats:
     """Multiply tokens that were rounded twice, and add what is there already."""
-    return op.Add(own.ProductTwice(plane, rest, steps, weight, columns), added)
+    return op.Add(own.ProductAdd(plane, steps, weight, columns, added), own.Rest(rest, steps, weight, columns))
 
 
 @script(own, default_opset=op)
@@ -378,7 +383,7 @@ def RotaryCausalAttention(
 
 
 OPERATORS: tuple[OnnxFunction[Any, Any], ...] = (
-    Mix, Steps, Zeros, GateUp, Unpack,
+    Mix, Steps, Zeros, GateUp, Unpack, Rest,
     RoundTokens, RoundTokensTwice, RoundTokensMixed, RoundTokensMixedTwice,
     ScaleRoundTokens, ScaleRoundTokensTwice, ScaleRoundTokensMixed, ScaleRoundTokensMixedTwice,
     GateRoundTokens, GateRoundTokensTwice, GateRoundTokensMixed, GateRoundTokensMixedTwice,

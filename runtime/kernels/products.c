@@ -138,20 +138,33 @@ void panel_starts(const int8_t *panel, size_t channels, int32_t starts[PANEL]) {
         _mm512_storeu_si512(starts + 16 * c, _mm512_sub_epi32(_mm512_setzero_si512(), sums[c]));
 }
 
-/* Sums of rows x PANEL products; `rows` is a constant where this is called. Functions of their own: where a tile's sums
- * were stored and scaled in the loop's function, compilers kept them in memory all along.
+/* A tile of results [rows][PANEL] of one plane, in steps of `finer` times the task's, added to what there is.
+ *
+ * `rows` is a constant where this is called: the sums lie in registers, and stay there until they are scaled only because
+ * they are said to be needed there.
  */
-typedef int32_t Sums[ROWS][PANEL];
+typedef struct {
+    const Product *task;
+    const uint8_t *plane;
+    size_t token, panel;
+    const int8_t *ahead; /* a part of the panel that is wanted next */
+    const float *added;  /* rows of `added_stride` numbers, or NULL */
+    float *to;           /* rows of `stride` numbers */
+    size_t added_stride, stride;
+    float finer;
+} Tile;
 
-INLINE void add_up(int rows, const uint8_t *plane, const int8_t *weight, size_t channels, const int32_t *starts,
-                   const int8_t *ahead, Sums stored) {
+INLINE void multiply_rows(int rows, const Tile *t) {
+    const size_t channels = t->task->channels, column = t->panel * PANEL, left = t->task->columns - column;
+    const uint8_t *plane = t->plane + t->token * channels;
+    const int8_t *weight = t->task->weight + column * channels, *ahead = t->ahead;
     __m512i sums[ROWS][4];
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
-        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_loadu_si512(starts + 16 * c);
-    for (size_t i = 0; i < channels; i += 4, weight += 4 * PANEL) {
-        _mm_prefetch(ahead + i * PANEL / 4, _MM_HINT_T1);
+        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_loadu_si512(t->task->starts + column + 16 * c);
+    for (size_t i = 0; i < channels; i += 4, weight += 4 * PANEL, ahead += PANEL) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
         const __m512i w[4] = {_mm512_loadu_si512(weight), _mm512_loadu_si512(weight + 64),
                               _mm512_loadu_si512(weight + 128), _mm512_loadu_si512(weight + 192)};
         UNROLL
@@ -166,80 +179,67 @@ INLINE void add_up(int rows, const uint8_t *plane, const int8_t *weight, size_t 
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
-        for (int c = 0; c < 4; c++) _mm512_storeu_si512(stored[r] + 16 * c, sums[r][c]);
-}
-
-#define ADD_UP(rows)                                                                                                  \
-    static __attribute__((noinline)) void add_up_##rows(const uint8_t *plane, const int8_t *weight, size_t channels, \
-                                                        const int32_t *starts, const int8_t *ahead, Sums stored) {  \
-        add_up(rows, plane, weight, channels, starts, ahead, stored);                                               \
-    }
-ADD_UP(1)
-ADD_UP(2)
-ADD_UP(3)
-ADD_UP(4)
-ADD_UP(5)
-ADD_UP(6)
-static void (*const ADDERS[])(const uint8_t *, const int8_t *, size_t, const int32_t *, const int8_t *, Sums) = {
-    add_up_1, add_up_2, add_up_3, add_up_4, add_up_5, add_up_6};
-
-/* All of the result, from one plane; the first of two parts; or the second, and with it the result. */
-typedef enum { ALL, FIRST, SECOND } Part;
-
-/* A tile of results [rows][PANEL], at `to` with `stride` numbers from row to row. */
-INLINE void product_tile(Part part, const Product *task, size_t rows, size_t token, size_t panel, const int8_t *ahead,
-                         float *to, size_t stride) {
-    const size_t columns = task->columns, column = panel * PANEL;
-    const uint8_t *plane = part == SECOND ? task->rest : task->plane;
-    Sums sums;
-    ADDERS[rows - 1](plane + token * task->channels, task->weight + column * task->channels, task->channels,
-                     task->starts + column, ahead, sums);
-    for (size_t at = 0; at < PANEL && column + at < columns; at += 16) {
-        const __mmask16 some = lanes(columns - column - at);
-        __m512 steps = _mm512_maskz_loadu_ps(some, task->column_steps + column + at);
-        if (part == SECOND) steps = _mm512_mul_ps(steps, _mm512_set1_ps(FINER));
-        for (size_t r = 0; r < rows; r++) {
-            float *result = to + r * stride + at;
-            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums[r] + at)), steps);
-            if (part == SECOND) y = _mm512_add_ps(_mm512_maskz_loadu_ps(some, result), y);
-            if (part != FIRST) y = _mm512_mul_ps(y, _mm512_set1_ps(task->steps[token + r]));
-            if (part != FIRST && task->added) {
-                const float *added = task->added + (token + r) * columns + column + at;
-                y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, added));
-            }
-            _mm512_mask_storeu_ps(result, some, y);
+        for (int c = 0; c < 4; c++) __asm__ volatile("" : "+v"(sums[r][c]));
+    UNROLL
+    for (size_t c = 0; c < 4; c++) {
+        const __mmask16 some = 16 * c < left ? lanes(left - 16 * c) : 0;
+        const __m512 steps = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, t->task->column_steps + column + 16 * c),
+                                           _mm512_set1_ps(t->finer));
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][c]), steps);
+            y = _mm512_mul_ps(y, _mm512_set1_ps(t->task->steps[t->token + r]));
+            if (t->added) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, t->added + r * t->added_stride + 16 * c));
+            _mm512_mask_storeu_ps(t->to + r * t->stride + 16 * c, some, y);
         }
     }
 }
 
-INLINE void tile(const Product *task, size_t rows, size_t token, size_t panel, const int8_t *ahead, float *to,
-                 size_t stride) {
-    if (task->rest) {
-        product_tile(FIRST, task, rows, token, panel, ahead, to, stride);
-        product_tile(SECOND, task, rows, token, panel, ahead, to, stride);
-    } else {
-        product_tile(ALL, task, rows, token, panel, ahead, to, stride);
-    }
+#define MULTIPLY(rows) \
+    static __attribute__((noinline)) void multiply_##rows(const Tile *tile) { multiply_rows(rows, tile); }
+MULTIPLY(1)
+MULTIPLY(2)
+MULTIPLY(3)
+MULTIPLY(4)
+MULTIPLY(5)
+MULTIPLY(6)
+static void (*const MULTIPLIERS[])(const Tile *) = {multiply_1, multiply_2, multiply_3,
+                                                    multiply_4, multiply_5, multiply_6};
+
+/* Both planes' tiles, if there are two. */
+INLINE void multiply_tile(size_t rows, Tile tile) {
+    tile.plane = tile.task->plane;
+    tile.finer = 1;
+    MULTIPLIERS[rows - 1](&tile);
+    if (!tile.task->rest) return;
+    tile.plane = tile.task->rest;
+    tile.finer = FINER;
+    tile.added = tile.to;
+    tile.added_stride = tile.stride;
+    MULTIPLIERS[rows - 1](&tile);
 }
 
 void multiply(const Product *task, const Product *gate, size_t first, size_t end, size_t panel, const int8_t *ahead) {
     const size_t columns = task->columns, column = panel * PANEL;
-    const int8_t *gate_panel = gate ? gate->weight + column * gate->channels : NULL;
     const size_t quarter = task->channels * PANEL / 4; /* of a panel is what a tile fetches ahead */
     size_t rows, tiles = (end - first + ROWS - 1) / ROWS, fetched = 0;
     for (size_t token = first; token < end; token += rows, tiles--) {
         rows = (end - token + tiles - 1) / tiles; /* as even as can be: a tile of few rows waits for the weight */
-        float *to = task->result + token * columns + column;
-        tile(task, rows, token, panel, (gate ? gate_panel : ahead) + fetched, to, columns);
+        const size_t at = token * columns + column;
+        const int8_t *then = gate ? gate->weight + column * gate->channels : ahead;
+        Tile tile = {.task = task, .token = token, .panel = panel, .ahead = then + fetched, .to = task->result + at,
+                     .stride = columns, .added = task->added ? task->added + at : NULL, .added_stride = columns};
+        multiply_tile(rows, tile);
         if (gate) {
             float gates[ROWS * PANEL];
-            tile(gate, rows, token, panel, ahead + fetched, gates, PANEL);
+            multiply_tile(rows, (Tile){.task = gate, .token = token, .panel = panel, .ahead = ahead + fetched,
+                                       .to = gates, .stride = PANEL});
             for (size_t r = 0; r < rows; r++)
-                for (size_t at = 0; at < PANEL && column + at < columns; at += 16) {
-                    const __mmask16 some = lanes(columns - column - at);
-                    const __m512 x = _mm512_maskz_loadu_ps(some, to + r * columns + at);
-                    const __m512 opened = silu(_mm512_maskz_loadu_ps(some, gates + r * PANEL + at));
-                    _mm512_mask_storeu_ps(to + r * columns + at, some, _mm512_mul_ps(opened, x));
+                for (size_t i = 0; i < PANEL && column + i < columns; i += 16) {
+                    const __mmask16 some = lanes(columns - column - i);
+                    const __m512 x = _mm512_maskz_loadu_ps(some, tile.to + r * columns + i);
+                    const __m512 opened = silu(_mm512_maskz_loadu_ps(some, gates + r * PANEL + i));
+                    _mm512_mask_storeu_ps(tile.to + r * columns + i, some, _mm512_mul_ps(opened, x));
                 }
         }
         if (fetched < 3 * quarter) fetched += quarter;
