@@ -151,11 +151,11 @@ INLINE void add_products(int columns, const uint16_t *left, size_t left_stride, 
     }
 }
 
-/* scores [ROWS][16 columns] of queries [ROWS][size] with keys of a block, in units of both. Functions of their own that
- * do no more: otherwise compilers keep the sums in memory.
+/* scores [ROWS][16 columns] of queries [ROWS][size], in their units, with keys of a block. `columns` is a constant where
+ * this is called: the sums lie in registers, and stay there only because they are said to be needed there.
  */
-INLINE void score(int columns, const int16_t *queries, const int16_t *keys, size_t size, int32_t *scores,
-                  size_t stride) {
+INLINE void score(int columns, const int16_t *queries, const int16_t *keys, const float *units, size_t size,
+                  float *scores, size_t stride) {
     __m512i sums[ROWS][4];
     UNROLL
     for (int r = 0; r < ROWS; r++)
@@ -177,24 +177,28 @@ INLINE void score(int columns, const int16_t *queries, const int16_t *keys, size
     UNROLL
     for (int r = 0; r < ROWS; r++)
         UNROLL
-        for (int c = 0; c < columns; c++) _mm512_storeu_si512(scores + r * stride + 16 * c, sums[r][c]);
+        for (int c = 0; c < columns; c++) __asm__ volatile("" : "+v"(sums[r][c]));
+    UNROLL
+    for (int c = 0; c < columns; c++) {
+        const __m512 unit = _mm512_loadu_ps(units + 16 * c);
+        UNROLL
+        for (int r = 0; r < ROWS; r++)
+            _mm512_storeu_ps(scores + r * stride + 16 * c, _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][c]), unit));
+    }
 }
 
-#define SCORE(columns)                                                                                            \
-    static __attribute__((noinline)) void score_##columns(const int16_t *queries, const int16_t *keys, size_t size, \
-                                                          int32_t *scores, size_t stride) {                       \
-        score(columns, queries, keys, size, scores, stride);                                                      \
+#define SCORE(columns)                                                                                              \
+    static __attribute__((noinline)) void score_##columns(const int16_t *queries, const int16_t *keys,              \
+                                                          const float *units, size_t size, float *scores,           \
+                                                          size_t stride) {                                          \
+        score(columns, queries, keys, units, size, scores, stride);                                                 \
     }
 SCORE(1)
 SCORE(2)
 SCORE(3)
 SCORE(4)
-static void (*const SCORERS[])(const int16_t *, const int16_t *, size_t, int32_t *, size_t) = {score_1, score_2,
-                                                                                             score_3, score_4};
-
-INLINE __m512 in_units(const int32_t *numbers, const float *units) {
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(numbers)), _mm512_loadu_ps(units));
-}
+static void (*const SCORERS[])(const int16_t *, const int16_t *, const float *, size_t, float *, size_t) = {
+    score_1, score_2, score_3, score_4};
 
 INLINE void clear(__m512 sums[ROWS][4]) {
     UNROLL
@@ -222,7 +226,7 @@ size_t attend_tasks(const Attention *t) {
 }
 
 size_t attend_scratch(const Attention *t) {
-    return ROWS * (up(t->past + t->tokens, KEYS) * (sizeof(int32_t) + sizeof(uint16_t)) + t->size * sizeof(int16_t));
+    return ROWS * (up(t->past + t->tokens, KEYS) * (sizeof(float) + sizeof(uint16_t)) + t->size * sizeof(int16_t));
 }
 
 void attend(const Attention *t, size_t index, void *scratch) {
@@ -234,7 +238,7 @@ void attend(const Attention *t, size_t index, void *scratch) {
     const int16_t *keys = t->packed_key + lane * stride * size;
     const uint16_t *values = t->packed_value + lane * stride * size;
     const float *units = t->key_units + lane * stride;
-    int32_t *scores = scratch;
+    float *scores = scratch;
     uint16_t *weights = (uint16_t *)(scores + ROWS * stride);
     int16_t *queries = (int16_t *)(weights + ROWS * stride);
     const float limit = largest_integer(size);
@@ -253,16 +257,14 @@ void attend(const Attention *t, size_t index, void *scratch) {
     }
     const size_t longest = seen[ROWS - 1];
     for (size_t start = 0; start < longest; start += KEYS)
-        SCORERS[up(least(KEYS, longest - start), 16) / 16 - 1](queries, keys + start * size, size, scores + start, stride);
+        SCORERS[up(least(KEYS, longest - start), 16) / 16 - 1](queries, keys + start * size, units + start, size,
+                                                               scores + start, stride);
     for (size_t r = 0; r < used; r++) {
-        int32_t *row = scores + r * stride; /* float32 from the first loop on */
+        const float *row = scores + r * stride;
         const __m512 factor = _mm512_set1_ps(factors[r]);
         __m512 largest = _mm512_set1_ps(-__builtin_inff()), total = _mm512_setzero_ps();
-        for (size_t i = 0; i < seen[r]; i += 16) {
-            const __m512 x = in_units(row + i, units + i);
-            largest = _mm512_mask_max_ps(largest, lanes(seen[r] - i), largest, x);
-            _mm512_storeu_ps(row + i, x);
-        }
+        for (size_t i = 0; i < seen[r]; i += 16)
+            largest = _mm512_mask_max_ps(largest, lanes(seen[r] - i), largest, _mm512_loadu_ps(row + i));
         const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
         for (size_t i = 0; i < longest; i += 16) {
             const __mmask16 some = i < seen[r] ? lanes(seen[r] - i) : 0;
