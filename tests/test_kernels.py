@@ -17,7 +17,7 @@ import pytest
 
 from rewardrt import kernels
 from rewardrt.errors import ProviderError
-from rewardrt_export.operators import DOMAIN, define, pack
+from rewardrt_export.operators import DOMAIN, define, pack, rounded_product
 
 ROOT = Path(__file__).parent.parent
 RUNS = kernels.describe()
@@ -209,6 +209,40 @@ def test_products_may_be_gates_of_others(tokens: int, columns: int, twice: str) 
     true = alone[0] / (1 + np.exp(-alone[0])) * alone[1]
     for result in (found[0], expected[0]):
         assert np.abs(result - true).max() < 1e-6 * np.abs(true).max()
+
+
+@needs["products"]
+@pytest.mark.parametrize("mixed", ["", "Mixed"])
+@pytest.mark.parametrize("twice", ["", "Twice"])
+@pytest.mark.parametrize(
+    ("before", "kind"), [("", "Add"), ("Scale", ""), ("Norm", "Triple"), ("Norm", "Gate"), ("Gate", "Pair")]
+)
+@pytest.mark.parametrize("tokens", [1, 150])
+def test_rounding_and_multiplying_at_once_gives_the_bits_of_both(
+    tokens: int, before: str, kind: str, mixed: str, twice: str
+) -> None:
+    values = {"values": normal(2, tokens, 192)}
+    if before:
+        values["second"] = normal(*((2, tokens, 192) if before == "Gate" else (192,)))
+    attributes = {"channels": 192} | ({"epsilon": 1e-5} if before == "Norm" else {})
+    names = ["plane", "rest", "steps"] if twice else ["plane", "steps"]
+    rounding = f"{before}RoundTokens{mixed}{twice}"
+    planes = Operator(rounding, values, len(names), **attributes).run(kernel=True)
+    weights: dict[str, Array] = {}
+    for place in range({"Triple": 3, "Gate": 2, "Pair": 2}.get(kind, 1)):
+        one = product_inputs(tokens, 192, 70, "", "")
+        weights |= {f"weight{place}": one["weight"], f"columns{place}": 1e-3 * one["columns"]}
+    constants, outputs = tuple(weights), {"Triple": 3, "Pair": 2}.get(kind, 1)
+    added = {"added": normal(2, tokens, 70)} if kind == "Add" else {}
+    product = f"Product{twice}{kind}"
+    apart = Operator(product, dict(zip(names, planes, strict=True)) | weights | added, outputs, constants)
+    name = rounded_product(rounding, product)
+    at_once = Operator(name, values | weights | added, outputs, constants, **attributes)
+    found, expected = at_once.both()
+    for each, other, near in zip(found, apart.run(kernel=True), expected, strict=True):
+        assert np.array_equal(each, other)
+        assert np.abs(each - near).max() < (1e-4 if twice else 0.02) * np.abs(near).max()  # halves go to either side
+    assert all(np.array_equal(a, b) for a, b in zip(found, at_once.run(kernel=True, threads=1), strict=True))
 
 
 @needs["rounding"]

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
 
-from rewardrt_export.operators import DOMAIN
+from rewardrt_export.operators import DOMAIN, rounded_product
 
 _TOKENS_FIRST = (0, 2, 1, 3)  # [batch, heads, tokens, size] to or from [batch, tokens, heads, size]
 _LANES = 16  # that the kernels take of a head at once
@@ -25,6 +25,7 @@ def fuse(model: ir.Model) -> None:
     fuse_sums(model)
     fuse_gates(model)
     fuse_products(model)
+    fuse_roundings(model)
     fuse_attention(model)
     common_passes.RemoveUnusedNodesPass()(model)  # what was replaced no longer reads anything
     pool_early(model)
@@ -114,6 +115,23 @@ def fuse_products(model: ir.Model) -> None:
                 result.shape, result.type = old.shape, old.type
                 old.replace_all_uses_with(result)
             model.graph.remove(group, safe=True)
+
+
+def fuse_roundings(model: ir.Model) -> None:
+    """Let an activation be rounded where it is multiplied, if it is at one place."""
+    for node in list(model.graph):
+        if node.domain != DOMAIN or "RoundTokens" not in node.op_type:
+            continue
+        readers = {usage.node for output in node.outputs for usage in output.uses()}
+        if len(readers) != 1:
+            continue
+        (reader,) = readers
+        planes, rest = reader.inputs[: len(node.outputs)], reader.inputs[len(node.outputs) :]
+        if reader.domain == DOMAIN and reader.op_type.startswith("Product") and tuple(planes) == tuple(node.outputs):
+            attributes = {name: item.value for name, item in node.attributes.items()}
+            called = rounded_product(node.op_type, reader.op_type)
+            _replace(model.graph, reader, called, [*node.inputs, *rest], attributes)
+            model.graph.remove(node, safe=True)
 
 
 def _gate(silu: ir.Value | None) -> ir.Value | None:

@@ -10,11 +10,13 @@ instructions take it: the four bytes of four channels of one column lie together
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 from onnxscript import FLOAT, FLOAT16, INT8, UINT8, opset23, script
 from onnxscript.values import OnnxFunction, Opset
 
@@ -393,6 +395,43 @@ OPERATORS: tuple[OnnxFunction[Any, Any], ...] = (
 )  # fmt: skip
 
 
+_ROUNDED = re.compile("(Scale|Norm|Gate|)Round(Mixed|)(Product(?:Twice|))(Add|Gate|Pair|Triple|)")
+_WEIGHTS = {"": 1, "Add": 1, "Gate": 2, "Pair": 2, "Triple": 3}  # of a product; each has the steps of its columns
+
+
+def rounded_product(rounding: str, product: str) -> str:
+    """Return the name of the operator that rounds and multiplies: NormRoundMixedProductAdd."""
+    return rounding.replace("RoundTokens", "Round").removesuffix("Twice") + product
+
+
+def _rounded_product(name: str) -> ir.Function | None:
+    """Make the function of an operator that rounds and multiplies: calls of the two that do."""
+    parts = _ROUNDED.fullmatch(name)
+    if parts is None:
+        return None
+    before, mixed, product, kind = parts.groups()
+    twice = product.removeprefix("Product")
+    inputs = [ir.Value(name="values"), *([ir.Value(name="second")] if before else [])]
+    rest = [ir.Value(name=f"{part}{i}") for i in range(_WEIGHTS[kind]) for part in ("weight", "columns")]
+    rest += [ir.Value(name="added")] if kind == "Add" else []
+    kinds = {"channels": ir.AttributeType.INT} | ({"epsilon": ir.AttributeType.FLOAT} if before == "Norm" else {})
+    tape = Tape()
+    planes = tape.op_multi_out(
+        f"{before}RoundTokens{mixed}{twice}",
+        inputs,
+        {key: ir.RefAttr(key, key, type_) for key, type_ in kinds.items()},
+        num_outputs=3 if twice else 2,
+        domain=DOMAIN,
+    )
+    count = {"Pair": 2, "Triple": 3}.get(kind, 1)
+    results = tape.op_multi_out(f"{product}{kind}", [*planes, *rest], num_outputs=count, domain=DOMAIN)
+    for place, value in enumerate([*planes, *results]):
+        value.name = f"made{place}"
+    graph = ir.Graph([*inputs, *rest], results, nodes=tape.nodes, opset_imports={DOMAIN: 1})
+    needed = [ir.Attr(key, ir.AttributeType.UNDEFINED, None) for key in kinds]
+    return ir.Function(DOMAIN, name, graph=graph, attributes=needed)
+
+
 def define(model: ir.Model) -> None:
     """Give the model the functions that its nodes call, and those that these call."""
     functions: dict[str, ir.Function] = {
@@ -403,7 +442,7 @@ def define(model: ir.Model) -> None:
         name = pending.pop()
         if (DOMAIN, name, "") in model.functions:
             continue
-        function = functions[name]
+        function = _rounded_product(name) or functions[name]
         model.functions[function.identifier()] = function
         pending += [node.op_type for node in function if node.domain == DOMAIN]
     model.opset_imports.update({DOMAIN: 1, "com.microsoft": 1})

@@ -57,32 +57,49 @@ struct Operator {
 
 /* ---- work on the session's threads ---- */
 
+/* Tasks that do not depend on each other. `then` is the one that the thread will likely take next. */
 typedef struct {
-    void (*run)(const void *task, size_t index, size_t then, void *scratch); /* `then`: likely this thread's next one */
-    const void *task;
-    size_t count, scratch;
-    atomic_size_t next, threads;
+    void (*run)(const void *work, size_t index, size_t then, void *scratch);
+    const void *work;
+    size_t count;
+} Phase;
+
+/* One phase, or two, the second of which needs all of the first to be done. */
+typedef struct {
+    Phase first, second;
+    size_t scratch;
+    atomic_size_t next, done, threads;
     atomic_int failed;
 } Work;
 
-static void help(void *data, size_t index) {
+static void help(void *data, size_t helper) {
     Work *work = data;
+    const Phase *first = &work->first, *second = &work->second;
+    const size_t count = first->count + second->count;
     void *scratch = NULL;
-    (void)index;
-    if (atomic_load(&work->next) >= work->count) return;
+    (void)helper;
+    if (atomic_load(&work->next) >= count) return;
     if (work->scratch && !(scratch = aligned_alloc(64, (work->scratch + 63) / 64 * 64))) {
         atomic_store(&work->failed, 1);
         return;
     }
     atomic_fetch_add(&work->threads, 1);
-    for (size_t i; (i = atomic_fetch_add(&work->next, 1)) < work->count;)
-        work->run(work->task, i, i + atomic_load(&work->threads), scratch);
+    for (size_t i; (i = atomic_fetch_add(&work->next, 1)) < count;) {
+        const size_t threads = atomic_load(&work->threads);
+        if (i < first->count) {
+            first->run(first->work, i, i + threads, scratch);
+            atomic_fetch_add(&work->done, 1);
+        } else { /* tasks are given out in order: what is not done yet of the first phase is under way elsewhere */
+            while (atomic_load(&work->done) < first->count) __builtin_ia32_pause();
+            second->run(second->work, i - first->count, i - first->count + threads, scratch);
+        }
+    }
     free(scratch);
 }
 
-static Status share(Kernel *kernel, void *context, void (*run)(const void *, size_t, size_t, void *), const void *task,
-                    size_t count, size_t scratch) {
-    Work work = {.run = run, .task = task, .count = count, .scratch = scratch};
+static Status share(Kernel *kernel, void *context, Phase first, Phase second, size_t scratch) {
+    Work work = {.first = first, .second = second, .scratch = scratch};
+    const size_t count = first.count + second.count;
     if (count == 1) help(&work, 0);
     if (count > 1) TRY(PARALLEL(kernel->api, context, help, count < HELPERS ? count : HELPERS, &work));
     return work.failed ? CREATE_STATUS(kernel->api, FAIL, "out of memory") : NULL;
@@ -130,44 +147,56 @@ typedef struct {
     size_t tokens, each; /* of a task */
 } Roundings;
 
-static void round_some(const void *task, size_t index, size_t then, void *scratch) {
-    const Roundings *all = task;
-    (void)then;
+static void round_some(const void *work, size_t index, size_t then, void *scratch) {
+    const Roundings *all = work;
     const size_t first = index * all->each, end = first + all->each < all->tokens ? first + all->each : all->tokens;
+    (void)then;
     round_tokens(&all->rounding, scratch, first, end);
 }
 
-static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
+static Phase rounding_phase(const Roundings *all) {
+    return (Phase){round_some, all, (all->tokens + all->each - 1) / all->each};
+}
+
+static size_t rounding_scratch(const Roundings *all) { return (all->rounding.channels + MIXED) * sizeof(float); }
+
+/* All but where the planes and steps go. */
+static Status read_rounding(Kernel *kernel, Tensor *inputs, Roundings *all) {
     const Operator *op = kernel->op;
     Tensor *x = inputs, *second = inputs + 1;
-    Roundings all = {{.values = x->data, .norm = op->before == NORM, .epsilon = kernel->number, .mixed = op->mixed}, 0, 0};
     if (x->axes < 1) return refuse(kernel, "rounding: expected values [..., channels]");
     const size_t channels = (size_t)x->sizes[x->axes - 1];
+    *all = (Roundings){.tokens = elements(x, x->axes - 1), .each = channels < NUMBERS ? NUMBERS / (channels + !channels) : 1};
+    all->rounding = (Rounding){
+        .values = x->data, .norm = op->before == NORM, .epsilon = kernel->number, .channels = channels, .mixed = op->mixed};
     if (op->mixed && channels % MIXED) return refuse(kernel, "rounding: expected channels in blocks of 64");
     if (op->before == GATE) {
         if (elements(second, second->axes) != elements(x, x->axes))
             return refuse(kernel, "rounding: gates and values do not fit each other");
-        all.rounding.gates = x->data;
-        all.rounding.values = second->data;
+        all->rounding.gates = x->data;
+        all->rounding.values = second->data;
     } else if (op->before != NOTHING) {
         if (elements(second, second->axes) != channels) return refuse(kernel, "rounding: expected a gain per channel");
-        all.rounding.gain = second->data;
+        all->rounding.gain = second->data;
     }
-    all.rounding.channels = channels;
-    all.tokens = elements(x, x->axes - 1);
-    all.each = channels < NUMBERS ? NUMBERS / (channels + !channels) : 1;
+    return NULL;
+}
+
+static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
+    Roundings all;
     size_t output = 0;
-    TRY(make_output(kernel, context, output++, x->sizes, x->axes, &all.rounding.plane));
-    if (op->twice) TRY(make_output(kernel, context, output++, x->sizes, x->axes, &all.rounding.rest));
-    x->sizes[x->axes - 1] = 1;
-    TRY(make_output(kernel, context, output, x->sizes, x->axes, &all.rounding.steps));
-    return share(kernel, context, round_some, &all, (all.tokens + all.each - 1) / all.each,
-                 (channels + MIXED) * sizeof(float));
+    TRY(read_rounding(kernel, inputs, &all));
+    TRY(make_output(kernel, context, output++, inputs->sizes, inputs->axes, &all.rounding.plane));
+    if (kernel->op->twice)
+        TRY(make_output(kernel, context, output++, inputs->sizes, inputs->axes, &all.rounding.rest));
+    inputs->sizes[inputs->axes - 1] = 1;
+    TRY(make_output(kernel, context, output, inputs->sizes, inputs->axes, &all.rounding.steps));
+    return share(kernel, context, rounding_phase(&all), (Phase){0}, rounding_scratch(&all));
 }
 
 typedef struct {
     const Product *gate; /* or NULL */
-    Product products[OUTPUTS];
+    Product products[OUTPUTS], gates;
     size_t panels[OUTPUTS], tokens, block, blocks, count; /* tasks: a panel times `block` tokens */
 } Products;
 
@@ -179,8 +208,8 @@ static const Product *product_of(const Products *all, size_t index, size_t *pane
     return product;
 }
 
-static void multiply_some(const void *task, size_t index, size_t then, void *scratch) {
-    const Products *all = task;
+static void multiply_some(const void *work, size_t index, size_t then, void *scratch) {
+    const Products *all = work;
     const size_t first = index % all->blocks * all->block, end = first + all->block;
     size_t panel, next;
     const Product *product = product_of(all, index, &panel);
@@ -190,71 +219,95 @@ static void multiply_some(const void *task, size_t index, size_t then, void *scr
              other->weight + next * PANEL * other->channels);
 }
 
-static Status compute_products(Kernel *kernel, void *context, Tensor *inputs) {
+static Phase products_phase(const Products *all) { return (Phase){multiply_some, all, all->count}; }
+
+/* The products of an activation of `x`'s shape with weights and what follows them; makes the results. */
+static Status read_products(Kernel *kernel, void *context, const Tensor *x, const Product *planes, const Tensor *weights,
+                            Products *all) {
     const Operator *op = kernel->op;
-    const Tensor *plane = inputs, *rest = op->twice ? inputs + 1 : NULL, *steps = inputs + 1 + op->twice;
-    Products all = {0};
-    Product gate = {0};
+    const size_t channels = (size_t)x->sizes[x->axes - 1];
     size_t panels = 0, starts = 0;
-    if (plane->axes < 1) return refuse(kernel, "product: expected planes [..., channels]");
-    const size_t channels = (size_t)plane->sizes[plane->axes - 1];
-    all.tokens = elements(plane, plane->axes - 1);
-    if (channels % 4 || elements(steps, steps->axes) != all.tokens ||
-        (rest && elements(rest, rest->axes) != elements(plane, plane->axes)))
-        return refuse(kernel, "product: planes and steps do not fit each other");
+    *all = (Products){.tokens = elements(x, x->axes - 1)};
+    if (channels % 4) return refuse(kernel, "product: expected channels in fours");
     for (size_t i = 0, output = 0; i < op->products; i++) {
-        const Tensor *weight = steps + 1 + 2 * i, *columns = weight + 1, *added = op->added ? columns + 1 : NULL;
-        Product *product = op->gated && i == 0 ? &gate : all.products + output;
-        *product = (Product){.plane = (uint8_t *)plane->data,
-                             .rest = rest ? (uint8_t *)rest->data : NULL,
-                             .steps = steps->data,
-                             .weight = (int8_t *)weight->data,
-                             .starts = kernel->starts + starts,
-                             .column_steps = columns->data,
-                             .added = added ? added->data : NULL,
-                             .channels = channels,
-                             .columns = elements(columns, columns->axes)};
+        const Tensor *weight = weights + 2 * i, *columns = weight + 1, *added = op->added ? columns + 1 : NULL;
+        Product *product = op->gated && i == 0 ? &all->gates : all->products + output;
+        *product = *planes;
+        product->weight = (int8_t *)weight->data;
+        product->starts = kernel->starts + starts;
+        product->column_steps = columns->data;
+        product->added = added ? added->data : NULL;
+        product->channels = channels;
+        product->columns = elements(columns, columns->axes);
         const size_t own = (product->columns + PANEL - 1) / PANEL;
         starts += own * PANEL;
         if (elements(weight, weight->axes) != own * PANEL * channels)
             return refuse(kernel, "product: planes, weight and its steps do not fit each other");
-        if (product == &gate) continue;
+        if (product == &all->gates) continue;
         int64_t sizes[AXES];
-        memcpy(sizes, plane->sizes, sizeof sizes);
-        sizes[plane->axes - 1] = (int64_t)product->columns;
-        if (added && (added->axes != plane->axes || memcmp(added->sizes, sizes, plane->axes * sizeof *sizes)))
+        memcpy(sizes, x->sizes, sizeof sizes);
+        sizes[x->axes - 1] = (int64_t)product->columns;
+        if (added && (added->axes != x->axes || memcmp(added->sizes, sizes, x->axes * sizeof *sizes)))
             return refuse(kernel, "product: what is added does not have the result's shape");
-        TRY(make_output(kernel, context, output, sizes, plane->axes, &product->result));
-        panels += all.panels[output++] = own;
+        TRY(make_output(kernel, context, output, sizes, x->axes, &product->result));
+        panels += all->panels[output++] = own;
     }
-    if (op->gated && gate.columns != all.products->columns)
+    if (op->gated && all->gates.columns != all->products->columns)
         return refuse(kernel, "product: gates and values do not fit each other");
-    all.gate = op->gated ? &gate : NULL;
-    const size_t least = (all.tokens + BLOCK - 1) / BLOCK, many = panels ? (TASKS + panels - 1) / panels : 1;
+    all->gate = op->gated ? &all->gates : NULL;
+    const size_t least = (all->tokens + BLOCK - 1) / BLOCK, many = panels ? (TASKS + panels - 1) / panels : 1;
     const size_t blocks = many > least ? many : least;
-    all.block = all.tokens ? (all.tokens + blocks - 1) / blocks : 1;
-    all.blocks = (all.tokens + all.block - 1) / all.block;
-    all.count = panels * all.blocks;
-    return share(kernel, context, multiply_some, &all, all.count, 0);
+    all->block = all->tokens ? (all->tokens + blocks - 1) / blocks : 1;
+    all->blocks = (all->tokens + all->block - 1) / all->block;
+    all->count = panels * all->blocks;
+    return NULL;
 }
 
-typedef struct {
-    Attention attention;
-    size_t packs;
-    atomic_size_t packed;
-} Attending;
+static Status compute_products(Kernel *kernel, void *context, Tensor *inputs) {
+    const int twice = kernel->op->twice;
+    const Tensor *plane = inputs, *rest = twice ? inputs + 1 : NULL, *steps = inputs + 1 + twice;
+    Products all;
+    if (plane->axes < 1) return refuse(kernel, "product: expected planes [..., channels]");
+    if (elements(steps, steps->axes) != elements(plane, plane->axes - 1) ||
+        (rest && elements(rest, rest->axes) != elements(plane, plane->axes)))
+        return refuse(kernel, "product: planes and steps do not fit each other");
+    const Product planes = {
+        .plane = (uint8_t *)plane->data, .rest = rest ? (uint8_t *)rest->data : NULL, .steps = steps->data};
+    TRY(read_products(kernel, context, plane, &planes, steps + 1, &all));
+    return share(kernel, context, products_phase(&all), (Phase){0}, 0);
+}
 
-/* Tasks are handed out in order: whoever gets to attend knows that all packing is done or under way elsewhere. */
-static void pack_or_attend(const void *task, size_t index, size_t then, void *scratch) {
-    Attending *all = (Attending *)task;
+/* Rounding, and the products of its planes, which nothing else reads. */
+static Status compute_rounded_products(Kernel *kernel, void *context, Tensor *inputs) {
+    const Operator *op = kernel->op;
+    Roundings roundings;
+    Products products;
+    TRY(read_rounding(kernel, inputs, &roundings));
+    const size_t numbers = elements(inputs, inputs->axes), steps = roundings.tokens * sizeof(float);
+    float *buffer = malloc(steps + numbers * (op->twice ? 2 : 1) + 1);
+    if (!buffer) return CREATE_STATUS(kernel->api, FAIL, "out of memory");
+    Rounding *rounding = &roundings.rounding;
+    rounding->steps = buffer;
+    rounding->plane = (uint8_t *)(buffer + roundings.tokens);
+    rounding->rest = op->twice ? rounding->plane + numbers : NULL;
+    const Product planes = {.plane = rounding->plane, .rest = rounding->rest, .steps = rounding->steps};
+    const Tensor *weights = inputs + (op->before == NOTHING ? 1 : 2);
+    Status status = read_products(kernel, context, inputs, &planes, weights, &products);
+    if (!status)
+        status = share(kernel, context, rounding_phase(&roundings), products_phase(&products),
+                       rounding_scratch(&roundings));
+    free(buffer);
+    return status;
+}
+
+static void pack_some(const void *work, size_t index, size_t then, void *scratch) {
+    (void)then, (void)scratch;
+    pack(work, index);
+}
+
+static void attend_some(const void *work, size_t index, size_t then, void *scratch) {
     (void)then;
-    if (index < all->packs) {
-        pack(&all->attention, index);
-        atomic_fetch_add(&all->packed, 1);
-        return;
-    }
-    while (atomic_load(&all->packed) < all->packs) __builtin_ia32_pause();
-    attend(&all->attention, index - all->packs, scratch);
+    attend(work, index, scratch);
 }
 
 static Status compute_attention(Kernel *kernel, void *context, Tensor *inputs) {
@@ -297,9 +350,8 @@ static Status compute_attention(Kernel *kernel, void *context, Tensor *inputs) {
     task.key_units = buffer;
     task.packed_value = (uint16_t *)(buffer + packed / task.size);
     task.packed_key = (int16_t *)(task.packed_value + packed);
-    Attending all = {.attention = task, .packs = pack_tasks(&task)};
-    Status status =
-        share(kernel, context, pack_or_attend, &all, all.packs + attend_tasks(&task), attend_scratch(&task));
+    const Phase packing = {pack_some, &task, pack_tasks(&task)}, attending = {attend_some, &task, attend_tasks(&task)};
+    Status status = share(kernel, context, packing, attending, attend_scratch(&task));
     free(buffer);
     return status;
 }
@@ -336,7 +388,8 @@ static Status create(const CustomOp *base, Api api, const void *info, void **out
         int constant = 0;
         void *value = NULL;
         Tensor weight = {0};
-        status = CONSTANT_INPUT(api, info, 2 + op->twice + 2 * i, &constant, &value);
+        const size_t before = op->compute == compute_products ? 2 + op->twice : op->before == NOTHING ? 1 : 2;
+        status = CONSTANT_INPUT(api, info, before + 2 * i, &constant, &value);
         if (!status && !constant) status = CREATE_STATUS(api, INVALID_ARGUMENT, "product: expected a constant weight");
         if (!status) status = read_shape(api, value, &weight);
         if (!status) status = TENSOR_DATA(api, value, (void **)&weight.data);
@@ -349,8 +402,7 @@ static Status create(const CustomOp *base, Api api, const void *info, void **out
             if (starts) kernel->starts = starts;
             for (size_t panel = first; starts && panel < panels; panel++)
                 panel_starts((int8_t *)weight.data + (panel - first) * PANEL * channels, channels, starts + panel * PANEL);
-            if (!starts)
-                status = CREATE_STATUS(api, FAIL, "out of memory");
+            if (!starts) status = CREATE_STATUS(api, FAIL, "out of memory");
         }
     }
     if (status) {
@@ -391,9 +443,24 @@ static Status compute(void *data, void *context) {
         ROUNDING(title "RoundTokensTwice", second, first_step, 0, 1, UINT8, UINT8, FLOAT), \
         ROUNDING(title "RoundTokensMixed", second, first_step, 1, 0, UINT8, FLOAT),    \
         ROUNDING(title "RoundTokensMixedTwice", second, first_step, 1, 1, UINT8, UINT8, FLOAT)
-#define PRODUCT(title, is_twice, second, third, ...)                                          \
+#define PRODUCT(title, function, first_step, is_mixed, is_twice, second, third, ...)          \
     .base = BASE, .name = title, .inputs = {__VA_ARGS__}, .outputs = {FLOAT, second, third}, \
-    .compute = compute_products, .twice = is_twice
+    .compute = function, .before = first_step, .mixed = is_mixed, .twice = is_twice
+#define WEIGHT INT8, FLOAT
+#define PRODUCTS_OF(title, function, before, mixed_, twice_, ...)                                                      \
+    {PRODUCT(title, function, before, mixed_, twice_, 0, 0, __VA_ARGS__, WEIGHT), .products = 1},                      \
+        {PRODUCT(title "Add", function, before, mixed_, twice_, 0, 0, __VA_ARGS__, WEIGHT, FLOAT), .products = 1,      \
+         .added = 1},                                                                                                  \
+        {PRODUCT(title "Gate", function, before, mixed_, twice_, 0, 0, __VA_ARGS__, WEIGHT, WEIGHT), .products = 2,    \
+         .gated = 1},                                                                                                  \
+        {PRODUCT(title "Pair", function, before, mixed_, twice_, FLOAT, 0, __VA_ARGS__, WEIGHT, WEIGHT), .products = 2}, \
+        {PRODUCT(title "Triple", function, before, mixed_, twice_, FLOAT, FLOAT, __VA_ARGS__, WEIGHT, WEIGHT, WEIGHT), \
+         .products = 3}
+#define ROUNDED_PRODUCTS(title, before, ...)                                                                           \
+    PRODUCTS_OF(title "RoundProduct", compute_rounded_products, before, 0, 0, __VA_ARGS__),                            \
+        PRODUCTS_OF(title "RoundProductTwice", compute_rounded_products, before, 0, 1, __VA_ARGS__),                   \
+        PRODUCTS_OF(title "RoundMixedProduct", compute_rounded_products, before, 1, 0, __VA_ARGS__),                   \
+        PRODUCTS_OF(title "RoundMixedProductTwice", compute_rounded_products, before, 1, 1, __VA_ARGS__)
 #define ATTENTION(title, ...)                                                                              \
     {.base = BASE, .name = title, .inputs = {FLOAT, FLOAT, FLOAT, FLOAT16, FLOAT16, ##__VA_ARGS__},        \
      .outputs = {FLOAT, FLOAT16, FLOAT16}, .compute = compute_attention}
@@ -405,17 +472,13 @@ static const Operator ELEMENTS[] = {
     ROUNDINGS("Norm", FLOAT, NORM),
     ROUNDINGS("Gate", FLOAT, GATE),
 };
-#define WEIGHT INT8, FLOAT
-#define PRODUCTS_OF(title, is_twice, ...)                                                                              \
-    {PRODUCT(title, is_twice, 0, 0, __VA_ARGS__, WEIGHT), .products = 1},                                              \
-        {PRODUCT(title "Add", is_twice, 0, 0, __VA_ARGS__, WEIGHT, FLOAT), .products = 1, .added = 1},                 \
-        {PRODUCT(title "Gate", is_twice, 0, 0, __VA_ARGS__, WEIGHT, WEIGHT), .products = 2, .gated = 1},               \
-        {PRODUCT(title "Pair", is_twice, FLOAT, 0, __VA_ARGS__, WEIGHT, WEIGHT), .products = 2},                       \
-        {PRODUCT(title "Triple", is_twice, FLOAT, FLOAT, __VA_ARGS__, WEIGHT, WEIGHT, WEIGHT), .products = 3}
-
 static const Operator PRODUCTS[] = {
-    PRODUCTS_OF("Product", 0, UINT8, FLOAT),
-    PRODUCTS_OF("ProductTwice", 1, UINT8, UINT8, FLOAT),
+    PRODUCTS_OF("Product", compute_products, NOTHING, 0, 0, UINT8, FLOAT),
+    PRODUCTS_OF("ProductTwice", compute_products, NOTHING, 0, 1, UINT8, UINT8, FLOAT),
+    ROUNDED_PRODUCTS("", NOTHING, FLOAT),
+    ROUNDED_PRODUCTS("Scale", SCALE, FLOAT, FLOAT),
+    ROUNDED_PRODUCTS("Norm", NORM, FLOAT, FLOAT),
+    ROUNDED_PRODUCTS("Gate", GATE, FLOAT, FLOAT),
 };
 static const Operator ATTENTIONS[] = {
     ATTENTION("CausalAttention"),
