@@ -76,10 +76,10 @@ def fuse_gates(model: ir.Model) -> None:
             if gate is None or up is None or gate.shape is None or gate.shape != up.shape:
                 continue
             opened, made = gate.producer(), up.producer()
-            if _is_product(opened) and _is_product(made) and opened.inputs[:-2] == made.inputs[:-2]:
-                if len(gate.uses()) == 2 and len(up.uses()) == 1:
-                    _replace(model.graph, node, f"{made.op_type}Gate", [*opened.inputs, *made.inputs[-2:]], {})
-                    break
+            alone = len(gate.uses()) == 2 and len(up.uses()) == 1
+            if alone and _is_product(opened) and _is_product(made) and opened.inputs[:-2] == made.inputs[:-2]:
+                _replace(model.graph, node, f"{made.op_type}Gate", [*opened.inputs, *made.inputs[-2:]], {})
+                break
             readers = [usage.node for usage in node.outputs[0].uses()]
             if len(readers) == 1 and readers[0].op_type.startswith("RoundTokens"):
                 attributes = {"channels": _attribute(readers[0], "channels", 0)}

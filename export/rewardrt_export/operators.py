@@ -391,7 +391,8 @@ OPERATORS: tuple[OnnxFunction[Any, Any], ...] = (
     GateRoundTokens, GateRoundTokensTwice, GateRoundTokensMixed, GateRoundTokensMixedTwice,
     NormRoundTokens, NormRoundTokensTwice, NormRoundTokensMixed, NormRoundTokensMixedTwice,
     Product, ProductTwice, ProductAdd, ProductTwiceAdd,
-    ProductGate, ProductTwiceGate, ProductPair, ProductTwicePair, ProductTriple, ProductTwiceTriple, CausalAttention, RotaryCausalAttention,
+    ProductGate, ProductTwiceGate, ProductPair, ProductTwicePair, ProductTriple, ProductTwiceTriple,
+    CausalAttention, RotaryCausalAttention,
 )  # fmt: skip
 
 
