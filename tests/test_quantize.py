@@ -177,6 +177,25 @@ def test_activations_are_rounded_as_cheaply_as_the_reward_allows() -> None:
     assert found == [(False, 1), (True, 1), (True, 2)]
 
 
+def test_no_activation_has_two_planes_before_all_are_mixed() -> None:
+    calibration = Calibration()
+    for _ in range(20):
+        for name, gain in (("w", 1.0), ("v", 0.1)):  # the reward depends ten times more on one of them
+            given = calibration.observe(name, torch.from_numpy(activations(30)).requires_grad_())
+            (gain * given @ torch.from_numpy(WEIGHT @ READ)).sum().backward()
+        calibration.texts += 1
+    found = []
+    for reward_std in (1e5, 1e3, 100.0, 60.0, 1e-3):
+        calibration.reward_std = reward_std
+        plan = Plan(calibration)
+        kinds = [plan.smoothing(f"backbone.{name}.weight") for name in "wv"]
+        assert all(kind.mixed for kind in kinds) or all(kind.planes == 1 for kind in kinds)
+        found.append([kind.planes if kind.mixed else 0 for kind in kinds])
+    assert [0, 0] in found
+    assert [2, 1] in found
+    assert found[-1] == [2, 2]
+
+
 def test_gradients_that_overflow_give_two_planes_and_finite_scales() -> None:
     calibration = Calibration()
     given = calibration.observe("w", torch.from_numpy(activations(30)).requires_grad_())
