@@ -1,6 +1,6 @@
 """What the export of a model that does not fit in memory takes: a random one is written, exported, scored and deleted.
 
-    python benchmarks/big_checkpoint.py FOLDER [--shape 8b] [--precision int8]
+    python benchmarks/big_checkpoint.py FOLDER [--shape 8b] [--precision int8] [--certify]
 
 FOLDER needs room for the bfloat16 checkpoint (15 GB for 8b) and the graph beside it (9 GB in int8, 30 GB in fp32).
 Memory is what a process holds of its own (RssAnon of /proc/PID/status, sampled every 50 ms): pages of mapped files,
@@ -134,18 +134,20 @@ def run(arguments: list[str], text: str | None = None) -> tuple[str, float, int]
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="8b", show_default=True)
 @click.option("--precision", default="int8", show_default=True, help="Of the graph.")
+@click.option("--certify", is_flag=True, help="Compare with torch: layer by layer where the model does not fit.")
 @click.option("--texts", default=2, show_default=True, help="Texts of about 100 tokens to score.")
-def main(folder: Path, shape: str, precision: str, texts: int) -> None:
+def main(folder: Path, shape: str, precision: str, certify: bool, texts: int) -> None:
     """Write, export, score and delete."""
     work = Path(tempfile.mkdtemp(prefix="big-checkpoint-", dir=folder))
     try:
         parameters = write_checkpoint(work / "checkpoint", SHAPES[shape])
         size = sum(file.stat().st_size for file in (work / "checkpoint").glob("*.safetensors"))
         click.echo(f"checkpoint: {parameters:,} parameters, {size / 1e9:.1f} GB in bfloat16")
-        options = ["--no-certify", "--precision", precision]
+        options = ["--precision", precision, *([] if certify else ["--no-certify"])]
         _, seconds, most = run(["export", str(work / "checkpoint"), str(work / "bundle"), *options])
         size = sum(file.stat().st_size for file in (work / "bundle").iterdir())
         click.echo(f"export: {seconds:.0f} s, {most / 1e9:.2f} GB of memory, bundle {size / 1e9:.1f} GB")
+        click.echo(run(["inspect", str(work / "bundle")])[0])
         shutil.rmtree(work / "checkpoint")  # room for nothing else is taken while the bundle is loaded
         rows = [{"prompt": f"Question {number}: " + "why " * 80, "response": "Because."} for number in range(texts)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from checkpoints_encoders import write_encoder
 from commands import run
 from rewardrt import RewardModel
 from rewardrt.errors import BundleError, CertificateError
 from rewardrt.processor import read_processor
 from rewardrt.verify import verify
 from rewardrt_export import certify, pipeline
+from rewardrt_export.backbone import bind, load, meta_backbone
+from rewardrt_export.golden import MIN_TEXTS
+from rewardrt_export.source import read_source
+from rewardrt_export.weights import read_tensors
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 GOOD = bool({"avx512_vnni", "avx_vnni", "dotprod"} & set(read_processor().instruction_sets or ()))
@@ -80,6 +87,50 @@ def test_a_model_that_torch_has_no_memory_for_is_refused_before_it_is_traced(
     assert "\n" not in str(error.value)
     assert steps == ["reading the checkpoint"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_only_torch_has_no_memory_for_is_certified_layer_by_layer(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = sum(torch.Size(tensor.shape).numel() for tensor in read_tensors(TINY).values())
+    monkeypatch.setattr(certify, "available_memory", lambda: 2 * parameters)  # int8 fits, float32 does not
+    steps: list[str] = []
+    made = pipeline.export(TINY, tmp_path / "bundle", precisions=("int8",), progress=steps.append)
+    assert "scoring the golden texts with torch, layer by layer" in steps
+    whole = {row["ids"]: row["rewards"] for row in golden_rows(tiny_bundle)}
+    found = golden_rows(made.path)
+    assert len(found) == MIN_TEXTS
+    assert all(whole[row["ids"]] == row["rewards"] for row in found)  # the same bits
+    (certificate,) = made.manifest.certificates
+    assert certificate.texts == MIN_TEXTS
+    assert certificate.reference.endswith("float32, eager attention, layer by layer")
+    assert certificate.fidelity is not None
+    assert certificate.fidelity.texts == MIN_TEXTS  # nothing was calibrated on any of them
+    assert certificate.fidelity.rms_std < 0.05
+    with pytest.raises(CertificateError, match=r"to calibrate on texts, .* without --calibrate"):
+        pipeline.export(TINY, tmp_path / "other", precisions=("int8",), calibrate=tmp_path / "texts.jsonl")
+
+
+def golden_rows(bundle: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (bundle / "golden.jsonl").read_text().splitlines()]
+    return [row | {"ids": tuple(row["ids"])} for row in rows]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "deberta-v2"])
+def test_layers_that_come_and_go_give_the_same_bits(tmp_path: Path, model_type: str) -> None:
+    write_encoder(tmp_path, model_type)
+    config = read_source(tmp_path).config
+    models = [meta_backbone(config, "eager") for _ in range(2)]
+    sources = bind(models[0], read_tensors(tmp_path)).sources
+    ids = torch.arange(5, 25)[None]
+    results = []
+    for model, by_layer in zip(models, (False, True), strict=True):
+        load(model, sources, torch.float32, by_layer=by_layer)
+        with torch.inference_mode():
+            results.append(model(ids).last_hidden_state)
+    assert torch.equal(*results)
+    there = [not parameter.is_meta for parameter in models[1].parameters()]
+    assert 0 < sum(there) < len(there)  # embeddings stay, layers are gone again
 
 
 def test_memory_left_is_the_smaller_of_the_machine_s_and_the_container_s(

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,6 +121,38 @@ def fill_with_fakes(module: nn.Module, mode: FakeTensorMode) -> None:
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+def load(model: PreTrainedModel, sources: dict[str, Source], dtype: torch.dtype, *, by_layer: bool = False) -> None:
+    """Give a meta backbone its weights in `dtype`; with `by_layer`, those of a layer only while it runs.
+
+    They are then read each time. The layers are the model's largest list of modules. No gradients can be derived.
+    """
+    lists = (
+        {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+        if by_layer
+        else {}
+    )
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
+    held = dict(sources)
+    if sizes:
+        longest = max(sizes, key=lambda name: sizes[name])
+        model.requires_grad_(False)
+        for index, layer in enumerate(lists[longest]):
+            own = {name: held.pop(f"{longest}.{index}.{name}") for name in layer.state_dict()}
+            layer.register_forward_pre_hook(partial(_fetch, own, dtype))
+            layer.register_forward_hook(partial(_release, layer.state_dict()))
+    state = {name: source.read().to(dtype) for name, source in held.items()}
+    missing, unknown = model.load_state_dict(state, strict=False, assign=True)
+    assert not unknown and set(missing) == sources.keys() - held.keys()
+
+
+def _fetch(own: dict[str, Source], dtype: torch.dtype, layer: nn.Module, inputs: object) -> None:
+    layer.load_state_dict({name: source.read().to(dtype) for name, source in own.items()}, strict=True, assign=True)
+
+
+def _release(empty: dict[str, torch.Tensor], layer: nn.Module, inputs: object, output: object) -> None:
+    layer.load_state_dict(empty, strict=True, assign=True)
 
 
 def bind(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> Binding:

@@ -1,6 +1,7 @@
 """The certificate: the exported bundle, scored through the public runtime, against the torch model.
 
 The reference is transformers' own forward pass in float32 with eager attention, one text at a time, nothing padded.
+Where the model does not fit in memory, a layer of it is there only while it runs, and fewer texts are scored.
 """
 
 from __future__ import annotations
@@ -24,25 +25,37 @@ from rewardrt.spec import Spec
 from rewardrt.text import ChatTemplate, RawText, Renderer
 from rewardrt.tokens import EncodedText, Tokenizer
 from rewardrt.verify import GoldenText, pair_order_agreement, verify
-from rewardrt_export.backbone import meta_backbone
+from rewardrt_export.backbone import load, meta_backbone
 from rewardrt_export.calibrate import LONGEST, Calibration
 from rewardrt_export.checkpoint import Checkpoint
-from rewardrt_export.golden import Candidate, golden_texts
+from rewardrt_export.golden import MIN_TEXTS, Candidate, golden_texts
 from rewardrt_export.heads import RewardHead
+from rewardrt_export.precision import PRECISIONS
 
 CGROUP = Path("/sys/fs/cgroup")  # a container sees its own limit here
 
 
 def score_golden(
-    checkpoint: Checkpoint, bundle: Path, file: Path | None, calibration: Calibration | None = None
+    checkpoint: Checkpoint,
+    bundle: Path,
+    file: Path | None,
+    calibration: Calibration | None = None,
+    *,
+    by_layer: bool = False,
 ) -> list[GoldenText]:
     """Tokenize the golden texts with what is in the bundle's folder, and score them with torch.
 
-    Raises CertificateError when transformers' own template or tokenizer gives something else for one of them.
+    With `by_layer` they are MIN_TEXTS of the default set, from the first to the last. Raises CertificateError when
+    transformers' own template or tokenizer gives something else for one of them.
     """
     candidates, encoded = encode_texts(checkpoint, bundle, file)
+    if by_layer and file is None:
+        chosen = np.linspace(0, len(candidates) - 1, MIN_TEXTS).round().astype(int)
+        candidates, encoded = [candidates[index] for index in chosen], [encoded[index] for index in chosen]
     # What calibration sees of the golden texts is every other one; the rest is left to be measured on.
-    rewards = score_with_torch(checkpoint, encoded, calibration=calibration, observed=slice(None, None, 2))
+    rewards = score_with_torch(
+        checkpoint, encoded, calibration=calibration, observed=slice(None, None, 2), by_layer=by_layer
+    )
     return [
         GoldenText(
             candidate.row,
@@ -78,15 +91,29 @@ def spread(rewards: Sequence[tuple[float, ...]]) -> float:
     return float(np.array([reward for each in rewards for reward in each]).std())
 
 
-def check_memory(checkpoint: Checkpoint) -> None:
-    """Raise CertificateError where the torch model in float32 is larger than the memory that this machine has left."""
+def check_memory(checkpoint: Checkpoint, precisions: Sequence[str], *, calibrates: bool) -> bool:
+    """Return whether the torch model in float32 fits in the memory that this machine has left.
+
+    Raises CertificateError where a graph that is to be compared with it does not, or where calibration needs all of it.
+    """
     sizes = [torch.Size(tensor.shape).numel() for tensor in checkpoint.source.stored.values()]
-    needed, free = 4 * sum(sizes), available_memory()
-    if free is not None and needed > free:
+    parameters, free = sum(sizes), available_memory()
+    if free is None:
+        return True
+    for name in precisions:
+        needed = PRECISIONS[name].held * parameters
+        if needed > free:
+            raise CertificateError(
+                f"onnxruntime needs {needed / 1e9:.1f} GB of memory for the {name} graph, and {free / 1e9:.1f} GB are "
+                "free; export where there is more, in a smaller precision, or with --no-certify, which does not load it"
+            )
+    needed = 4 * parameters
+    if needed > free and calibrates:
         raise CertificateError(
-            f"torch needs {needed / 1e9:.1f} GB of memory for the model in float32, and {free / 1e9:.1f} GB are free; "
-            f"export where there is more, or with --no-certify (and no --calibrate), which needs no torch model"
+            f"torch needs {needed / 1e9:.1f} GB of memory for the model in float32 to calibrate on texts, and "
+            f"{free / 1e9:.1f} GB are free; export where there is more, or without --calibrate"
         )
+    return needed <= free
 
 
 def available_memory() -> int | None:
@@ -146,16 +173,16 @@ def score_with_torch(
     dtype: torch.dtype = torch.float32,
     calibration: Calibration | None = None,
     observed: slice = slice(None),
+    by_layer: bool = False,
 ) -> list[tuple[float, ...]]:
     """Return the raw rewards of each text: one, one for each of its steps, or the vector that it is compared by.
 
     The backbone computes in `dtype`, the head in float32. `calibration` takes in the input of each linear layer for the
     texts of the slice `observed`, and its gradient for those that are not too long. The torch model is in memory only
-    while this runs.
+    while this runs; with `by_layer`, and no calibration, one of its layers at a time.
     """
     model = meta_backbone(checkpoint.source.config, "eager")
-    state = {name: source.read().to(dtype) for name, source in checkpoint.backbone.sources.items()}
-    model.load_state_dict(state, strict=True, assign=True)
+    load(model, checkpoint.backbone.sources, dtype, by_layer=by_layer)
     watching = _Watch(model, calibration) if calibration is not None else None
     seen = set(range(len(texts))[observed])
     head = checkpoint.head()
@@ -221,7 +248,13 @@ class _Watch:
 
 
 def measure_fidelity(
-    checkpoint: Checkpoint, bundle: Path, precision: str, golden: Sequence[GoldenText], unseen: slice
+    checkpoint: Checkpoint,
+    bundle: Path,
+    precision: str,
+    golden: Sequence[GoldenText],
+    unseen: slice,
+    *,
+    by_layer: bool = False,
 ) -> Fidelity:
     """Compare a graph that rounds, and torch in bfloat16, with torch in float32 on the golden texts of a slice."""
     texts = [text.encoded for text in golden[unseen]]
@@ -233,7 +266,9 @@ def measure_fidelity(
             raise CertificateError(f"{precision}: {values}")
         found += values.tolist()
     rounded = np.array(found)
-    bfloat16 = np.array([value for each in score_with_torch(checkpoint, texts, dtype=torch.bfloat16) for value in each])
+    del model  # two of them need not fit
+    other = score_with_torch(checkpoint, texts, dtype=torch.bfloat16, by_layer=by_layer)
+    bfloat16 = np.array([value for each in other for value in each])
     std = spread([text.rewards for text in golden])
     return Fidelity(
         texts=len(texts),
@@ -244,7 +279,7 @@ def measure_fidelity(
     )
 
 
-def certify(bundle: Path, precision: str, fidelity: Fidelity | None = None) -> Certificate:
+def certify(bundle: Path, precision: str, fidelity: Fidelity | None = None, *, by_layer: bool = False) -> Certificate:
     """Score the golden texts through the public runtime with one of the graphs, and say how far off torch it is.
 
     Raises CertificateError when that is over the precision's tolerance, or not a number.
@@ -256,7 +291,8 @@ def certify(bundle: Path, precision: str, fidelity: Fidelity | None = None) -> C
         )
     return Certificate(
         precision=found.precision,
-        reference=f"torch {torch.__version__}, transformers {transformers.__version__}, float32, eager attention",
+        reference=f"torch {torch.__version__}, transformers {transformers.__version__}, float32, eager attention"
+        + (", layer by layer" if by_layer else ""),
         texts=found.texts,
         reward_std=found.reward_std,
         tolerance_std=found.tolerance_std,

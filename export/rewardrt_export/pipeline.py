@@ -79,7 +79,8 @@ def export(
     `precisions` are names of `precision.PRECISIONS`: a graph each. int8 is calibrated on the texts of the JSONL file
     `calibrate`, or else on every other one of the golden texts. With `token_rewards` the graphs also give the reward
     after every token, where a model reads one answer at one token. Without `certified` the torch model scores nothing,
-    except the texts of `calibrate`: the bundle has no golden texts and says that it is uncertified.
+    except the texts of `calibrate`: the bundle has no golden texts and says that it is uncertified. Where the torch
+    model in float32 does not fit in memory, it scores layer by layer, fewer texts, and int8 is not calibrated.
 
     Raises a RewardRTError and leaves nothing behind when any step fails. An existing `target` is replaced only with
     `force`, and only once the new bundle is whole.
@@ -100,18 +101,19 @@ def export(
         normalise=normalise,
     )
     own_texts = calibrated and calibrate is not None
+    by_layer = False
     if certified or own_texts:
-        check_memory(checkpoint)
+        by_layer = not check_memory(checkpoint, precisions if certified else (), calibrates=own_texts)
     target = Path(target)
     with _workplace(target, force) as folder:
         progress(f"tracing {checkpoint.source.architecture} ({checkpoint.spec.backbone})")
         graph = _make_graph(checkpoint, token_rewards)
         _write_text_files(checkpoint, folder)
-        calibration = Calibration() if calibrated and (certified or own_texts) else None
+        calibration = Calibration() if calibrated and (certified or own_texts) and not by_layer else None
         texts: list[GoldenText] = []
         if certified:
-            progress("scoring the golden texts with torch")
-            texts = score_golden(checkpoint, folder, golden, None if own_texts else calibration)
+            progress(f"scoring the golden texts with torch{', layer by layer' if by_layer else ''}")
+            texts = score_golden(checkpoint, folder, golden, None if own_texts else calibration, by_layer=by_layer)
             if calibration is not None:
                 calibration.reward_std = spread([text.rewards for text in texts])
         else:
@@ -135,9 +137,10 @@ def export(
             progress(f"certifying the {precision} graph against torch")
             fidelity = None
             if PRECISIONS[precision].rounds:
-                unseen = slice(None) if own_texts or not PRECISIONS[precision].calibrated else slice(1, None, 2)
-                fidelity = measure_fidelity(checkpoint, folder, precision, texts, unseen)
-            certificates.append(certify(folder, precision, fidelity))
+                seen_golden = PRECISIONS[precision].calibrated and calibration is not None and not own_texts
+                unseen = slice(1, None, 2) if seen_golden else slice(None)
+                fidelity = measure_fidelity(checkpoint, folder, precision, texts, unseen, by_layer=by_layer)
+            certificates.append(certify(folder, precision, fidelity, by_layer=by_layer))
         write_manifest(folder, dataclasses.replace(manifest, certificates=tuple(certificates)))
         return _move(folder, target)
 

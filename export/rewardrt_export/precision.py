@@ -20,7 +20,8 @@ INTEGER_DOT = ("avx512_vnni", "avx_vnni", "dotprod")
 class Precision:
     """`lower` turns the float32 graph, whose weights are lazy, into this one; the graph is its own, to be changed.
 
-    `needs` are instruction sets, one of which a machine must have, as `rewardrt doctor` calls them.
+    `needs` are instruction sets, one of which a machine must have, as `rewardrt doctor` calls them. `held` are the
+    bytes that a loaded graph holds in memory for each parameter, about: pages of a mapped file are not counted.
     """
 
     description: str
@@ -28,6 +29,7 @@ class Precision:
     calibrated: bool = False  # by texts that torch scores before, where there are any
     rounds: bool = False  # what float32 is: the certificate then says how near it stays, beside torch's bfloat16
     needs: tuple[str, ...] = ()
+    held: float = 4.0
 
 
 PRECISIONS: dict[str, Precision] = {
@@ -48,16 +50,19 @@ PRECISIONS: dict[str, Precision] = {
         calibrated=True,
         rounds=True,
         needs=INTEGER_DOT,
+        held=1.1,
     ),
     "weights8": Precision(
         "8-bit weights in blocks of 32, float32 products: a third of the memory",
         lambda graph, calibration: quantize_weights(graph, bits=8),
         rounds=True,
+        held=1.4,
     ),
     "weights4": Precision(
         "4-bit weights in blocks of 32, float32 products: a sixth of the memory",
         lambda graph, calibration: quantize_weights(graph, bits=4),
         rounds=True,
+        held=0.7,
     ),
 }
 
