@@ -16,9 +16,9 @@
 #define INPUTS 9
 #define OUTPUTS 3
 #define NUMBERS 10240 /* that a task of rounding takes, or one token */
-#define BLOCK 96   /* most tokens of a task of products, a multiple of ROWS: a panel and they stay in a core's cache */
-#define TASKS 16   /* fewest tasks of products, where there are tokens enough: threads then end together */
-#define HELPERS 64 /* most threads that share one operator's work */
+#define BLOCK 96      /* most tokens of a task of products: a panel and they stay in a core's cache */
+#define TASKS 16      /* fewest tasks of products, where there are tokens enough: threads then end together */
+#define HELPERS 64    /* most threads that share one operator's work */
 #define EXPORTED __attribute__((visibility("default")))
 
 #define TRY(call)                  \
@@ -33,7 +33,7 @@ typedef struct Operator Operator;
 typedef struct {
     const Operator *op;
     Api api;
-    float number;   /* attention's scale, a norm's epsilon */
+    float number;    /* attention's scale, a norm's epsilon */
     int32_t *starts; /* products: of all weights' panels */
 } Kernel;
 
