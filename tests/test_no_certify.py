@@ -15,9 +15,11 @@ from commands import run
 from rewardrt import RewardModel
 from rewardrt.errors import BundleError, CertificateError
 from rewardrt.processor import read_processor
+from rewardrt.tokens import EncodedText
 from rewardrt.verify import verify
-from rewardrt_export import certify, pipeline
+from rewardrt_export import backbone, certify, pipeline
 from rewardrt_export.backbone import bind, load, meta_backbone
+from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.golden import MIN_TEXTS
 from rewardrt_export.source import read_source
 from rewardrt_export.weights import read_tensors
@@ -131,6 +133,19 @@ def test_layers_that_come_and_go_give_the_same_bits(tmp_path: Path, model_type: 
     assert torch.equal(*results)
     there = [not parameter.is_meta for parameter in models[1].parameters()]
     assert 0 < sum(there) < len(there)  # embeddings stay, layers are gone again
+
+
+def test_a_model_that_reads_a_layer_from_outside_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbone, "_fetch", lambda *arguments: None)  # as if its weights were read when it does not run
+    checkpoint = read_checkpoint(TINY)
+    text = EncodedText(np.arange(5, 25), False, np.array([19]))
+    with pytest.raises(
+        CertificateError, match=r"RewardModel cannot be computed layer by layer \(.*--no-certify"
+    ) as error:
+        certify.score_with_torch(checkpoint, [text], by_layer=True)
+    assert "\n" not in str(error.value)
 
 
 def test_memory_left_is_the_smaller_of_the_machine_s_and_the_container_s(

@@ -194,8 +194,16 @@ def score_with_torch(
         if watching is not None and index in seen:
             values = watching.score(score, derive=len(text.ids) <= LONGEST)
         else:
-            with torch.inference_mode():
-                values = score()
+            try:
+                with torch.inference_mode():
+                    values = score()
+            except (RuntimeError, NotImplementedError) as error:  # weights on the meta device: they are not there
+                if not by_layer:
+                    raise
+                raise CertificateError(
+                    f"{checkpoint.source.architecture} cannot be computed layer by layer "
+                    f"({str(error).splitlines()[0]}); export where there is more memory, or with --no-certify"
+                ) from error
         rewards.append(tuple(values.tolist()))
     return rewards
 

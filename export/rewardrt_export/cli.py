@@ -48,7 +48,7 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
     "--calibrate", type=click.Path(path_type=Path), help="JSONL rows to calibrate int8 on.  [default: golden texts]"
 )
 @click.option(
-    "--no-certify", "certified", flag_value=False, default=True, help="Do not compare with torch: for want of memory or time."
+    "--no-certify", "certified", flag_value=False, default=True, help="Do not compare with torch: for want of memory."
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
