@@ -86,6 +86,18 @@ def test_an_onnxruntime_without_metadata_is_taken(site: Path) -> None:
     assert select_in(site) == "Selection(provider='cpu', note=None)"
 
 
+@pytest.mark.parametrize(
+    ("version", "taken"), [("1.23.0", False), ("1.23.2", False), ("1.24.1", True), ("2.0.0", True)]
+)
+def test_an_onnxruntime_that_is_too_old_is_refused(site: Path, version: str, taken: bool) -> None:
+    install(site, "onnxruntime", source=f"{WORKING}\n__version__ = {version!r}\n")
+    refused = (
+        f"onnxruntime {version} is too old; expected 1.24 or later (1.23.0 gives other rewards without a word): "
+        "`pip uninstall -y onnxruntime && pip install 'rewardrt[cpu]'`"
+    )
+    assert select_in(site) == ("Selection(provider='cpu', note=None)" if taken else refused)
+
+
 def test_no_onnxruntime_gives_the_command(site: Path) -> None:
     assert select_in(site) == "no onnxruntime is installed: `pip install 'rewardrt[cpu]'` (or `[gpu]` for CUDA)"
 

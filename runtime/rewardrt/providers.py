@@ -46,6 +46,10 @@ _REQUESTS: dict[Provider, list[tuple[str, dict[str, str]]]] = {
     "tensorrt": [(ORT_NAMES["tensorrt"], {}), (ORT_NAMES["cuda"], {"use_tf32": "0"})],
 }
 
+# 1.23.0 computes attention wrongly (the 135M model's reward of a text was 0.27 for -0.67), and no version before 1.24
+# quantizes by blocks, as int8 graphs do without their kernels.
+OLDEST = (1, 24)
+
 # An ONNX model, y = x @ x for x float32 [2, 2]: IR version 8, opset 13.
 _PROBE_MODEL = bytes.fromhex(
     "08083a400a110a01780a017812017922064d61744d756c1201675a130a0178120e0a0c08011208"
@@ -143,6 +147,7 @@ def import_onnxruntime() -> ModuleType:
     2. None is installed.
     3. The folder is gone or hollow: two were installed and one was removed, with the files of both.
     4. The package is there, but importing it fails.
+    5. It is older than OLDEST.
     """
     if conflict := onnxruntime_conflict():
         raise ProviderError(f"{conflict}; keep one: `{_mending_command()}`")  # case 1
@@ -160,6 +165,13 @@ def import_onnxruntime() -> ModuleType:
         del sys.modules["onnxruntime"]  # so that a later call sees a repaired installation
         folder = f"{_installed()} is installed, but its folder" if _installed() else "onnxruntime's folder"
         raise ProviderError(f"{folder} is hollow, what an uninstall left behind: `{_mending_command()}`")
+    version = re.match(r"(\d+)\.(\d+)", getattr(module, "__version__", ""))
+    if version and (int(version[1]), int(version[2])) < OLDEST:  # case 5
+        oldest = ".".join(map(str, OLDEST))
+        raise ProviderError(
+            f"onnxruntime {module.__version__} is too old; expected {oldest} or later (1.23.0 gives other rewards "
+            f"without a word): `{_mending_command()}`"
+        )
     return module
 
 
