@@ -128,22 +128,23 @@ def load(model: PreTrainedModel, sources: dict[str, Source], dtype: torch.dtype,
 
     They are then read each time. The layers are the model's largest list of modules. No gradients can be derived.
     """
-    lists = (
-        {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-        if by_layer
-        else {}
-    )
-    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
     held = dict(sources)
-    if sizes:
-        longest = max(sizes, key=lambda name: sizes[name])
-        model.requires_grad_(False)
-        for index, layer in enumerate(lists[longest]):
-            own = {name: held.pop(f"{longest}.{index}.{name}") for name in layer.state_dict()}
-            layer.register_forward_pre_hook(partial(_fetch, own, dtype))
-            layer.register_forward_hook(partial(_release, layer.state_dict()))
+    for prefix, layer in _layers(model) if by_layer else []:
+        layer.requires_grad_(False)
+        own = {name: held.pop(f"{prefix}.{name}") for name in layer.state_dict()}
+        layer.register_forward_pre_hook(partial(_fetch, own, dtype))
+        layer.register_forward_hook(partial(_release, layer.state_dict()))
     state = {name: source.read().to(dtype) for name, source in held.items()}
     model.load_state_dict(state, strict=len(held) == len(sources), assign=True)
+
+
+def _layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for _, module in lists]
+    if not lists:
+        return []
+    name, layers = lists[sizes.index(max(sizes))]
+    return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
 
 
 def _fetch(own: dict[str, Source], dtype: torch.dtype, layer: nn.Module, inputs: object) -> None:

@@ -221,21 +221,24 @@ def Unpack(weight: Integers, columns: Floats) -> Integers:
 
 
 @script(own, default_opset=op)
-def Product(plane: Bytes, steps: Floats, weight: Integers, columns: Floats) -> Floats:
-    """Multiply rounded tokens with a weight whose columns have steps of their own."""
+def PlaneProduct(plane: Bytes, steps: Floats, weight: Integers, columns: Floats, step: float) -> Floats:
+    """Multiply one plane, in `step` of its tokens' steps, with a weight whose columns have steps of their own."""
     integers = own.Unpack(weight, columns)
     zero = op.Cast(op.Constant(value_int=128), to=2)
-    result = microsoft.MatMulIntegerToFloat(plane, integers, op.Constant(value_float=1.0), columns, zero)
+    result = microsoft.MatMulIntegerToFloat(plane, integers, op.Constant(value_float=step), columns, zero)
     return op.Mul(result, steps)
+
+
+@script(own, default_opset=op)
+def Product(plane: Bytes, steps: Floats, weight: Integers, columns: Floats) -> Floats:
+    """Multiply rounded tokens."""
+    return own.PlaneProduct(plane, steps, weight, columns, step=1.0)
 
 
 @script(own, default_opset=op)
 def Rest(rest: Bytes, steps: Floats, weight: Integers, columns: Floats) -> Floats:
     """Multiply what was rounded the second time."""
-    zero = op.Cast(op.Constant(value_int=128), to=2)
-    finer = op.Constant(value_float=1 / 254)
-    result = microsoft.MatMulIntegerToFloat(rest, own.Unpack(weight, columns), finer, columns, zero)
-    return op.Mul(result, steps)
+    return own.PlaneProduct(rest, steps, weight, columns, step=1 / 254)
 
 
 @script(own, default_opset=op)
@@ -273,63 +276,6 @@ def ProductTwiceGate(
     """Multiply tokens that were rounded twice with two weights, and take silu(gate) up of the results."""
     opened = own.ProductTwice(plane, rest, steps, gate, gate_columns)
     return own.GateUp(opened, own.ProductTwice(plane, rest, steps, up, up_columns))
-
-
-@script(own, default_opset=op)
-def ProductPair(
-    plane: Bytes, steps: Floats, weight: Integers, columns: Floats, weight2: Integers, columns2: Floats
-) -> tuple[Floats, Floats]:
-    """Multiply rounded tokens with two weights."""
-    first = own.Product(plane, steps, weight, columns)
-    second = own.Product(plane, steps, weight2, columns2)
-    return first, second
-
-
-@script(own, default_opset=op)
-def ProductTwicePair(
-    plane: Bytes, rest: Bytes, steps: Floats, weight: Integers, columns: Floats, weight2: Integers, columns2: Floats
-) -> tuple[Floats, Floats]:
-    """Multiply tokens that were rounded twice with two weights."""
-    first = own.ProductTwice(plane, rest, steps, weight, columns)
-    second = own.ProductTwice(plane, rest, steps, weight2, columns2)
-    return first, second
-
-
-@script(own, default_opset=op)
-def ProductTriple(
-    plane: Bytes,
-    steps: Floats,
-    weight: Integers,
-    columns: Floats,
-    weight2: Integers,
-    columns2: Floats,
-    weight3: Integers,
-    columns3: Floats,
-) -> tuple[Floats, Floats, Floats]:
-    """Multiply rounded tokens with three weights."""
-    first = own.Product(plane, steps, weight, columns)
-    second = own.Product(plane, steps, weight2, columns2)
-    third = own.Product(plane, steps, weight3, columns3)
-    return first, second, third
-
-
-@script(own, default_opset=op)
-def ProductTwiceTriple(
-    plane: Bytes,
-    rest: Bytes,
-    steps: Floats,
-    weight: Integers,
-    columns: Floats,
-    weight2: Integers,
-    columns2: Floats,
-    weight3: Integers,
-    columns3: Floats,
-) -> tuple[Floats, Floats, Floats]:
-    """Multiply tokens that were rounded twice with three weights."""
-    first = own.ProductTwice(plane, rest, steps, weight, columns)
-    second = own.ProductTwice(plane, rest, steps, weight2, columns2)
-    third = own.ProductTwice(plane, rest, steps, weight3, columns3)
-    return first, second, third
 
 
 @script(own, default_opset=op)
@@ -385,19 +331,20 @@ def RotaryCausalAttention(
 
 
 OPERATORS: tuple[OnnxFunction[Any, Any], ...] = (
-    Mix, Steps, Zeros, GateUp, Unpack, Rest,
+    Mix, Steps, Zeros, GateUp, Unpack, PlaneProduct, Rest,
     RoundTokens, RoundTokensTwice, RoundTokensMixed, RoundTokensMixedTwice,
     ScaleRoundTokens, ScaleRoundTokensTwice, ScaleRoundTokensMixed, ScaleRoundTokensMixedTwice,
     GateRoundTokens, GateRoundTokensTwice, GateRoundTokensMixed, GateRoundTokensMixedTwice,
     NormRoundTokens, NormRoundTokensTwice, NormRoundTokensMixed, NormRoundTokensMixedTwice,
     Product, ProductTwice, ProductAdd, ProductTwiceAdd,
-    ProductGate, ProductTwiceGate, ProductPair, ProductTwicePair, ProductTriple, ProductTwiceTriple,
-    CausalAttention, RotaryCausalAttention,
+    ProductGate, ProductTwiceGate, CausalAttention, RotaryCausalAttention,
 )  # fmt: skip
 
 
-_ROUNDED = re.compile("(Scale|Norm|Gate|)Round(Mixed|)(Product(?:Twice|))(Add|Gate|Pair|Triple|)")
+# What is not written out above: products of several weights, and rounding with the products that read it.
+_PRODUCT = re.compile("((?:(?:Scale|Norm|Gate|)Round(?:Mixed|))?)(Product(?:Twice|))(Add|Gate|Pair|Triple|)")
 _WEIGHTS = {"": 1, "Add": 1, "Gate": 2, "Pair": 2, "Triple": 3}  # of a product; each has the steps of its columns
+_RESULTS = {"Pair": 2, "Triple": 3}  # else 1
 
 
 def rounded_product(rounding: str, product: str) -> str:
@@ -405,30 +352,39 @@ def rounded_product(rounding: str, product: str) -> str:
     return rounding.replace("RoundTokens", "Round").removesuffix("Twice") + product
 
 
-def _rounded_product(name: str) -> ir.Function | None:
-    """Make the function of an operator that rounds and multiplies: calls of the two that do."""
-    parts = _ROUNDED.fullmatch(name)
+def _product(name: str) -> ir.Function:
+    """Make the function of an operator that multiplies with several weights, or that rounds before: calls of others."""
+    parts = _PRODUCT.fullmatch(name)
     if parts is None:
-        return None
-    before, mixed, product, kind = parts.groups()
+        raise ValueError(f"no operator {name!r}")
+    rounding, product, kind = parts.groups()
     twice = product.removeprefix("Product")
-    inputs = [ir.Value(name="values"), *([ir.Value(name="second")] if before else [])]
-    rest = [ir.Value(name=f"{part}{i}") for i in range(_WEIGHTS[kind]) for part in ("weight", "columns")]
-    rest += [ir.Value(name="added")] if kind == "Add" else []
-    kinds = {"channels": ir.AttributeType.INT} | ({"epsilon": ir.AttributeType.FLOAT} if before == "Norm" else {})
+    weights = [[ir.Value(name=f"{part}{i}") for part in ("weight", "columns")] for i in range(_WEIGHTS[kind])]
+    flat = [value for weight in weights for value in weight]
+    added = [ir.Value(name="added")] if kind == "Add" else []
+    kinds: dict[str, ir.AttributeType] = {}
     tape = Tape()
-    planes = tape.op_multi_out(
-        f"{before}RoundTokens{mixed}{twice}",
-        inputs,
-        {key: ir.RefAttr(key, key, type_) for key, type_ in kinds.items()},
-        num_outputs=3 if twice else 2,
-        domain=DOMAIN,
-    )
-    count = {"Pair": 2, "Triple": 3}.get(kind, 1)
-    results = tape.op_multi_out(f"{product}{kind}", [*planes, *rest], num_outputs=count, domain=DOMAIN)
-    for place, value in enumerate([*planes, *results]):
+    if rounding:
+        kinds["channels"] = ir.AttributeType.INT
+        if rounding.startswith("Norm"):
+            kinds["epsilon"] = ir.AttributeType.FLOAT
+        inputs = [ir.Value(name=name) for name in ("values", *([] if rounding.startswith("Round") else ["second"]))]
+        planes = tape.op_multi_out(
+            rounding.replace("Round", "RoundTokens") + twice,
+            inputs,
+            {key: ir.RefAttr(key, key, type_) for key, type_ in kinds.items()},
+            num_outputs=3 if twice else 2,
+            domain=DOMAIN,
+        )
+        results = tape.op_multi_out(
+            product + kind, [*planes, *flat, *added], num_outputs=_RESULTS.get(kind, 1), domain=DOMAIN
+        )
+    else:
+        inputs = planes = [ir.Value(name=name) for name in ("plane", *(["rest"] if twice else []), "steps")]
+        results = [tape.op(product, [*planes, *weight], domain=DOMAIN) for weight in weights]
+    for place, value in enumerate(value for node in tape.nodes for value in node.outputs):
         value.name = f"made{place}"
-    graph = ir.Graph([*inputs, *rest], results, nodes=tape.nodes, opset_imports={DOMAIN: 1})
+    graph = ir.Graph([*inputs, *flat, *added], results, nodes=tape.nodes, opset_imports={DOMAIN: 1})
     needed = [ir.Attr(key, ir.AttributeType.UNDEFINED, None) for key in kinds]
     return ir.Function(DOMAIN, name, graph=graph, attributes=needed)
 
@@ -443,7 +399,7 @@ def define(model: ir.Model) -> None:
         name = pending.pop()
         if (DOMAIN, name, "") in model.functions:
             continue
-        function = _rounded_product(name) or functions[name]
+        function = functions[name] if name in functions else _product(name)
         model.functions[function.identifier()] = function
         pending += [node.op_type for node in function if node.domain == DOMAIN]
     model.opset_imports.update({DOMAIN: 1, "com.microsoft": 1})

@@ -195,8 +195,7 @@ static Status compute_rounding(Kernel *kernel, void *context, Tensor *inputs) {
 }
 
 typedef struct {
-    const Product *gate; /* or NULL */
-    Product products[OUTPUTS], gates;
+    Product products[OUTPUTS], gate; /* without a weight: there is none */
     size_t panels[OUTPUTS], tokens, block, blocks, count; /* tasks: a panel times `block` tokens */
 } Products;
 
@@ -215,7 +214,7 @@ static void multiply_some(const void *work, size_t index, size_t then, void *scr
     const Product *product = product_of(all, index, &panel);
     const Product *other = product_of(all, then < all->count ? then : index, &next);
     (void)scratch;
-    multiply(product, all->gate, first, end < all->tokens ? end : all->tokens, panel,
+    multiply(product, all->gate.weight ? &all->gate : NULL, first, end < all->tokens ? end : all->tokens, panel,
              other->weight + next * PANEL * other->channels);
 }
 
@@ -231,7 +230,7 @@ static Status read_products(Kernel *kernel, void *context, const Tensor *x, cons
     if (channels % 4) return refuse(kernel, "product: expected channels in fours");
     for (size_t i = 0, output = 0; i < op->products; i++) {
         const Tensor *weight = weights + 2 * i, *columns = weight + 1, *added = op->added ? columns + 1 : NULL;
-        Product *product = op->gated && i == 0 ? &all->gates : all->products + output;
+        Product *product = op->gated && i == 0 ? &all->gate : all->products + output;
         *product = *planes;
         product->weight = (int8_t *)weight->data;
         product->starts = kernel->starts + starts;
@@ -243,7 +242,7 @@ static Status read_products(Kernel *kernel, void *context, const Tensor *x, cons
         starts += own * PANEL;
         if (elements(weight, weight->axes) != own * PANEL * channels)
             return refuse(kernel, "product: planes, weight and its steps do not fit each other");
-        if (product == &all->gates) continue;
+        if (product == &all->gate) continue;
         int64_t sizes[AXES];
         memcpy(sizes, x->sizes, sizeof sizes);
         sizes[x->axes - 1] = (int64_t)product->columns;
@@ -252,9 +251,8 @@ static Status read_products(Kernel *kernel, void *context, const Tensor *x, cons
         TRY(make_output(kernel, context, output, sizes, x->axes, &product->result));
         panels += all->panels[output++] = own;
     }
-    if (op->gated && all->gates.columns != all->products->columns)
+    if (op->gated && all->gate.columns != all->products->columns)
         return refuse(kernel, "product: gates and values do not fit each other");
-    all->gate = op->gated ? &all->gates : NULL;
     const size_t least = (all->tokens + BLOCK - 1) / BLOCK, many = panels ? (TASKS + panels - 1) / panels : 1;
     const size_t blocks = many > least ? many : least;
     all->block = all->tokens ? (all->tokens + blocks - 1) / blocks : 1;
