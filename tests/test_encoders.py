@@ -62,7 +62,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model_type, changes = VARIANTS[request.param]
     folder = tmp_path_factory.mktemp("encoder")
     model = write_encoder(folder / "rm", model_type, **changes)
-    export(folder / "rm", folder / "bundle")
+    export(folder / "rm", folder / "bundle", precisions=("fp32", "half"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "rm")
     return Exported(folder / "rm", model, tokenizer, RewardModel.load(folder / "bundle", provider="cpu"))
 
@@ -89,6 +89,8 @@ def test_every_encoder_scores_pairs_as_in_transformers_alone_and_padded(exported
     assert np.abs(padding.score_many(rows) - expected).max() < TOLERANCE * expected.std()
     # Without padding, the same bits in any company.
     assert exported.runtime.score_many(rows[::-1]).tobytes() == alone[::-1].tobytes()
+    half = RewardModel.load(exported.runtime.bundle.path, provider="cpu", precision="half").score_many(rows)
+    assert 1e-5 < np.sqrt(np.mean((half - expected) ** 2)) / expected.std() < 0.01  # 0.002 to 0.006 were seen
 
 
 def test_ids_and_type_ids_are_transformers_own_at_every_length(exported: Exported) -> None:

@@ -18,7 +18,7 @@ ORDER = {
     ],
     "rewardrt_export": [
         "operators", "weights", "adapters", "backbone", "layouts", "source", "heads", "families", "checkpoint", "explain", "trace", "lower",
-        "rounding", "calibrate", "smoothing", "fuse", "quantize", "storage", "precision", "golden", "certify", "pipeline", "cli",
+        "rounding", "calibrate", "smoothing", "fuse", "quantize", "storage", "half", "precision", "golden", "certify", "pipeline", "cli",
     ],
 }  # fmt: skip
 FOLDERS = {"rewardrt": ROOT / "runtime" / "rewardrt", "rewardrt_export": ROOT / "export" / "rewardrt_export"}

@@ -151,6 +151,12 @@ def test_tokens_that_overflow_do_not_count_and_weights_that_no_text_met_stay() -
 
 WEIGHT = RNG.standard_normal((128, 40)).astype(np.float32)
 READ = RNG.standard_normal(40).astype(np.float32)  # the reward of a text is the sum of x W READ over its tokens
+DRAWN = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_whichever_tests_ran_before() -> None:
+    RNG.bit_generator.state = DRAWN
 
 
 def calibrated(reward_std: float, texts: int = 20) -> Calibration:

@@ -17,6 +17,7 @@ from rewardrt_export.operators import DOMAIN, rounded_product
 _TOKENS_FIRST = (0, 2, 1, 3)  # [batch, heads, tokens, size] to or from [batch, tokens, heads, size]
 _LANES = 16  # that the kernels take of a head at once
 _LARGEST_HEAD = 256
+_POINTWISE = ("Add", "Div", "Erf", "Gelu", "Mul", "Relu", "Sigmoid", "Sub", "Tanh")  # of values of one shape
 
 
 def fuse(model: ir.Model) -> None:
@@ -156,11 +157,12 @@ def fuse_attention(model: ir.Model) -> None:
             _fuse_attention(model.graph, node)
 
 
-def pool_early(model: ir.Model) -> None:
+def pool_early(model: ir.Model, *, standard: bool = False) -> None:
     """Take the states that heads read before the nodes that treat each token by itself, not after.
 
     What follows the last attention is then computed of these tokens alone. Where something else reads the last states
-    (rewards of every token do) nothing changes.
+    (rewards of every token do) nothing changes. With `standard` the nodes are ONNX's own as well: their products round
+    a token otherwise where there are fewer beside it, which graphs of one reward to the bit cannot have.
     """
     for node in list(model.graph):
         if node.op_type != "GatherND" or node.domain or _attribute(node, "batch_dims", 0):
@@ -174,7 +176,7 @@ def pool_early(model: ir.Model) -> None:
         for each in reversed(model.graph):
             uses = [usage.node for output in each.outputs for usage in output.uses()]
             outputs = any(output.is_graph_output() for output in each.outputs)
-            if _is_by_token(each) and uses and not outputs and late.issuperset(uses):
+            if _is_by_token(each, standard) and uses and not outputs and late.issuperset(uses):
                 late.add(each)
         tape = Tape()
         pooled = _pooled(tape, states, places, late, {})
@@ -184,10 +186,19 @@ def pool_early(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
-def _is_by_token(node: ir.Node) -> bool:
+def _is_by_token(node: ir.Node, standard: bool) -> bool:
     if node.domain == DOMAIN:
         return "Round" in node.op_type or "Product" in node.op_type
-    return node.op_type == "RMSNormalization" and _attribute(node, "axis", -1) == -1
+    if node.op_type in ("RMSNormalization", "LayerNormalization") and len(node.outputs) == 1:
+        return _attribute(node, "axis", -1) == -1 and (standard or node.op_type == "RMSNormalization")
+    if not standard or node.domain:
+        return False
+    if node.op_type == "MatMul":
+        weight = node.inputs[1]
+        return weight is not None and weight.is_initializer() and weight.shape is not None and len(weight.shape) == 2
+    shape = node.outputs[0].shape
+    computed = [value for value in node.inputs if value is not None and not value.is_initializer()]
+    return node.op_type in _POINTWISE and shape is not None and all(value.shape == shape for value in computed)
 
 
 def _pooled(

@@ -159,8 +159,9 @@ def _write_graph(graph: ir.Model, precision: str, calibration: Calibration | Non
     The weights are aligned to pages, so that onnxruntime can map the file.
     """
     name = "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
-    variant = Variant(precision, name, (f"{name}.data",), PRECISIONS[precision].needs)
-    written = PRECISIONS[precision].lower(graph.clone(), calibration)
+    made = PRECISIONS[precision]
+    variant = Variant(precision, name, (f"{name}.data",), made.needs, made.made_for)
+    written = made.lower(graph.clone(), calibration)
     written.producer_name, written.producer_version = "rewardrt", rewardrt.__version__
     ir.save(written, folder / variant.graph, external_data=variant.data[0], alignment=4096, align_threshold=65_536)
     return variant

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from rewardrt.errors import ExportError
+from rewardrt.providers import Provider
 from rewardrt_export.calibrate import Calibration
+from rewardrt_export.half import halve
 from rewardrt_export.quantize import quantize, quantize_weights
 from rewardrt_export.storage import store
 
@@ -20,8 +22,9 @@ INTEGER_DOT = ("avx512_vnni", "avx_vnni", "dotprod")
 class Precision:
     """`lower` turns the float32 graph, whose weights are lazy, into this one; the graph is its own, to be changed.
 
-    `needs` are instruction sets, one of which a machine must have, as `rewardrt doctor` calls them. `held` are the
-    bytes that a loaded graph holds in memory for each parameter, about: pages of a mapped file are not counted.
+    `needs` are instruction sets, one of which a machine must have, as `rewardrt doctor` calls them. `made_for` are the
+    providers that it is fast on. `held` are the bytes that a loaded graph holds in a CPU's memory for each parameter,
+    about: pages of a mapped file are not counted.
     """
 
     description: str
@@ -29,6 +32,7 @@ class Precision:
     calibrated: bool = False  # by texts that torch scores before, where there are any
     rounds: bool = False  # what float32 is: the certificate then says how near it stays, beside torch's bfloat16
     needs: tuple[str, ...] = ()
+    made_for: tuple[Provider, ...] = ()
     held: float = 4.0
 
 
@@ -43,6 +47,12 @@ PRECISIONS: dict[str, Precision] = {
         "weights stored as float16, computed in float32: half the disk, and nothing lost of a float16 checkpoint",
         lambda graph, calibration: store(graph, "fp16"),
         rounds=True,
+    ),
+    "half": Precision(
+        "products and attention in float16, the rest in float32: fast on a GPU",
+        lambda graph, calibration: halve(graph),
+        rounds=True,
+        made_for=("cuda", "tensorrt"),
     ),
     "int8": Precision(
         "integer products, each token by itself: fast on a CPU",

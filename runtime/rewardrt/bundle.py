@@ -37,18 +37,24 @@ class FileRecord:
 class Variant:
     """One graph of the bundle: its precision, and the manifest paths of the graph and of its weights.
 
-    `needs` are the instruction sets that it is good for, one of which will do, as `rewardrt doctor` calls them: none
-    means any machine.
+    `needs` are the instruction sets that it is good for, one of which will do, as `rewardrt doctor` calls them: such a
+    graph is for CPUs. `made_for` are the providers that it is fast on; it runs on the others too. With neither it is
+    good for any machine.
     """
 
     precision: str
     graph: str
     data: tuple[str, ...]
     needs: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
+    made_for: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
 
-    def runs_on(self, instruction_sets: Sequence[str]) -> bool:
-        """Whether a machine with these instruction sets has what the graph needs."""
-        return not self.needs or any(name in instruction_sets for name in self.needs)
+    def runs_on(self, provider: str, instruction_sets: Sequence[str]) -> bool:
+        """Whether a provider, on a machine with these instruction sets, has what the graph needs."""
+        return not self.needs or (provider == "cpu" and any(name in instruction_sets for name in self.needs))
+
+    def suits(self, provider: str) -> bool:
+        """Whether the graph is as fast on this provider as it is meant to be."""
+        return not self.made_for or provider in self.made_for
 
 
 @dataclass(frozen=True)
@@ -134,16 +140,21 @@ class Bundle:
             raise BundleError(f"{self.path}: the manifest lists no {name}")
         return self.path / name
 
-    def variant(self, precision: str = "auto") -> Variant:
-        """Return the graph of this precision, or raise BundleError naming those there are.
+    def variant(self, precision: str = "auto", provider: str = "cpu") -> Variant:
+        """Return the graph of this precision for a provider, or raise BundleError naming those there are.
 
-        "auto" is an int8 graph where this machine is good for it and its certificate says that it may stand for
-        float32, and else the first that was asked for at export and that runs here.
+        "auto" is a graph that was made for this provider or processor, int8 on a CPU and half on a GPU, where its
+        certificate says that it may stand for float32. Else it is the first that was asked for at export and that is
+        good for any machine, or at least runs here.
         """
-        here = read_processor().instruction_sets or ()
         if precision == "auto":
-            runs = [variant for variant in self.manifest.variants if variant.runs_on(here)]
-            return next((variant for variant in runs if self._stands_in(variant)), (runs or self.manifest.variants)[0])
+            here = read_processor().instruction_sets or ()
+            runs = [variant for variant in self.manifest.variants if variant.runs_on(provider, here)]
+            suited = [variant for variant in runs if variant.suits(provider)]
+            special = [variant for variant in suited if variant.needs or variant.made_for]
+            standing_in = [variant for variant in special if self._stands_in(variant)]
+            plain = [variant for variant in suited if variant not in special]
+            return (standing_in or plain or runs or self.manifest.variants)[0]
         for variant in self.manifest.variants:
             if precision == variant.precision:
                 return variant
@@ -152,7 +163,7 @@ class Bundle:
 
     def _stands_in(self, variant: Variant) -> bool:
         certificate = self.certificate(variant.precision)
-        return bool(variant.needs) and bool(certificate and certificate.fidelity and certificate.fidelity.good)
+        return bool(certificate and certificate.fidelity and certificate.fidelity.good)
 
     def certificate(self, precision: str) -> Certificate | None:
         """Return what was certified for this precision at export."""

@@ -104,8 +104,8 @@ class RewardModel:
         """Load a bundle folder.
 
         `provider`      "auto" takes CUDA where it really starts, else the CPU; a named one is obtained or raises
-        `precision`     one of the bundle's graphs; "auto" takes int8 on a CPU that is good for it, where its
-                        certificate allows, and else the first that was asked for at export
+        `precision`     one of the bundle's graphs; "auto" takes int8 on a CPU that is good for it and half on a GPU,
+                        where its certificate allows, and else the first that was asked for at export
         `threads`       of the CPU provider; None leaves it to onnxruntime (the physical cores)
         `batch_tokens`  budget of one batch in tokens, padding included
         `padding`       whether texts of different lengths may share a batch; None: not on a CPU
@@ -116,7 +116,7 @@ class RewardModel:
         Raises BundleError or ProviderError.
         """
         opened = read_bundle(bundle, check_hashes=check_hashes)
-        variant = _choose_variant(opened, precision, provider)
+        variant = _choose_variant(opened, precision, select_provider(provider).provider)
         session = GraphSession.open(opened.file(variant.graph), provider, threads)
         return cls(
             opened,
@@ -295,7 +295,10 @@ class RewardModel:
         if not self.session.has_token_rewards:
             raise RewardRTError("this bundle has no rewards of tokens")
         rewards = np.concatenate(self._run_parts(text, None, keep=False, output="token_rewards")[0])[:, 0]
-        normalised = _normalised(_finite(rewards), self._normalisation(normalize))
+        checked = self._check_finite(rewards)
+        normalised = (
+            checked if isinstance(checked, InferenceError) else _normalised(checked, self._normalisation(normalize))
+        )
         if isinstance(normalised, InferenceError):
             raise normalised
         return normalised
@@ -345,7 +348,7 @@ class RewardModel:
                     results[chosen[0]] = error
                 continue
             for index, values in zip(chosen, rewards, strict=True):
-                results[index] = _check_finite(values)
+                results[index] = self._check_finite(values)
         for chain in chains:
             results |= self._run_chain(texts, chain)
         return [results[index] for index in range(len(texts))]
@@ -371,7 +374,7 @@ class RewardModel:
             keep = following > (past.tokens if past is not None else 0) or (self._cache is not None and not link.cut)
             try:
                 values, present = self._run_new(text, past, keep)
-                results[link.index] = _check_finite(values)
+                results[link.index] = self._check_finite(values)
             except InferenceError as error:
                 results[link.index], present = error, None
             held = present if keep else past
@@ -422,6 +425,12 @@ class RewardModel:
         every = self.session.run(batch.input_ids, batch.lengths, output="token_rewards")  # [batch, tokens, 1]
         return [rewards[text.positions, 0] for rewards, text in zip(every, texts, strict=True)]
 
+    def _check_finite(self, values: Values) -> Values | InferenceError:
+        if np.isfinite(values).all():
+            return values
+        advice = "; half has no numbers over 65504: score with fp32" if self.precision == "half" else ""
+        return InferenceError(f"the reward is {values.tolist()}; expected finite numbers{advice}")
+
     def _single_item(self, row: dict[str, Any]) -> Item | RowError:
         try:
             items = self.parse(row).items
@@ -442,34 +451,17 @@ class RewardModel:
         return self.spec.normalise
 
 
-def _finite(values: Values) -> Values:
-    checked = _check_finite(values)
-    if isinstance(checked, InferenceError):
-        raise checked
-    return checked
-
-
-def _choose_variant(bundle: Bundle, precision: str, provider: ProviderChoice) -> Variant:
-    """Return the graph to load; one that was made for CPUs is for no other provider."""
-    variant = bundle.variant(precision)
-    if not variant.needs:
-        return variant
-    if not variant.runs_on(read_processor().instruction_sets or ()):
+def _choose_variant(bundle: Bundle, precision: str, provider: Provider) -> Variant:
+    """Return the graph to load on a provider; one that was made for some processors is for no other."""
+    variant = bundle.variant(precision, provider)
+    if not variant.runs_on("cpu", read_processor().instruction_sets or ()):
         raise BundleError(
             f"{bundle.path}: the {variant.precision} graph needs a CPU with {' or '.join(variant.needs)}; "
             "score with another precision"
         )
-    if select_provider(provider).provider == "cpu":
-        return variant
-    if precision == "auto":
-        return next((other for other in bundle.manifest.variants if not other.needs), variant)
-    raise ProviderError(f"{bundle.path}: the {variant.precision} graph is for CPUs; score with the provider 'cpu'")
-
-
-def _check_finite(values: Values) -> Values | InferenceError:
-    if np.isfinite(values).all():
-        return values
-    return InferenceError(f"the reward is {values.tolist()}; expected finite numbers")
+    if variant.needs and provider != "cpu":
+        raise ProviderError(f"{bundle.path}: the {variant.precision} graph is for CPUs; score with the provider 'cpu'")
+    return variant
 
 
 def _scored(values: Values, text: EncodedText, affine: Affine | None) -> Scored | InferenceError:
