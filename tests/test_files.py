@@ -7,6 +7,9 @@ import json
 import os
 import random
 import stat
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -32,7 +35,7 @@ def score(items: list[Item]) -> list[Scored | RewardRTError]:
 
 def run(data: bytes, **options: int) -> tuple[bytes, Summary]:
     out: list[bytes] = []
-    summary = score_file(score, read_lines(io.BytesIO(data)), out.append, **options)  # type: ignore[arg-type]
+    summary = score_file(score, read_lines(io.BytesIO(data)), out.append, prepare=list, **options)  # type: ignore[arg-type]
     return b"".join(out), summary
 
 
@@ -144,6 +147,8 @@ def test_what_is_nested_as_deeply_as_can_be_read_can_be_written() -> None:
         runs = [run(before + b"[" * depth + b"]" * depth + after) for depth in range(900, 1001)]
         assert [out.count(b"\n") for out, _ in runs] == [1] * 101
         assert {summary.scored for _, summary in runs} == {0, 1}
+        refused = [json.loads(out)["error"] for out, summary in runs if summary.failed]
+        assert set(refused) == {"line 1: nested too deeply; expected a JSON object of fewer levels"}
 
 
 def test_any_bytes_give_as_many_lines_out_as_in() -> None:
@@ -184,23 +189,73 @@ def test_a_window_is_one_call_and_bounded_in_rows_and_bytes(monkeypatch: pytest.
     )
     out: list[bytes] = []
     score_file(
-        counting, read_lines(io.BytesIO(data)), out.append, window=4, progress=lambda summary: seen.append(summary.rows)
+        counting,
+        read_lines(io.BytesIO(data)),
+        out.append,
+        prepare=list,
+        window=4,
+        progress=lambda summary: seen.append(summary.rows),
     )
     assert calls == [3, 3, 2, 2]  # 14 bytes a row; the long line closes a window; the last row has no text
     assert seen == [3, 6, 8, 9, 10]
     assert len(out) == 10
 
 
-def test_reading_is_never_more_than_a_window_ahead() -> None:
+def test_reading_is_one_window_ahead_of_the_one_that_is_scored() -> None:
     written: list[bytes] = []
+    prepared = [threading.Event() for _ in range(6)]
+    windows = iter(range(5))
 
     def lines() -> Iterator[Line]:
         for number in range(1, 10):
-            assert len(written) >= number - 1 - 2
+            assert len(written) >= number - 4  # two windows: that which is scored, and that which is read
             yield Line(number, 1, {"text": "x"})
+        prepared[5].set()
 
-    score_file(score, lines(), written.append, window=2)
+    def prepare(items: list[Item]) -> list[Item]:
+        prepared[next(windows)].set()
+        return items
+
+    def patient(items: list[Item]) -> list[Scored | RewardRTError]:
+        assert prepared[len(written) // 2 + 1].wait(10), "the next window is not read while this one is scored"
+        return score(items)
+
+    score_file(patient, lines(), written.append, prepare=prepare, window=2)
     assert len(written) == 9
+
+
+def test_an_error_of_reading_comes_after_what_was_read_before_it() -> None:
+    written: list[bytes] = []
+
+    def lines() -> Iterator[Line]:
+        yield Line(1, 1, {"text": "x"})
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        score_file(score, lines(), written.append, prepare=list, window=1)
+    assert len(written) == 1
+
+
+def test_a_process_that_is_interrupted_does_not_wait_for_its_input() -> None:
+    code = """
+import sys
+from rewardrt.files import read_lines, score_file
+def score(items):
+    print("scoring", file=sys.stderr, flush=True)
+    raise KeyboardInterrupt
+score_file(score, read_lines(sys.stdin.buffer), print, prepare=list, window=1)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None and process.stderr is not None
+    process.stdin.write(b'{"text": "x"}\n')
+    process.stdin.flush()  # and is left open: the reader waits for the next line
+    assert process.stderr.readline() == b"scoring\n"
+    try:
+        assert process.wait(timeout=20) != 0
+    finally:
+        process.kill()
+        process.stdin.close()
+        process.stderr.close()
 
 
 def test_an_error_of_the_scorer_itself_is_not_swallowed() -> None:
@@ -208,7 +263,7 @@ def test_an_error_of_the_scorer_itself_is_not_swallowed() -> None:
         raise InferenceError("out of memory")
 
     with pytest.raises(InferenceError, match=r"^out of memory$"):
-        score_file(broken, read_lines(io.BytesIO(b'{"text": "x"}')), lambda _: None)
+        score_file(broken, read_lines(io.BytesIO(b'{"text": "x"}')), lambda _: None, prepare=list)
 
 
 def test_items_are_parsed_conversations() -> None:
@@ -218,7 +273,7 @@ def test_items_are_parsed_conversations() -> None:
         got.extend(items)
         return score(items)
 
-    score_file(keep, read_lines(io.BytesIO(b'{"prompt": "Q", "response": "A"}')), lambda _: None)
+    score_file(keep, read_lines(io.BytesIO(b'{"prompt": "Q", "response": "A"}')), lambda _: None, prepare=list)
     assert got == [Conversation("Q", {"role": "assistant", "content": "A"})]
 
 
@@ -247,7 +302,7 @@ def test_a_file_may_be_scored_onto_itself(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "x"}\n')
     with path.open("rb") as source, open_output(path) as stream:
-        score_file(score, read_lines(source), stream.write)
+        score_file(score, read_lines(source), stream.write, prepare=list)
     assert path.read_bytes() == b'{"text": "x", "reward": 0.125, "tokens": 1, "truncated": 0}\n'
 
 

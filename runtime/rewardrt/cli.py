@@ -204,13 +204,19 @@ def _score_file(
 
     progress = _Progress()
 
-    def score_items(items: Sequence[Any]) -> Any:
-        return model.score_items(items, normalize=normalize, aggregate=aggregate)
+    def score_texts(texts: Sequence[Any]) -> Any:
+        return model.score_texts(texts, normalize=normalize, aggregate=aggregate)
 
     with _open_input(source) as lines, open_output(output) as file:
         write = (lambda line: click.echo(_describe(json.loads(line), objectives=bool(labels)))) if table else file.write
         summary: Summary = score_file(
-            score_items, read_lines(lines), write, parse=model.parse, labels=labels, progress=progress
+            score_texts,
+            read_lines(lines),
+            write,
+            prepare=model.encode,
+            parse=model.parse,
+            labels=labels,
+            progress=progress,
         )
     seconds = progress.finish()
     _say(

@@ -1,6 +1,7 @@
 """JSONL in and out: line n out is line n in, whatever line n holds.
 
-Files are streamed: what is held at a time is one window of rows, whose texts are scored in one call.
+Files are streamed: what is held at a time is one window of rows, whose texts are scored in one call, and the next one,
+which is read and tokenized meanwhile.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import queue
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from rewardrt.errors import RewardRTError, RowError
 from rewardrt.pairwise import settle
@@ -23,6 +26,10 @@ from rewardrt.text import Item
 
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 32 * 2**20  # of input lines; the last line of a window may go over
+
+_TOO_DEEP = "nested too deeply; expected a JSON object of fewer levels"
+
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True)
@@ -72,10 +79,11 @@ def read_lines(stream: BinaryIO) -> Iterator[Line]:
 
 
 def score_file(
-    score: Callable[[list[Item]], list[Scored | RewardRTError]],
+    score: Callable[[Prepared], list[Scored | RewardRTError]],
     lines: Iterable[Line],
     write: Callable[[bytes], object],
     *,
+    prepare: Callable[[list[Item]], Prepared],
     labels: Sequence[str] = (),
     parse: Callable[[object], Row] = parse_row,
     window: int = WINDOW_ROWS,
@@ -83,14 +91,20 @@ def score_file(
 ) -> Summary:
     """Score every row and write each, scored or with `error`, in the order of the input.
 
-    `parse` says which texts the model scores for a row. `score` gets all texts of a window at once and answers for each
-    in the same order. With `labels` rows come out with their objectives. `progress` is called after each window.
+    `parse` says which texts the model scores for a row. `prepare` gets all texts of a window at once, and `score` what
+    it made of them; it answers for each in the same order. Reading, parsing and preparing are done in a thread, one
+    window ahead of the scoring. With `labels` rows come out with their objectives. `progress` is called after each
+    window.
     """
-    summary = Summary()
-    for some in _windows(lines, window):
+
+    def prepared(some: list[Line]) -> tuple[list[Line], list[Row | RowError], Prepared | None]:
         parsed = [_parse(line, parse) for line in some]
         items = [item for row in parsed if isinstance(row, Row) for item in row.items]
-        results = iter(score(items) if items else [])
+        return some, parsed, prepare(items) if items else None
+
+    summary = Summary()
+    for some, parsed, texts in _ahead(map(prepared, _windows(lines, window))):
+        results = iter(score(texts) if texts is not None else [])
         for line, row in zip(some, parsed, strict=True):
             own = [next(results) for _ in row.items] if isinstance(row, Row) else []
             write(_finish(line, row, own, labels, summary))
@@ -152,7 +166,7 @@ def _read_row(data: bytes) -> dict[str, Any]:
     except ValueError:  # Python's limit on the digits of an integer
         raise RowError("holds an integer of too many digits; write it as a string") from None
     except RecursionError:
-        raise RowError("nested too deeply; expected a JSON object of fewer levels") from None
+        raise RowError(_TOO_DEEP) from None
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, found {type(row).__name__}")
     return row
@@ -167,6 +181,36 @@ def _finite(text: str) -> float:
 
 def _refuse_number(text: str) -> NoReturn:
     raise RowError(f"holds {text[:40]}, which is no number that JSON can carry; write null or a string")
+
+
+_Some = TypeVar("_Some")
+
+
+def _ahead(source: Iterator[_Some]) -> Iterator[_Some]:
+    """Yield what an iterator gives; while one item is worked on, a thread asks for the next one."""
+    answer = _ask(source)
+    while True:
+        found = answer.get()
+        if isinstance(found, BaseException):
+            if isinstance(found, StopIteration):
+                return
+            raise found
+        answer = _ask(source)
+        yield found
+
+
+def _ask(source: Iterator[_Some]) -> queue.SimpleQueue[_Some | BaseException]:
+    answer: queue.SimpleQueue[_Some | BaseException] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put(next(source))
+        except BaseException as error:  # it is raised where the item is waited for
+            answer.put(error)
+
+    # A daemon: one that waits for a line of standard input must not hold up the end of an interrupted process.
+    threading.Thread(target=ask, name="rewardrt-reader", daemon=True).start()
+    return answer
 
 
 def _windows(lines: Iterable[Line], rows: int) -> Iterator[list[Line]]:
@@ -202,18 +246,23 @@ def _finish(
     """Return the line to write, and count it."""
     summary.rows += 1
     row = {} if isinstance(line.row, RowError) else line.row
-    if isinstance(parsed, RowError):
-        message = str(parsed)
-    else:
-        scores = [result for result in results if isinstance(result, Scored)]
-        if len(scores) == len(results):
-            scores = settle(parsed, scores)
-            summary.add(parsed, scores)
-            return to_line(fill_row(row, parsed, scores, labels))
-        failed = [(index, result) for index, result in enumerate(results) if isinstance(result, RewardRTError)]
-        message = "; ".join(f"{parsed.label(index)}{error}" for index, error in failed)
+    try:
+        if isinstance(parsed, RowError):
+            message = str(parsed)
+        else:
+            scores = [result for result in results if isinstance(result, Scored)]
+            if len(scores) == len(results):
+                scores = settle(parsed, scores)
+                written = to_line(fill_row(row, parsed, scores, labels))
+                summary.add(parsed, scores)
+                return written
+            failed = [(index, result) for index, result in enumerate(results) if isinstance(result, RewardRTError)]
+            message = "; ".join(f"{parsed.label(index)}{error}" for index, error in failed)
+        written = to_line(error_row(row, message))
+    except RecursionError:  # the thread that read it had more room
+        written = to_line(error_row({}, f"line {line.number}: {_TOO_DEEP}"))
     summary.failed += 1
-    return to_line(error_row(row, message))
+    return written
 
 
 def to_line(row: dict[str, Any]) -> bytes:

@@ -256,7 +256,18 @@ class RewardModel:
         `max_length` lowers the model's limit for this call.
         """
         self.check_options(normalize=normalize, aggregate=aggregate)
-        results: list[Any] = list(self.encode(items, max_length=max_length))
+        return self.score_texts(self.encode(items, max_length=max_length), normalize=normalize, aggregate=aggregate)
+
+    def score_texts(
+        self,
+        texts: Sequence[EncodedText | RewardRTError],
+        *,
+        normalize: bool | None = None,
+        aggregate: AggregateRule | None = None,
+    ) -> list[Scored | RewardRTError]:
+        """Score what `encode` gave, in order; an error stays in its place."""
+        self.check_options(normalize=normalize, aggregate=aggregate)
+        results: list[Any] = list(texts)
         good = [index for index, text in enumerate(results) if isinstance(text, EncodedText)]
         for index, values in zip(good, self.score_encoded([results[index] for index in good]), strict=True):
             results[index] = self.finish(results[index], values, normalize=normalize, aggregate=aggregate)
