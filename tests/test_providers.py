@@ -234,9 +234,11 @@ def test_the_driver_is_asked_for_a_gpu(monkeypatch: pytest.MonkeyPatch, driver: 
 def fake_gpu_wheel(monkeypatch: pytest.MonkeyPatch, obtained: list[str], result: Any = None) -> list[dict[str, Any]]:
     """Let onnxruntime claim CUDA and TensorRT and give sessions on `obtained`; returns the requests it gets."""
     requests = []
+    severities: list[int] = []
 
     class Session:
         def __init__(self, model: bytes, options: Any, **keywords: Any) -> None:
+            assert severities[-1] == 4  # onnxruntime would write to stderr
             requests.append(keywords)
 
         def get_providers(self) -> list[str]:
@@ -253,6 +255,7 @@ def fake_gpu_wheel(monkeypatch: pytest.MonkeyPatch, obtained: list[str], result:
         SessionOptions=SimpleNamespace,
         get_available_providers=lambda: list(providers.ORT_NAMES.values()),
         preload_dlls=preload_dlls,
+        set_default_logger_severity=severities.append,
         cuda_version="13.0",
         __file__="/site/onnxruntime/__init__.py",
     )
@@ -307,7 +310,8 @@ def test_auto_takes_cuda_and_never_tensorrt(monkeypatch: pytest.MonkeyPatch) -> 
     requests = fake_gpu_wheel(monkeypatch, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ctypes, "CDLL", loader(Driver()))
     assert select_provider("auto") == Selection("cuda", None)
-    assert requests == [{"providers": [("CUDAExecutionProvider", {"use_tf32": "0"})], "enable_fallback": 0}]
+    options = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    assert requests == [{"providers": [("CUDAExecutionProvider", options)], "enable_fallback": 0}]
 
 
 def test_a_provider_that_computes_wrongly_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,11 +39,13 @@ ORT_NAMES: dict[Provider, str] = {
 }
 
 # What a session is asked for, best first. onnxruntime adds the CPU for the nodes that the others have no kernel for.
-# TF32 is on by default and keeps 10 bits of the mantissa: a float32 graph is to give float32 rewards.
+# TF32 is on by default and keeps 10 bits of the mantissa: a float32 graph is to give float32 rewards. The arena doubles
+# by default, and keeps what it took.
+_CUDA = (ORT_NAMES["cuda"], {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
 _REQUESTS: dict[Provider, list[tuple[str, dict[str, str]]]] = {
     "cpu": [(ORT_NAMES["cpu"], {})],
-    "cuda": [(ORT_NAMES["cuda"], {"use_tf32": "0"})],
-    "tensorrt": [(ORT_NAMES["tensorrt"], {}), (ORT_NAMES["cuda"], {"use_tf32": "0"})],
+    "cuda": [_CUDA],
+    "tensorrt": [(ORT_NAMES["tensorrt"], {}), _CUDA],
 }
 
 # 1.23.0 computes attention wrongly (the 135M model's reward of a text was 0.27 for -0.67), and no version before 1.24
@@ -116,6 +118,8 @@ def open_session(model: bytes | str, provider: Provider, options: Any) -> Any:
     ort = import_onnxruntime()
     if provider != "cpu":
         _preload_nvidia_libraries(ort)
+        # A library that cannot be loaded is logged as an error, to stderr and whatever the session's own options say.
+        ort.set_default_logger_severity(4)
     try:
         # Without enable_fallback=0 onnxruntime prints to stdout, and moves to the CPU on a failure here or in run().
         session = ort.InferenceSession(model, options, providers=_REQUESTS[provider], enable_fallback=0)
@@ -123,6 +127,9 @@ def open_session(model: bytes | str, provider: Provider, options: Any) -> Any:
         if provider != "cpu" and (reason := _missing_library(ort, provider)) is not None:
             raise ProviderError(reason) from error
         raise
+    finally:
+        if provider != "cpu":
+            ort.set_default_logger_severity(2)  # onnxruntime's own default; what it was cannot be asked for
     obtained = session.get_providers()
     if obtained[0] != ORT_NAMES[provider]:
         reason = _missing_library(ort, provider)
