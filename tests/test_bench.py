@@ -93,7 +93,7 @@ def test_the_command_measures_every_graph_and_writes_what_it_prints(tiny_bundle:
     (fp32,) = report["figures"]
     assert (fp32["ratio"], fp32["fidelity"]) == (1.0, None)
     assert [length for length, _ in fp32["lengths"]] == [512, 1024, 2048]  # the model reads no more
-    assert result.stdout.startswith(f"tiny on answers.jsonl: 4 rows, 9 texts, {report['tokens']} tokens; ")
+    assert result.stdout.startswith(f"tiny on answers.jsonl: 4 rows, 9 texts, {report['tokens']} tokens; cpu, ")
 
 
 def test_a_file_without_a_row_to_score_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 CHUNK = 8
+BUDGET = 16_384  # tokens of a batch, padding included, as rewardrt takes them on an accelerator
 
 Ids = list[int]
 Batch = Callable[[np.ndarray, np.ndarray], Any]  # padded ids and mask, int64 [texts, tokens] -> rewards [texts]
@@ -57,10 +58,21 @@ def serve(load: Callable[[], tuple[dict[str, Any], Batch]], *, left: bool = Fals
 
 
 def chunks(lengths: list[int], loop: str) -> Iterator[list[int]]:
-    """Yield the indices of each batch: `file` is chunks in file order, `sorted` in order of length, `single` of one."""
+    """Yield the indices of each batch.
+
+    `file` is chunks in file order, `sorted` in order of length, `single` of one; `budget` is as many of similar length
+    as BUDGET allows.
+    """
     order = list(range(len(lengths)))
-    if loop == "sorted":
+    if loop in ("sorted", "budget"):
         order.sort(key=lambda index: lengths[index])
+    if loop == "budget":
+        start = 0
+        for end in range(1, len(order) + 1):
+            if end == len(order) or (end + 1 - start) * lengths[order[end]] > BUDGET:
+                yield order[start:end]
+                start = end
+        return
     size = 1 if loop == "single" else CHUNK
     for start in range(0, len(order), size):
         yield order[start : start + size]

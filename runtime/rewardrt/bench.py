@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 
 from rewardrt.bundle import Bundle, Variant, read_bundle
-from rewardrt.errors import RewardRTError, RowError
+from rewardrt.errors import BundleError, RewardRTError, RowError
 from rewardrt.files import read_lines
 from rewardrt.pairwise import plan, settle
+from rewardrt.processor import read_processor
+from rewardrt.providers import Provider, ProviderChoice, select_provider
 from rewardrt.reward_model import RewardModel
 from rewardrt.rows import Row, Scored, parse_row
 from rewardrt.spec import Spec
@@ -230,6 +232,7 @@ class Report:
     texts: int
     tokens: int
     rounds: int
+    provider: Provider
     cores: int | None
     figures: tuple[Figures, ...]
 
@@ -241,16 +244,18 @@ def bench(
     rows: int | None = None,
     max_length: int | None = None,
     rounds: int = 3,
+    provider: ProviderChoice = "auto",
     threads: int | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Report:
-    """Measure every graph of a bundle on the CPU over the rows of a file; fp32 comes first where there is one.
+    """Measure every graph of a bundle that suits the provider on the rows of a file; fp32 first, where there is one.
 
     Raises RewardRTError.
     """
     bundle = read_bundle(path)
     spec = bundle.manifest.spec
-    candidates = list_candidates(bundle, threads)
+    selected = select_provider(provider).provider
+    candidates = list_candidates(bundle, threads, selected)
     workers = [Worker(name, model_command(path, options)) for name, (_, options) in candidates.items()]
     try:
         progress(f"loading {', '.join(candidates)}")
@@ -272,20 +277,32 @@ def bench(
         for worker in workers:
             worker.close()
     return Report(
-        path.name, file.name, len(workload.rows), len(workload.texts), workload.tokens, rounds, os.cpu_count(),
-        tuple(figures),
+        path.name, file.name, len(workload.rows), len(workload.texts), workload.tokens, rounds, selected,
+        os.cpu_count(), tuple(figures),
     )  # fmt: skip
 
 
-def list_candidates(bundle: Bundle, threads: int | None = None) -> dict[str, tuple[Variant, dict[str, Any]]]:
-    """Return the ways to score with a bundle on a CPU, by name: the graph, and the options of RewardModel.load.
+def list_candidates(
+    bundle: Bundle, threads: int | None = None, provider: Provider = "cpu"
+) -> dict[str, tuple[Variant, dict[str, Any]]]:
+    """Return the ways to score with a bundle on a provider, by name: the graph, and the options of RewardModel.load.
 
     fp32 is the first, where there is one. No prefix is kept from one call to the next: every round then does all of its
-    work.
+    work. Raises BundleError where no graph suits the provider.
     """
-    options = {"provider": "cpu", "threads": threads, "prefix_cache_mb": 0, "check_hashes": False}  # `bench` did check
-    variants = sorted(bundle.manifest.variants, key=lambda variant: variant.precision != "fp32")
-    return {variant.precision: (variant, options | {"precision": variant.precision}) for variant in variants}
+    options = {
+        "provider": provider,
+        "threads": threads,
+        "prefix_cache_mb": 0,
+        "check_hashes": False,
+    }  # `bench` did check
+    here = read_processor().instruction_sets or ()
+    suited = [each for each in bundle.manifest.variants if each.suits(provider) and each.runs_on(provider, here)]
+    if not suited:
+        names = ", ".join(variant.precision for variant in bundle.manifest.variants)
+        raise BundleError(f"{bundle.path}: no graph for {provider} here; the bundle has {names}")
+    suited.sort(key=lambda variant: variant.precision != "fp32")
+    return {variant.precision: (variant, options | {"precision": variant.precision}) for variant in suited}
 
 
 def _figures(
@@ -322,7 +339,7 @@ def format_report(report: Report) -> str:
     first = report.figures[0].name
     lines = [
         f"{report.bundle} on {report.file}: {report.rows} rows, {report.texts} texts, {report.tokens} tokens; "
-        f"{report.cores} cores, median of {report.rounds} rounds",
+        f"{report.provider}, {report.cores} cores, median of {report.rounds} rounds",
         f"{'':14}tokens/s   ratio  agreement  rms (std)  memory above the weights",
     ]
     for figures in report.figures:

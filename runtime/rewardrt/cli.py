@@ -439,6 +439,7 @@ def _describe_steps(rule: Any) -> str:
 @click.option("--rows", type=click.IntRange(min=1), help="Only the first rows of the file.  [default: all]")
 @click.option("--max-length", type=click.IntRange(min=1), help="Cut texts at so many tokens.  [default: the model's]")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Times to score the file.")
+@provider_option
 @threads_option
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the figures to this file as well.")
 def bench(
@@ -447,18 +448,29 @@ def bench(
     rows: int | None,
     max_length: int | None,
     rounds: int,
+    provider: ProviderChoice,
     threads: int | None,
     output: Path | None,
 ) -> None:
     """Measure every graph of a bundle on the rows of a file: speed, agreement with fp32, memory, latency.
 
-    The graphs take turns, each in a process of its own; all of them are in memory at once.
+    Those that were made for another provider are left out. The graphs take turns, each in a process of its own; all of
+    them are in memory at once. What a GPU holds is not in the figure of memory.
     """
     from rewardrt.bench import bench as run
     from rewardrt.bench import format_report
     from rewardrt.files import open_output
 
-    report = run(bundle, file, rows=rows, max_length=max_length, rounds=rounds, threads=threads, progress=_say)
+    report = run(
+        bundle,
+        file,
+        rows=rows,
+        max_length=max_length,
+        rounds=rounds,
+        provider=provider,
+        threads=threads,
+        progress=_say,
+    )
     click.echo(format_report(report))
     if output is not None:
         with open_output(output) as stream:
