@@ -179,3 +179,62 @@ def test_int8_on_a_gpu_is_refused_and_half_on_a_cpu_is_not(made: Bundle, monkeyp
         RewardModel.load(made.path, provider="auto")
     monkeypatch.undo()
     assert RewardModel.load(made.path, provider="cpu", precision="half").precision == "half"
+
+
+def answers(prompts: int, each: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": f"{prompt} is a long question. " * 40,
+            "response": f"The answer {answer} is short. " * (answer % 5 + 1),
+        }
+        for prompt in range(prompts)
+        for answer in range(each)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::rewardrt.TruncationWarning")
+def test_answers_to_one_prompt_are_a_batch_after_it_where_batches_are_padded(made: Bundle) -> None:
+    rows = [*answers(2, 20), {"text": "alone"}]
+    plain, grouped = (
+        RewardModel.load(made.path, provider="cpu", precision="half", padding=True, prefix_reuse=reuse)
+        for reuse in (False, True)
+    )
+    expected = plain.score_many(rows)
+    calls: list[tuple[int, int]] = []  # rows and tokens of the past
+    run = grouped.session._run
+
+    def counting(input_ids: Any, lengths: Any, positions: Any, type_ids: Any, past: Any, outputs: Any) -> Any:
+        calls.append((len(input_ids), 0 if past is None else past.tokens))
+        return run(input_ids, lengths, positions, type_ids, past, outputs)
+
+    grouped.session._run = counting  # type: ignore[method-assign]
+    assert np.abs(grouped.score_many(rows) - expected).max() < 1e-4 * expected.std()
+    shared = {tokens for _, tokens in calls} - {0}
+    assert [count for count, tokens in calls if tokens] == [20, 20] and min(shared) > 250
+    assert sorted(count for count, tokens in calls if not tokens) == [1, 1, 1]  # both prompts, and the text alone
+    assert plain.statistics.given == grouped.statistics.given == plain.statistics.computed
+    assert grouped.statistics.computed < plain.statistics.computed / 5
+
+
+@pytest.mark.filterwarnings("ignore::rewardrt.TruncationWarning")
+@pytest.mark.parametrize("fails", ["the prompt", "the answers"])
+def test_a_group_that_fails_is_computed_whole(made: Bundle, fails: str) -> None:
+    rows = answers(1, 20)
+    model = RewardModel.load(made.path, provider="cpu", precision="half", padding=True)
+    expected = model.score_many(rows)
+    run = model.session._run
+
+    def failing(input_ids: Any, lengths: Any, positions: Any, type_ids: Any, past: Any, outputs: Any) -> Any:
+        if len(outputs) > 1 if fails == "the prompt" else past is not None:
+            raise InferenceError("out of memory")
+        return run(input_ids, lengths, positions, type_ids, past, outputs)
+
+    model.session._run = failing  # type: ignore[method-assign]
+    assert np.abs(model.score_many(rows) - expected).max() < 1e-4 * expected.std()
+
+
+def test_a_graph_whose_past_has_a_row_for_each_text_computes_texts_whole(made: Bundle) -> None:
+    whole = RewardModel.load(made.path, provider="cpu", precision="fp32", padding=True)
+    assert not whole.session.shares_past
+    whole.score_many(answers(1, 20))
+    assert whole.statistics.computed == whole.statistics.given

@@ -166,3 +166,47 @@ def test_a_process_model_shares_only_what_comes_before_its_first_step(steps_bund
     found = model.score_encoded(texts)
     assert [np.asarray(each).tobytes() for each in found] == [np.asarray(each).tobytes() for each in expected]
     assert model.statistics.shared > 0.4
+
+
+def best_saving(texts: list[list[int]], worth: int) -> int:
+    """The most tokens that groups can save, by trying every node of the tree of beginnings from the root down."""
+
+    def below(members: list[list[int]], depth: int) -> int:
+        if len(members) < 2:
+            return 0
+        children: dict[int, list[list[int]]] = {}
+        for ids in members:
+            if len(ids) > depth:
+                children.setdefault(ids[depth], []).append(ids)
+        inside = sum(below(child, depth + 1) for child in children.values())
+        own = (len(members) - 1) * depth
+        return max(inside, own if own >= worth else 0)
+
+    # What may be shared of a text: at least two tokens are left, and a beginning under MIN_SHARED is not worth cutting.
+    return below([ids[:-2] for ids in texts], 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_save_as_many_tokens_as_groups_can(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(prefix, "MIN_SHARED", 1)
+    monkeypatch.setattr(prefix, "GROUP_SAVES", 12)
+    rng = np.random.default_rng(seed)
+    lists = [rng.integers(0, 2, rng.integers(2, 20)).tolist() for _ in range(rng.integers(1, 40))]
+    lists += [[*lists[0], *[1] * count] for count in range(1, 8)]
+    lists += [[1] * 10] * 3
+    texts = [encoded(ids) for ids in lists]
+    groups = prefix.plan_groups(texts)
+    for group in groups:
+        assert len({tuple(lists[index][: group.cut]) for index in group.indices}) == 1
+        assert all(group.cut <= len(lists[index]) - 2 for index in group.indices)
+        assert (len(group.indices) - 1) * group.cut >= 12
+    members = [index for group in groups for index in group.indices]
+    assert len(members) == len(set(members))
+    assert sum((len(group.indices) - 1) * group.cut for group in groups) == best_saving(lists, 12)
+
+
+def test_a_thousand_turns_each_going_on_from_the_last_are_planned() -> None:
+    turns = [encoded([7] * length) for length in range(2, 1_200)]
+    (group,) = prefix.plan_groups(turns)
+    assert (len(group.indices) - 1) * group.cut == max((1_197 - cut) * cut for cut in range(1_198))
+    assert prefix.plan_groups([]) == prefix.plan_groups(turns[:1]) == prefix.plan_groups(turns[:20]) == []

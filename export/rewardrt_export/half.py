@@ -14,7 +14,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
+from onnx_ir.tape import Tape
 
+from rewardrt.session import PAST_BATCH
 from rewardrt_export.fuse import pool_early
 from rewardrt_export.storage import store
 
@@ -32,14 +34,34 @@ def halve(model: ir.Model) -> ir.Model:
     """
     pool_early(model, standard=True)
     store(model, "fp16")
-    for value in model.graph.inputs:
-        if value.name is not None and value.name.startswith("past_"):
-            value.type = ir.TensorType(_SMALL)
+    past = [value for value in model.graph.inputs if str(value.name).startswith("past_")]
+    for value in past:
+        value.type = ir.TensorType(_SMALL)
+    if past:
+        share_past(model.graph, past)
     halver = _Halver(model.graph)
     for node in list(model.graph):
         halver.convert(node)
     common_passes.RemoveUnusedNodesPass()(model)  # the casts of weights to float32
     return model
+
+
+def share_past(graph: ir.Graph, past: list[ir.Value]) -> None:
+    """Let keys and values of one text stand for those of every row: the answers to a prompt are one batch after it."""
+    tape = Tape()
+    ids = next(value for value in graph.inputs if value.name == "input_ids")
+    ones = ir.Value(name="past.ones", const_value=ir.tensor(np.ones(3, np.int64), name="past.ones"))
+    graph.register_initializer(ones)
+    shape = tape.op("Concat", [tape.op("Shape", [ids], {"start": 0, "end": 1}), ones], {"axis": 0})
+    for value in past:
+        rows = tape.op("Expand", [value, shape])
+        rows.name = f"{value.name}.rows"
+        rows.shape, rows.type = value.shape, value.type
+        value.replace_all_uses_with(rows)
+        rows.producer().replace_input_with(0, value)  # type: ignore[union-attr]
+        assert value.shape is not None
+        value.shape = ir.Shape([PAST_BATCH, *value.shape[1:]])
+    graph.insert_before(graph[0], tape.nodes)
 
 
 class _Halver:

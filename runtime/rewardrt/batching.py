@@ -49,15 +49,18 @@ class Batch:
     type_ids: Ids | None = None  # [batch, tokens] int64
 
 
-def make_batch(texts: Sequence[EncodedText], *, causal: bool, with_positions: bool) -> Batch:
-    """Put texts into one batch. Of a causal model's, tokens after the last position that is read are left out."""
-    ids = [text.ids[: text.needed] if causal else text.ids for text in texts]
+def make_batch(texts: Sequence[EncodedText], *, causal: bool, with_positions: bool, start: int = 0) -> Batch:
+    """Put texts into one batch, from token `start` on, which positions then count from.
+
+    Of a causal model's, tokens after the last position that is read are left out.
+    """
+    ids = [text.ids[start : text.needed] if causal else text.ids for text in texts]
     lengths = np.array([len(each) for each in ids], dtype=np.int64)
     type_ids = [text.type_ids for text in texts if text.type_ids is not None]
     return Batch(
         _pad(ids, int(lengths.max())),
         lengths,
-        np.stack([text.positions for text in texts]) if with_positions else None,
+        np.stack([text.positions - start for text in texts]) if with_positions else None,
         _pad(type_ids, int(lengths.max())) if type_ids else None,
     )
 

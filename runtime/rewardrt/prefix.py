@@ -22,6 +22,7 @@ from rewardrt.tokens import EncodedText, Ids
 MIN_SHARED = 16  # tokens; for fewer, cutting and copying keys and values costs what it saves
 BLOCK = MIN_SHARED  # tokens that the cache keeps or drops together
 CHUNK = 256  # most tokens of one call: their activations stay in a core's cache, and attention's scores stay small
+GROUP_SAVES = 4096  # tokens, at least; one call more, and its keys and values to the host and back, cost some thousands
 
 
 def legal_cut(shared: int, text: EncodedText) -> int:
@@ -72,6 +73,47 @@ def plan_chains(texts: Sequence[EncodedText]) -> list[list[Link]]:
         else:
             chains.append([Link(index, 0)])
     return chains
+
+
+@dataclass(frozen=True)
+class Group:
+    """Texts, by their indices, that begin with the same `cut` tokens."""
+
+    indices: tuple[int, ...]
+    cut: int
+
+
+def plan_groups(texts: Sequence[EncodedText]) -> list[Group]:
+    """Return texts whose common beginning is worth computing once, before the rest of all of them in batches.
+
+    That is a choice of nodes of the tree of all beginnings, none below another: those that save the most tokens
+    together, each at least GROUP_SAVES. No text is in two of them.
+    """
+    ids = [text.ids[: legal_cut(text.needed, text)] for text in texts]  # what may come from elsewhere
+    order = sorted(range(len(texts)), key=lambda index: ids[index].astype(">i8").tobytes())
+    chosen: list[Group] = []
+    # The nodes that are still open, each inside the one before it: tokens shared, place of its first text, and the best
+    # choice of those that are closed inside it, with what it saves.
+    open_nodes: list[tuple[int, int, int, list[Group]]] = []
+    for place in range(1, len(order) + 1):
+        shared = shared_tokens(ids[order[place - 1]], ids[order[place]]) if place < len(order) else 0
+        cut = shared if shared >= MIN_SHARED else 0
+        first, saved, groups = place - 1, 0, list[Group]()
+        while open_nodes and open_nodes[-1][0] > cut:
+            tokens, first, inside, inner = open_nodes.pop()
+            own = (place - first - 1) * tokens
+            if own >= max(inside, GROUP_SAVES):
+                inside, inner = own, [Group(tuple(order[first:place]), tokens)]
+            if open_nodes and open_nodes[-1][0] >= cut:
+                outer = open_nodes.pop()
+                open_nodes.append((outer[0], outer[1], outer[2] + inside, outer[3] + inner))
+            else:
+                saved, groups = saved + inside, groups + inner
+        if cut and not (open_nodes and open_nodes[-1][0] == cut):
+            open_nodes.append((cut, first, saved, groups))
+        elif not cut:
+            chosen += groups
+    return chosen
 
 
 def shared_tokens(first: Ids, second: Ids) -> int:

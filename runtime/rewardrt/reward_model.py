@@ -21,7 +21,7 @@ from rewardrt.batching import BATCH_TOKENS, make_batch, plan_batches
 from rewardrt.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, Variant, read_bundle
 from rewardrt.errors import BundleError, InferenceError, ProviderError, RewardRTError, RowError, TruncationWarning
 from rewardrt.pairwise import plan, settle
-from rewardrt.prefix import Link, PrefixCache, Statistics, chunk_ends, plan_chains
+from rewardrt.prefix import Group, Link, PrefixCache, Statistics, chunk_ends, plan_chains, plan_groups
 from rewardrt.processor import read_processor
 from rewardrt.providers import Provider, ProviderChoice, select_provider
 from rewardrt.rows import Row, Scored, parse_row
@@ -109,7 +109,7 @@ class RewardModel:
         `threads`       of the CPU provider; None leaves it to onnxruntime (the physical cores)
         `batch_tokens`  budget of one batch in tokens, padding included
         `padding`       whether texts of different lengths may share a batch; None: not on a CPU
-        `prefix_reuse`  compute once what texts of one call begin with; never with padding, and it shows in no reward
+        `prefix_reuse`  compute once what texts of one call begin with; it shows in no reward but by rounding on a GPU
         `prefix_cache_mb` memory for beginnings of texts that are kept between calls, in MiB; 0: none
         `check_hashes`  read every file once and compare its SHA-256 with the manifest
 
@@ -339,12 +339,16 @@ class RewardModel:
         """
         results: dict[int, Values | InferenceError] = {}
         padding = self._padding if padding is None else padding
+        batch_tokens = batch_tokens or self._batch_tokens
         chains = [] if padding or not self._takes_parts else self._plan_chains(texts)
         one_by_one = {link.index for chain in chains for link in chain}
-        rest = [index for index in range(len(texts)) if index not in one_by_one]
+        if padding and self._prefix_reuse and self.session.shares_past:
+            for group in plan_groups(texts):
+                results |= self._run_group(texts, group, batch_tokens)
+        rest = [index for index in range(len(texts)) if index not in one_by_one and index not in results]
         batches = plan_batches(
             [texts[index].needed if self.spec.causal else len(texts[index].ids) for index in rest],
-            batch_tokens=batch_tokens or self._batch_tokens,
+            batch_tokens=batch_tokens,
             padding=padding,
         )
         batches = [[rest[place] for place in batch] for batch in batches]
@@ -372,6 +376,28 @@ class RewardModel:
             for chain in chains
             if len(chain) > 1 or self._cache is not None or len(chunk_ends(0, texts[chain[0].index])) > 1
         ]
+
+    def _run_group(
+        self, texts: Sequence[EncodedText], group: Group, batch_tokens: int
+    ) -> dict[int, Values | InferenceError]:
+        """Compute what texts begin with, and then the rest of them in padded batches; what fails is left out."""
+        results: dict[int, Values | InferenceError] = {}
+        first = texts[group.indices[0]]
+        positions = np.zeros_like(first.positions)[None] if self.spec.has_positions else None
+        # The rows hold keys and values of the beginning, too, so it counts for each of them.
+        batches = plan_batches(
+            [texts[index].needed for index in group.indices], batch_tokens=batch_tokens, padding=True
+        )
+        try:
+            past = self.session.run_part(first.ids[None, : group.cut], positions, keep=True).values
+            self._count(0, group.cut)
+            for batch in batches:
+                chosen = [group.indices[place] for place in batch]
+                rewards = self._run([texts[index] for index in chosen], past)
+                results |= {index: self._check_finite(values) for index, values in zip(chosen, rewards, strict=True)}
+        except InferenceError:  # of memory, for one: they are tried whole, and each by itself at last
+            return results
+        return results
 
     def _run_chain(self, texts: Sequence[EncodedText], chain: Sequence[Link]) -> dict[int, Values | InferenceError]:
         results: dict[int, Values | InferenceError] = {}
@@ -428,13 +454,16 @@ class RewardModel:
         with self._lock:
             self._statistics = Statistics(self._statistics.given + given, self._statistics.computed + computed)
 
-    def _run(self, texts: Sequence[EncodedText]) -> Sequence[Values]:
-        batch = make_batch(texts, causal=self.spec.causal, with_positions=self.spec.has_positions)
-        self._count(int(batch.lengths.sum()), int(batch.lengths.sum()))
+    def _run(self, texts: Sequence[EncodedText], past: KeyValues | None = None) -> Sequence[Values]:
+        """Compute a batch; where a past is given, of tokens that all of them begin with, what follows it."""
+        start = past.tokens if past is not None else 0
+        batch = make_batch(texts, causal=self.spec.causal, with_positions=self.spec.has_positions, start=start)
+        computed = int(batch.lengths.sum())
+        self._count(computed + start * len(texts), computed)
         if self.spec.input != "steps":
-            return list(self.session.run(batch.input_ids, batch.lengths, batch.positions, batch.type_ids))
-        every = self.session.run(batch.input_ids, batch.lengths, output="token_rewards")  # [batch, tokens, 1]
-        return [rewards[text.positions, 0] for rewards, text in zip(every, texts, strict=True)]
+            return list(self.session.run(batch.input_ids, batch.lengths, batch.positions, batch.type_ids, past=past))
+        every = self.session.run(batch.input_ids, batch.lengths, past=past, output="token_rewards")
+        return [rewards[text.positions - start, 0] for rewards, text in zip(every, texts, strict=True)]
 
     def _check_finite(self, values: Values) -> Values | InferenceError:
         if np.isfinite(values).all():

@@ -29,6 +29,7 @@ from rewardrt.providers import (
 Ids = npt.NDArray[np.int64]
 
 OPTIONAL_INPUTS = ("positions", "token_type_ids")  # of models with several taps, and of encoders that read pairs
+PAST_BATCH = "past_batch"  # the first axis of keys and values where it may be 1 beside a larger batch
 _FLOATS: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -82,6 +83,7 @@ class GraphSession:
 
     `provider` is the one obtained, `note` says why it is not a better one, `threads` is what was asked for,
     `past` holds the graph's inputs for a shared prefix: key, value, key, ... by layer; empty for an encoder.
+    `shares_past` says that one text's may stand for those of every row of a batch.
     """
 
     def __init__(
@@ -92,6 +94,9 @@ class GraphSession:
         self._optional = {item.name for item in session.get_inputs()} & set(OPTIONAL_INPUTS)
         self.has_token_rewards = any(item.name == "token_rewards" for item in session.get_outputs())
         self.past = past
+        self.shares_past = any(
+            item.name == "past_key.0" and item.shape[0] == PAST_BATCH for item in session.get_inputs()
+        )
         self.provider: Provider = provider
         self.note = note
         self.threads = threads
@@ -130,15 +135,16 @@ class GraphSession:
         positions: Ids | None = None,
         type_ids: Ids | None = None,
         *,
+        past: KeyValues | None = None,
         output: Literal["rewards", "token_rewards"] = "rewards",
     ) -> npt.NDArray[np.float32]:
         """Score a batch: the graph's raw outputs, [batch, outputs] float32, or [batch, tokens, outputs] token_rewards.
 
         input_ids [batch, tokens], right-padded, lengths [batch]; positions [batch, taps] and type_ids [batch, tokens]
-        where the model takes them. All int64. Whether the rewards are finite is for the caller to check.
-        Raises InferenceError.
+        where the model takes them. All int64. `past` is of tokens that every row goes on from, where the graph
+        `shares_past`. Whether the rewards are finite is for the caller to check. Raises InferenceError.
         """
-        return self._run(input_ids, lengths, positions, type_ids, None, [output])[0]
+        return self._run(input_ids, lengths, positions, type_ids, past, [output])[0]
 
     def run_part(
         self,
