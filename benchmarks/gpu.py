@@ -64,6 +64,10 @@ def list_commands(opened: Bundle, checkpoint: Path) -> dict[str, tuple[list[str]
         f"rewardrt {name}": (model_command(opened.path, options), ("all",))
         for name, (_, options) in list_candidates(opened, provider="cuda").items()
     }
+    for name, (_, options) in list_candidates(opened, provider="cuda").items():
+        if name == "half":  # alone among graphs for a GPU, it computes once what several texts begin with
+            command = model_command(opened.path, options | {"prefix_reuse": False})
+            commands["rewardrt half, no reuse"] = (command, ("all",))
     for precision, loops in TORCH.items():
         command = [sys.executable, str(PEERS / "torch_loop.py"), str(checkpoint), precision, "cuda"]
         commands[f"torch {precision}"] = (command, loops)

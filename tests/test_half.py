@@ -199,6 +199,8 @@ def test_answers_to_one_prompt_are_a_batch_after_it_where_batches_are_padded(mad
         RewardModel.load(made.path, provider="cpu", precision="half", padding=True, prefix_reuse=reuse)
         for reuse in (False, True)
     )
+    assert grouped._group_worth == int(15e12 / (made.path / "model.half.onnx.data").stat().st_size)
+    grouped._group_worth = 4096  # as with 3.7 billion parameters
     expected = plain.score_many(rows)
     calls: list[tuple[int, int]] = []  # rows and tokens of the past
     run = grouped.session._run
@@ -221,6 +223,7 @@ def test_answers_to_one_prompt_are_a_batch_after_it_where_batches_are_padded(mad
 def test_a_group_that_fails_is_computed_whole(made: Bundle, fails: str) -> None:
     rows = answers(1, 20)
     model = RewardModel.load(made.path, provider="cpu", precision="half", padding=True)
+    model._group_worth = 4096
     expected = model.score_many(rows)
     run = model.session._run
 
@@ -236,5 +239,6 @@ def test_a_group_that_fails_is_computed_whole(made: Bundle, fails: str) -> None:
 def test_a_graph_whose_past_has_a_row_for_each_text_computes_texts_whole(made: Bundle) -> None:
     whole = RewardModel.load(made.path, provider="cpu", precision="fp32", padding=True)
     assert not whole.session.shares_past
+    whole._group_worth = 4096
     whole.score_many(answers(1, 20))
     assert whole.statistics.computed == whole.statistics.given

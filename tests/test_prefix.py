@@ -189,13 +189,12 @@ def best_saving(texts: list[list[int]], worth: int) -> int:
 @pytest.mark.parametrize("seed", range(20))
 def test_groups_save_as_many_tokens_as_groups_can(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(prefix, "MIN_SHARED", 1)
-    monkeypatch.setattr(prefix, "GROUP_SAVES", 12)
     rng = np.random.default_rng(seed)
     lists = [rng.integers(0, 2, rng.integers(2, 20)).tolist() for _ in range(rng.integers(1, 40))]
     lists += [[*lists[0], *[1] * count] for count in range(1, 8)]
     lists += [[1] * 10] * 3
     texts = [encoded(ids) for ids in lists]
-    groups = prefix.plan_groups(texts)
+    groups = prefix.plan_groups(texts, 12)
     for group in groups:
         assert len({tuple(lists[index][: group.cut]) for index in group.indices}) == 1
         assert all(group.cut <= len(lists[index]) - 2 for index in group.indices)
@@ -207,6 +206,7 @@ def test_groups_save_as_many_tokens_as_groups_can(monkeypatch: pytest.MonkeyPatc
 
 def test_a_thousand_turns_each_going_on_from_the_last_are_planned() -> None:
     turns = [encoded([7] * length) for length in range(2, 1_200)]
-    (group,) = prefix.plan_groups(turns)
+    (group,) = prefix.plan_groups(turns, 4096)
     assert (len(group.indices) - 1) * group.cut == max((1_197 - cut) * cut for cut in range(1_198))
-    assert prefix.plan_groups([]) == prefix.plan_groups(turns[:1]) == prefix.plan_groups(turns[:20]) == []
+    assert prefix.plan_groups([], 1) == prefix.plan_groups(turns[:1], 1) == prefix.plan_groups(turns[:20], 4096) == []
+    assert [prefix.group_worth(size) for size in (15 * 10**9, 269 * 10**6, 0)] == [1000, 55762, 15 * 10**12]

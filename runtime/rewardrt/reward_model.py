@@ -21,7 +21,7 @@ from rewardrt.batching import BATCH_TOKENS, make_batch, plan_batches
 from rewardrt.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, Variant, read_bundle
 from rewardrt.errors import BundleError, InferenceError, ProviderError, RewardRTError, RowError, TruncationWarning
 from rewardrt.pairwise import plan, settle
-from rewardrt.prefix import Group, Link, PrefixCache, Statistics, chunk_ends, plan_chains, plan_groups
+from rewardrt.prefix import Group, Link, PrefixCache, Statistics, chunk_ends, group_worth, plan_chains, plan_groups
 from rewardrt.processor import read_processor
 from rewardrt.providers import Provider, ProviderChoice, select_provider
 from rewardrt.rows import Row, Scored, parse_row
@@ -83,6 +83,9 @@ class RewardModel:
         whole = any(tap.rule in ("first", "mean") for tap in self.spec.taps)
         self._takes_parts = bool(session.past) and not whole
         self._prefix_reuse = prefix_reuse and self._takes_parts
+        graph = next((each for each in bundle.manifest.variants if each.precision == precision), None)
+        data = graph.data if graph is not None else ()
+        self._group_worth = group_worth(sum(record.bytes for record in bundle.manifest.files if record.path in data))
         self._cache = PrefixCache(prefix_cache_mb * 2**20) if self._prefix_reuse and prefix_cache_mb else None
         self._statistics = Statistics()
         self._lock = threading.Lock()
@@ -343,7 +346,7 @@ class RewardModel:
         chains = [] if padding or not self._takes_parts else self._plan_chains(texts)
         one_by_one = {link.index for chain in chains for link in chain}
         if padding and self._prefix_reuse and self.session.shares_past:
-            for group in plan_groups(texts):
+            for group in plan_groups(texts, self._group_worth):
                 results |= self._run_group(texts, group, batch_tokens)
         rest = [index for index in range(len(texts)) if index not in one_by_one and index not in results]
         batches = plan_batches(
