@@ -103,7 +103,7 @@ def score_file(
         return some, parsed, prepare(items) if items else None
 
     summary = Summary()
-    for some, parsed, texts in _ahead(map(prepared, _windows(lines, window))):
+    for some, parsed, texts in _ahead(prepared(some) for some in _windows(lines, window)):
         results = iter(score(texts) if texts is not None else [])
         for line, row in zip(some, parsed, strict=True):
             own = [next(results) for _ in row.items] if isinstance(row, Row) else []
