@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -45,6 +46,17 @@ def test_a_loop_pads_chunks_of_8_in_its_order_and_gives_rewards_in_the_files(lef
         assert [values[0] // 100 for values in worker.score(many, loop="sorted").outputs].count(31) == 1
     finally:
         worker.close()
+
+
+def test_a_budget_is_of_padded_tokens_over_texts_of_similar_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("peers_lines", PEERS / "lines.py")
+    assert spec is not None and spec.loader is not None
+    lines = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lines)
+    monkeypatch.setattr(lines, "BUDGET", 12)
+    # 3 x 3 tokens, and no fourth of 4; 2 x 4, and no third of 5; what is over the budget is a batch of its own
+    assert list(lines.chunks([5, 1, 4, 2, 20, 3, 4], "budget")) == [[1, 3, 5], [2, 6], [0], [4]]
+    assert list(lines.chunks([], "budget")) == []
 
 
 def test_ids_after_the_position_that_is_read_are_not_sent_to_the_model() -> None:
