@@ -236,6 +236,14 @@ def test_an_error_of_reading_comes_after_what_was_read_before_it() -> None:
     assert len(written) == 1
 
 
+def test_a_stop_iteration_of_the_preparation_does_not_end_the_file_early() -> None:
+    def prepare(items: list[Item]) -> list[Item]:
+        raise StopIteration
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        score_file(score, read_lines(io.BytesIO(b'{"text": "x"}')), lambda _: None, prepare=prepare)
+
+
 def test_a_process_that_is_interrupted_does_not_wait_for_its_input() -> None:
     code = """
 import sys
