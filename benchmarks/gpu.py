@@ -60,14 +60,12 @@ def used_mib() -> int:
 
 def list_commands(opened: Bundle, checkpoint: Path) -> dict[str, tuple[list[str], tuple[str, ...]]]:
     """Return the command of every worker, and its loops."""
-    commands = {
-        f"rewardrt {name}": (model_command(opened.path, options), ("all",))
-        for name, (_, options) in list_candidates(opened, provider="cuda").items()
-    }
+    commands = {}
     for name, (_, options) in list_candidates(opened, provider="cuda").items():
+        commands[f"rewardrt {name}"] = (model_command(opened.path, options), ("all",))
         if name == "half":  # alone among graphs for a GPU, it computes once what several texts begin with
-            command = model_command(opened.path, options | {"prefix_reuse": False})
-            commands["rewardrt half, no reuse"] = (command, ("all",))
+            alone = model_command(opened.path, options | {"prefix_reuse": False})
+            commands["rewardrt half, no reuse"] = (alone, ("all",))
     for precision, loops in TORCH.items():
         command = [sys.executable, str(PEERS / "torch_loop.py"), str(checkpoint), precision, "cuda"]
         commands[f"torch {precision}"] = (command, loops)

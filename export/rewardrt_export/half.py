@@ -18,7 +18,8 @@ from onnx_ir.tape import Tape
 
 from rewardrt.session import PAST_BATCH
 from rewardrt_export.fuse import pool_early
-from rewardrt_export.storage import store
+from rewardrt_export.quantize import register
+from rewardrt_export.storage import cast, store
 
 _SMALL, _LARGE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 _PRODUCTS = ("MatMul", "Gemm")
@@ -50,8 +51,7 @@ def share_past(graph: ir.Graph, past: list[ir.Value]) -> None:
     """Let keys and values of one text stand for those of every row: the answers to a prompt are one batch after it."""
     tape = Tape()
     ids = next(value for value in graph.inputs if value.name == "input_ids")
-    ones = ir.Value(name="past.ones", const_value=ir.tensor(np.ones(3, np.int64), name="past.ones"))
-    graph.register_initializer(ones)
+    ones = register(graph, ir.tensor(np.ones(3, np.int64), name="past.ones"))
     shape = tape.op("Concat", [tape.op("Shape", [ids], {"start": 0, "end": 1}), ones], {"axis": 0})
     for value in past:
         rows = tape.op("Expand", [value, shape])
@@ -109,23 +109,16 @@ class _Halver:
 
     def _constant(self, value: ir.Value) -> ir.Value:
         assert value.const_value is not None
-        name = f"{value.name}.half"
-        tensor = ir.tensor(value.const_value.numpy().astype(np.float16), name=name)
-        small = ir.Value(name=name, const_value=tensor, shape=value.shape, type=ir.TensorType(_SMALL))
-        self.graph.register_initializer(small)
-        return small
+        return register(self.graph, ir.tensor(value.const_value.numpy().astype(np.float16), name=f"{value.name}.half"))
 
     def _node(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        node = ir.node("Cast", [value], {"to": dtype})
-        (cast,) = node.outputs
-        cast.name = f"{value.name}.{'half' if dtype == _SMALL else 'float32'}"
-        cast.shape, cast.type = value.shape, ir.TensorType(dtype)
+        node = cast(value, dtype)
         maker = value.producer()
         if maker is None:
             self.graph.insert_before(self.graph[0], node)
         else:
             self.graph.insert_after(maker, node)
-        return cast
+        return node.outputs[0]
 
 
 def _is(value: ir.Value | None, dtype: ir.DataType) -> bool:

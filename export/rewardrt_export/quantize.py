@@ -134,7 +134,7 @@ class _Quantizer:
         mixed, twice = "Mixed" if self.smoothing.mixed else "", "Twice" if self.smoothing.planes == 2 else ""
         operands, scaled = [self.activation], ""
         if self.scale is not None:
-            operands.append(_register(self.graph, ir.tensor(1 / self.scale, name=f"{self.first}.smooth")))
+            operands.append(register(self.graph, ir.tensor(1 / self.scale, name=f"{self.first}.smooth")))
             scaled = "Scale"
         rounded = self.tape.op_multi_out(
             f"{scaled}RoundTokens{mixed}{twice}",
@@ -171,10 +171,10 @@ class _Quantizer:
             shape=ir.Shape([-(-len(columns) // PANEL), rows // CHANNELS, PANEL, CHANNELS]),
             name=f"{name}.int8",
         )
-        return _register(self.graph, integers), _register(self.graph, ir.tensor(columns, name=f"{name}.steps"))
+        return register(self.graph, integers), register(self.graph, ir.tensor(columns, name=f"{name}.steps"))
 
 
-def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Return the graph's initializer of this tensor's name, made of it unless it is there."""
     assert tensor.name is not None
     if tensor.name not in graph.initializers:
@@ -228,7 +228,7 @@ def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
             name=f"{weight.name}.steps",
         )
         attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
-        inputs = [_input(node, 0), *(_register(model.graph, tensor) for tensor in (packed, steps))]
+        inputs = [_input(node, 0), *(register(model.graph, tensor) for tensor in (packed, steps))]
         product = tape.op("MatMulNBits", inputs, attributes, domain="com.microsoft")
         model.graph.insert_before(node, tape.nodes[-1:])
         product.shape, product.type = node.outputs[0].shape, node.outputs[0].type

@@ -47,18 +47,19 @@ def store(model: ir.Model, kind: Stored) -> ir.Model:
                 _cast_after(model.graph, node, small)
                 continue
             if whole is None:
-                cast = _cast(small, weight.shape)
-                model.graph.insert_before(model.graph[0], cast)
-                whole = cast.outputs[0]
+                made = cast(small)
+                model.graph.insert_before(model.graph[0], made)
+                whole = made.outputs[0]
             node.replace_input_with(index, whole)
         del model.graph.initializers[name]
     return model
 
 
-def _cast(value: ir.Value, shape: ir.Shape | None) -> ir.Node:
-    node = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
-    node.outputs[0].name = f"{value.name}.float32"
-    node.outputs[0].shape, node.outputs[0].type = shape, ir.TensorType(ir.DataType.FLOAT)
+def cast(value: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Node:
+    """Make the node, which is not yet in the graph, that turns a value into another type."""
+    node = ir.node("Cast", [value], {"to": dtype})
+    node.outputs[0].name = f"{value.name}.{'float32' if dtype == ir.DataType.FLOAT else 'half'}"
+    node.outputs[0].shape, node.outputs[0].type = value.shape, ir.TensorType(dtype)
     return node
 
 
@@ -67,10 +68,10 @@ def _cast_after(graph: ir.Graph, gather: ir.Node, small: ir.Value) -> None:
     readers = list(rows.uses())
     gather.replace_input_with(0, small)
     rows.type = ir.TensorType(small.dtype)  # type: ignore[arg-type]
-    cast = _cast(rows, rows.shape)
-    graph.insert_after(gather, cast)
+    made = cast(rows)
+    graph.insert_after(gather, made)
     for node, index in readers:
-        node.replace_input_with(index, cast.outputs[0])
+        node.replace_input_with(index, made.outputs[0])
 
 
 def _rounded(weight: ir.TensorProtocol, kind: Stored) -> ir.TensorProtocol:

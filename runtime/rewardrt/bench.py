@@ -28,7 +28,6 @@ from rewardrt.bundle import Bundle, Variant, read_bundle
 from rewardrt.errors import BundleError, RewardRTError, RowError
 from rewardrt.files import read_lines
 from rewardrt.pairwise import plan, settle
-from rewardrt.processor import read_processor
 from rewardrt.providers import Provider, ProviderChoice, select_provider
 from rewardrt.reward_model import RewardModel
 from rewardrt.rows import Row, Scored, parse_row
@@ -296,8 +295,7 @@ def list_candidates(
         "prefix_cache_mb": 0,
         "check_hashes": False,
     }  # `bench` did check
-    here = read_processor().instruction_sets or ()
-    suited = [each for each in bundle.manifest.variants if each.suits(provider) and each.runs_on(provider, here)]
+    suited = [variant for variant in bundle.runnable(provider) if variant.suits(provider)]
     if not suited:
         names = ", ".join(variant.precision for variant in bundle.manifest.variants)
         raise BundleError(f"{bundle.path}: no graph for {provider} here; the bundle has {names}")
@@ -320,7 +318,6 @@ def _figures(
             texts = texts_of_length(workload, spec, tokens)
             seconds = statistics.median(worker.score([next(texts)]).seconds for _ in range(rounds))
             lengths.append((tokens, seconds / tokens))
-    weights = {record.path: record.bytes for record in bundle.manifest.files}
     return Figures(
         name=worker.name,
         tokens_per_second=workload.tokens / statistics.median(own.seconds),
@@ -328,7 +325,7 @@ def _figures(
         fidelity=None if own is first else compare(workload, own.outputs, first.outputs),
         latencies=tuple(latencies),
         lengths=tuple(lengths),
-        weights_bytes=sum(weights[name] for name in variant.data),
+        weights_bytes=bundle.weights_bytes(variant),
         loaded_bytes=worker.wait()["loaded_bytes"],
         peak_bytes=worker.peak_bytes(),
     )

@@ -148,8 +148,7 @@ class Bundle:
         good for any machine, or at least runs here.
         """
         if precision == "auto":
-            here = read_processor().instruction_sets or ()
-            runs = [variant for variant in self.manifest.variants if variant.runs_on(provider, here)]
+            runs = self.runnable(provider)
             suited = [variant for variant in runs if variant.suits(provider)]
             special = [variant for variant in suited if variant.needs or variant.made_for]
             standing_in = [variant for variant in special if self._stands_in(variant)]
@@ -160,6 +159,15 @@ class Bundle:
                 return variant
         found = ", ".join(variant.precision for variant in self.manifest.variants)
         raise BundleError(f"{self.path}: no {precision} graph; the bundle has {found}")
+
+    def runnable(self, provider: str) -> list[Variant]:
+        """Return the graphs that a provider can run on this machine, those that were made for another one too."""
+        here = read_processor().instruction_sets or ()
+        return [variant for variant in self.manifest.variants if variant.runs_on(provider, here)]
+
+    def weights_bytes(self, variant: Variant) -> int:
+        """Return the size of the files of a graph's weights."""
+        return sum(record.bytes for record in self.manifest.files if record.path in variant.data)
 
     def _stands_in(self, variant: Variant) -> bool:
         certificate = self.certificate(variant.precision)

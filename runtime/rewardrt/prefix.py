@@ -63,7 +63,7 @@ def plan_chains(texts: Sequence[EncodedText]) -> list[list[Link]]:
     one text's keys and values are held at a time.
     """
     ids = [text.ids[: text.needed] for text in texts]
-    order = sorted(range(len(texts)), key=lambda index: ids[index].astype(">i8").tobytes())
+    order = _token_order(ids)
     chains: list[list[Link]] = []
     held = 0  # tokens whose keys and values the text before was given: taken over as they are where that is enough
     for place, index in enumerate(order):
@@ -101,7 +101,7 @@ def plan_groups(texts: Sequence[EncodedText], worth: int) -> list[Group]:
     together, each at least `worth`. No text is in two of them.
     """
     ids = [text.ids[: legal_cut(text.needed, text)] for text in texts]  # what may come from elsewhere
-    order = sorted(range(len(texts)), key=lambda index: ids[index].astype(">i8").tobytes())
+    order = _token_order(ids)
     chosen: list[Group] = []
     # The nodes that are still open, each inside the one before it: tokens shared, place of its first text, and the best
     # choice of those that are closed inside it, with what it saves.
@@ -125,6 +125,11 @@ def plan_groups(texts: Sequence[EncodedText], worth: int) -> list[Group]:
         elif not cut:
             chosen += groups
     return chosen
+
+
+def _token_order(ids: Sequence[Ids]) -> list[int]:
+    """Return the indices of texts in the order of their tokens, the first first."""
+    return sorted(range(len(ids)), key=lambda index: ids[index].astype(">i8").tobytes())
 
 
 def shared_tokens(first: Ids, second: Ids) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,9 +84,7 @@ class RewardModel:
         whole = any(tap.rule in ("first", "mean") for tap in self.spec.taps)
         self._takes_parts = bool(session.past) and not whole
         self._prefix_reuse = prefix_reuse and self._takes_parts
-        graph = next((each for each in bundle.manifest.variants if each.precision == precision), None)
-        data = graph.data if graph is not None else ()
-        self._group_worth = group_worth(sum(record.bytes for record in bundle.manifest.files if record.path in data))
+        self._group_worth = group_worth(bundle.weights_bytes(bundle.variant(precision)))
         self._cache = PrefixCache(prefix_cache_mb * 2**20) if self._prefix_reuse and prefix_cache_mb else None
         self._statistics = Statistics()
         self._lock = threading.Lock()
@@ -119,8 +118,9 @@ class RewardModel:
         Raises BundleError or ProviderError.
         """
         opened = read_bundle(bundle, check_hashes=check_hashes)
-        variant = _choose_variant(opened, precision, select_provider(provider).provider)
-        session = GraphSession.open(opened.file(variant.graph), provider, threads)
+        selection = select_provider(provider)
+        variant = _choose_variant(opened, precision, selection.provider)
+        session = GraphSession.open(opened.file(variant.graph), selection, threads)
         return cls(
             opened,
             session,
@@ -309,13 +309,12 @@ class RewardModel:
         if not self.session.has_token_rewards:
             raise RewardRTError("this bundle has no rewards of tokens")
         rewards = np.concatenate(self._run_parts(text, None, keep=False, output="token_rewards")[0])[:, 0]
-        checked = self._check_finite(rewards)
-        normalised = (
-            checked if isinstance(checked, InferenceError) else _normalised(checked, self._normalisation(normalize))
-        )
-        if isinstance(normalised, InferenceError):
-            raise normalised
-        return normalised
+        found = self._check_finite(rewards)
+        if not isinstance(found, InferenceError):
+            found = _normalised(found, self._normalisation(normalize))
+        if isinstance(found, InferenceError):
+            raise found
+        return found
 
     def encode(self, items: Sequence[Item], *, max_length: int | None = None) -> list[EncodedText | RewardRTError]:
         """Render and tokenize items; an item that cannot be has its error in its place."""
@@ -391,15 +390,13 @@ class RewardModel:
         batches = plan_batches(
             [texts[index].needed for index in group.indices], batch_tokens=batch_tokens, padding=True
         )
-        try:
+        with suppress(InferenceError):  # of memory, for one: they are tried whole, and each by itself at last
             past = self.session.run_part(first.ids[None, : group.cut], positions, keep=True).values
             self._count(0, group.cut)
             for batch in batches:
                 chosen = [group.indices[place] for place in batch]
                 rewards = self._run([texts[index] for index in chosen], past)
                 results |= {index: self._check_finite(values) for index, values in zip(chosen, rewards, strict=True)}
-        except InferenceError:  # of memory, for one: they are tried whole, and each by itself at last
-            return results
         return results
 
     def _run_chain(self, texts: Sequence[EncodedText], chain: Sequence[Link]) -> dict[int, Values | InferenceError]:

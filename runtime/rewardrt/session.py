@@ -19,6 +19,7 @@ from rewardrt.kernels import register
 from rewardrt.providers import (
     Provider,
     ProviderChoice,
+    Selection,
     import_onnxruntime,
     one_line,
     open_session,
@@ -102,16 +103,18 @@ class GraphSession:
         self.threads = threads
 
     @classmethod
-    def open(cls, graph: Path, provider: ProviderChoice = "auto", threads: int | None = None) -> GraphSession:
+    def open(
+        cls, graph: Path, provider: ProviderChoice | Selection = "auto", threads: int | None = None
+    ) -> GraphSession:
         """Load a graph by its path: onnxruntime maps the file of its weights, and copies what it packs for its kernels.
 
-        `threads` are those of one call on the CPU; None leaves it to onnxruntime: one for each physical core, whatever
-        share of them a container may use.
+        `provider` is asked for, or was selected already and is not tried again. `threads` are those of one call on the
+        CPU; None leaves it to onnxruntime: one for each physical core, whatever share of them a container may use.
         Raises ProviderError if the provider cannot be had, BundleError if the file is not a graph of the contract.
         """
         if threads is not None and threads < 1:
             raise ProviderError(f"threads {threads}: expected at least 1, or None to leave it to onnxruntime")
-        selection = select_provider(provider)
+        selection = provider if isinstance(provider, Selection) else select_provider(provider)
         options = _session_options(threads)
         try:
             if selection.provider == "cpu":
