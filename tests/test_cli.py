@@ -133,7 +133,7 @@ def test_inspect_shows_the_spec_and_the_certificate(tiny_bundle: Path) -> None:
     )
     assert lines[5].startswith("  certified  fp32: within ")
     manifest = json.loads(run("inspect", tiny_bundle, "--json").stdout)
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["spec"]["taps"] == [
         {"name": "last", "rule": "last_mask", "ids": [], "count": 0, "offset": 0, "skip": 0}
     ]

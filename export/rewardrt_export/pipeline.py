@@ -100,6 +100,8 @@ def export(
         weights=weights,
         normalise=normalise,
     )
+    for name, choice in checkpoint.source.choices.items():
+        progress(f"{name}: {choice}")
     own_texts = calibrated and calibrate is not None
     by_layer = False
     if certified or own_texts:
@@ -205,6 +207,7 @@ def _provenance(checkpoint: Checkpoint) -> Provenance:
         ),
         versions={"rewardrt": rewardrt.__version__} | {name: importlib.metadata.version(name) for name in VERSIONED},
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        choices=checkpoint.source.choices,
     )
 
 

@@ -62,6 +62,9 @@ class Source:
     chat_template: str | None
     adapter: Adapter | None = None
     unused: dict[str, str] = field(default_factory=dict)
+    # Where the files allow two readings: the one that was taken, by what was chosen. Export prints each as a line, and
+    # the manifest keeps them.
+    choices: dict[str, str] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:

@@ -16,7 +16,8 @@ from rewardrt.errors import BundleError
 from rewardrt.processor import read_processor
 from rewardrt.spec import OPTIONAL, Spec, from_json, to_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # written; one is added whenever a field comes that an older runtime may not overlook
+OLDEST_FORMAT_VERSION = 1  # read; fields that came later are OPTIONAL, with the default that was true before them
 MANIFEST = "reward.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -112,6 +113,8 @@ class Provenance:
     stored_dtypes: tuple[str, ...]
     versions: dict[str, str]
     created: str  # UTC, ISO 8601
+    # Where the checkpoint allows two readings: which one was taken and why, by what was chosen ("tokenizer", "family").
+    choices: dict[str, str] = field(default_factory=dict, metadata={OPTIONAL: True})
 
 
 @dataclass(frozen=True)
@@ -225,12 +228,13 @@ def _read_manifest(path: Path) -> Manifest:
     version = data.get("format_version") if isinstance(data, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise BundleError(
-            f"{path}: format version {version}, this runtime reads {FORMAT_VERSION}; "
-            "upgrade with `pip install -U rewardrt`"
+            f"{path}: format version {version}, this runtime reads up to {FORMAT_VERSION}; "
+            "upgrade rewardrt: `pip install -U rewardrt`"
         )
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version < OLDEST_FORMAT_VERSION:
         raise BundleError(
-            f"{path}: format version {version!r}, this runtime reads {FORMAT_VERSION}; export the checkpoint again"
+            f"{path}: format version {version!r}, this runtime reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}; "
+            "export the checkpoint again"
         )
     return from_json(Manifest, data, str(path))
 

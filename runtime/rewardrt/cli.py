@@ -398,6 +398,7 @@ def describe_manifest(name: str, manifest: Any) -> str:
         f"{origin.created}",
         f"  text       {' -> '.join(steps)}",
         f"  pooling    {taps}",
+        *(f"  chosen     {name}: {choice}" for name, choice in origin.choices.items()),
         *named,
         f"  normalise  {normalise}",
     ]
