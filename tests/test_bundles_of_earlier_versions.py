@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import make_conversations, make_texts
 
 from rewardrt import RewardModel
 from rewardrt.processor import read_processor
 from rewardrt.providers import import_onnxruntime
 from rewardrt.verify import verify
+from texts import make_conversations, make_texts
 
 BUNDLES = Path(__file__).parent / "bundles"
 ROWS = [

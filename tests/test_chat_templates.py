@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from chat_templates import CHATML, CHATML_ONE_LINE, CONVERSATIONS, FAMILIES, GEMMA, LLAMA_2, LLAMA_3_1, QWEN_3
+from rewardrt.chat_template import ChatTemplate
 from rewardrt.errors import BundleError, RowError
 from rewardrt.spec import TextRule
-from rewardrt.text import ChatTemplate, Conversation, RawText, RenderedText, Renderer, check_messages
+from rewardrt.text import Conversation, RawText, RenderedText, Renderer, check_messages
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -64,7 +65,9 @@ def test_renders_what_transformers_renders_and_refuses_what_it_refuses(family: s
             refused[name] = " ".join(str(error).split())
         else:
             rendered += 1
-            assert template.render(messages) == expected, name
+            assert template.apply(messages) == expected, name
+            if family != "loop_controls":  # whose template leaves out turns, on purpose
+                assert template.render(messages) == expected, name
     for name, words in refused.items():
         assert words in refusal(FAMILIES[family], CONVERSATIONS[name]), name
     assert rendered >= 12
@@ -107,7 +110,7 @@ def test_a_template_that_fails_refuses_the_row_in_both(source: str, reference: R
     ],
 )
 def test_globals_and_whitespace_are_transformers_own(source: str, reference: Reference) -> None:
-    assert ChatTemplate(source, SPECIAL).render(HI) == reference(source, HI)
+    assert ChatTemplate(source, SPECIAL).apply(HI) == reference(source, HI)
 
 
 def test_chatml_renders_to_this_string() -> None:
@@ -136,12 +139,12 @@ def test_generation_blocks_render_what_is_inside() -> None:
 
 def test_loop_controls_skip_and_stop() -> None:
     source = "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}"
-    assert ChatTemplate(source, SPECIAL).render(HI) == "023"
+    assert ChatTemplate(source, SPECIAL).apply(HI) == "023"
 
 
 def test_tojson_escapes_nothing_unless_told_to() -> None:
     source = "{{ {'b': '<é>', 'a': 1} | tojson }} {{ 'é' | tojson(ensure_ascii=true) }} {{ [1] | tojson(indent=1) }}"
-    assert ChatTemplate(source, SPECIAL).render(HI) == '{"b": "<é>", "a": 1} "\\u00e9" [\n 1\n]'
+    assert ChatTemplate(source, SPECIAL).apply(HI) == '{"b": "<é>", "a": 1} "\\u00e9" [\n 1\n]'
 
 
 def test_strftime_now_is_today_and_is_noticed() -> None:
@@ -176,7 +179,8 @@ def test_a_template_that_python_cannot_compile_is_a_damaged_bundle() -> None:
 def test_a_role_that_the_template_drops_is_an_error_that_names_it() -> None:
     messages = [{"role": "developer", "content": " Be terse. "}, *HI]
     assert refusal(QWEN_3, messages) == (
-        "messages[0]: the chat template leaves out what role 'developer' says; expected system, user, assistant or tool"
+        "messages[0]: the chat template leaves out what role 'developer' says, so the reward would not depend on it; "
+        "expected system, user, assistant or tool"
     )
     assert "Be terse." in ChatTemplate(CHATML_ONE_LINE, SPECIAL).render(messages)
     silent = [{"role": "developer", "content": " "}, *HI]
@@ -245,14 +249,17 @@ def test_a_rule_that_needs_a_template_does_not_load_without() -> None:
 
 
 def test_nothing_to_tokenize_is_an_error() -> None:
+    blank = Conversation("Hi", {"role": "assistant", "content": ""})
     with pytest.raises(RowError, match=r"^the conversation renders to an empty text"):
-        Renderer(rule(), ChatTemplate("", SPECIAL)).render(CHAT)
+        Renderer(rule(), ChatTemplate("{{ messages[-1].content }}", SPECIAL)).render(blank)
 
 
 def test_a_surrogate_that_reaches_the_text_is_an_error() -> None:
     (message,) = check_messages([{**HI[1], "tool_calls": ["\ud800"]}], "messages")
-    with pytest.raises(RowError, match=r"^the rendered text: .* found the lone surrogate U\+D800 at character 1$"):
-        Renderer(rule(), ChatTemplate("{{ messages[1].tool_calls[0] }}", SPECIAL)).render(Conversation("Hi", message))
+    with pytest.raises(RowError, match=r"^the rendered text: .* found the lone surrogate U\+D800 at character 7$"):
+        Renderer(rule(), ChatTemplate("{{ messages[1].content + messages[1].tool_calls[0] }}", SPECIAL)).render(
+            Conversation("Hi", message)
+        )
 
 
 @pytest.mark.parametrize(
@@ -267,7 +274,19 @@ def test_a_surrogate_that_reaches_the_text_is_an_error() -> None:
         ([{}], "messages[0]: expected role and content, found no role and no content"),
         ([HI[0], HI[1], {"role": "user", "content": 3}], "messages[2].content: expected a string, found int"),
         ([{"role": "user", "content": None}], "messages[0].content: expected a string, found NoneType"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content: expected a string, found list"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            "messages[0].content[0].text: expected a string, found NoneType",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}],
+            'messages[0].content[0]: expected {"type": "text", "text": ...}, since only text is scored; found \'image\'',
+        ),
+        (
+            [{"role": "user", "content": ["Hi"]}],
+            'messages[0].content[0]: expected {"type": "text", "text": ...}, since only text is scored; found \'str\'',
+        ),
+        ([{"role": "assistant", "content": None}], "messages[0].content: expected a string, found NoneType"),
         ([{"role": 1, "content": "x"}], "messages[0].role: expected a string, found int"),
         (
             [{"role": "", "content": "x"}],

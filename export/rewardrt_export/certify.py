@@ -20,9 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from rewardrt import RewardModel
 from rewardrt.bundle import TOKENIZER, Certificate, Fidelity
+from rewardrt.chat_template import ChatTemplate
 from rewardrt.errors import CertificateError, InferenceError, RowError
 from rewardrt.spec import Spec
-from rewardrt.text import ChatTemplate, RawText, Renderer
+from rewardrt.text import RawText, Renderer
 from rewardrt.tokens import EncodedText, Tokenizer
 from rewardrt.verify import GoldenText, pair_order_agreement, verify
 from rewardrt_export.backbone import load, meta_backbone

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from rewardrt.batching import BATCH_TOKENS, make_batch, plan_batches
 from rewardrt.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, Variant, read_bundle
+from rewardrt.chat_template import ChatTemplate
 from rewardrt.errors import BundleError, InferenceError, ProviderError, RewardRTError, RowError, TruncationWarning
 from rewardrt.pairwise import plan, settle
 from rewardrt.prefix import Group, Link, PrefixCache, Statistics, chunk_ends, group_worth, plan_chains, plan_groups
@@ -28,7 +29,7 @@ from rewardrt.providers import Provider, ProviderChoice, select_provider
 from rewardrt.rows import Row, Scored, parse_row
 from rewardrt.session import GraphSession, KeyValues
 from rewardrt.spec import AGGREGATE_RULES, Affine, AggregateRule, Spec
-from rewardrt.text import ChatTemplate, Item, RenderedText, Renderer
+from rewardrt.text import Item, RenderedText, Renderer
 from rewardrt.tokens import EncodedText, Tokenizer
 
 Values = npt.NDArray[np.float32]
@@ -149,16 +150,27 @@ class RewardModel:
         messages: list[dict[str, Any]] | None = None,
         text: str | None = None,
         steps: Sequence[str] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         normalize: bool | None = None,
         aggregate: AggregateRule | None = None,
     ) -> float:
         """Return the reward of one text, given as the fields of a row: prompt or messages with response, or text.
 
-        A model that rewards steps takes `steps` for the response, and needs `aggregate` to make one reward of theirs.
+        `tools`, `documents` and `chat_template_kwargs` go to the chat template, as in transformers. A model that rewards
+        steps takes `steps` for the response, and needs `aggregate` to make one reward of theirs.
         Raises RowError for a combination that is none of these, InferenceError for a reward that is not a number.
         Warns with TruncationWarning when the text was cut.
         """
-        fields = {"prompt": prompt, "response": response, "messages": messages, "text": text, "steps": steps}
+        fields: dict[str, Any] = {
+            "prompt": prompt,
+            "response": response,
+            "messages": messages,
+            "text": text,
+            "steps": steps,
+        }
+        fields |= {"tools": tools, "documents": documents, "chat_template_kwargs": chat_template_kwargs}
         row = {name: value for name, value in fields.items() if value is not None}
         return float(self._score_many([row], normalize, aggregate)[0])
 
@@ -225,11 +237,18 @@ class RewardModel:
         responses: Sequence[str],
         prompt: str | list[dict[str, Any]] | None = None,
         messages: list[dict[str, Any]] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         normalize: bool | None = None,
     ) -> list[Ranked]:
-        """Score answers to one prompt and return them best first; equal rewards keep the order given."""
+        """Score answers to one prompt and return them best first; equal rewards keep the order given.
+
+        `tools`, `documents` and `chat_template_kwargs` go to the chat template, as in `score`.
+        """
         responses = responses if isinstance(responses, str) else list(responses)  # parse_row refuses a bare string
-        fields = {"prompt": prompt, "messages": messages, "responses": responses}
+        fields: dict[str, Any] = {"prompt": prompt, "messages": messages, "responses": responses}
+        fields |= {"tools": tools, "documents": documents, "chat_template_kwargs": chat_template_kwargs}
         row = self.parse({name: value for name, value in fields.items() if value is not None})
         scored: list[Scored] = []
         for index, result in enumerate(self.score_items(row.items, normalize=normalize)):

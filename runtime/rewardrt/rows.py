@@ -10,6 +10,10 @@
 The last is for models that reward steps, and the only one but `text` that they take. There `steps` may have `response`
 beside it, or `messages` that end with the answer: the answer as a whole, which is what other models score.
 
+Beside messages or a prompt a row may have `tools` and `documents` (lists of objects) and `chat_template_kwargs` (an
+object): the chat template gets them, as TRL and transformers pass them on. A field that would change the text in a way
+that this contract has no place for is refused by its name; all other fields are the user's own, and stay in the row.
+
 A model that compares answers takes the rows with several, and adds `comparisons` to `responses` (see `pairwise`).
 Always `tokens` and `truncated`, and `objectives` where they are asked for: an object, or a list of one for each text.
 A row that can't be scored gets `error` instead. A field that is null is not there.
@@ -18,17 +22,41 @@ A row that can't be scored gets `error` instead. A field that is null is not the
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from rewardrt.chat_template import NO_INPUTS, RESERVED, Message, TemplateInputs, content_string
 from rewardrt.errors import RowError
-from rewardrt.text import Conversation, Item, Message, RawText, Steps, as_turns, check_messages, check_string
+from rewardrt.text import Conversation, Item, RawText, Steps, as_turns, check_json, check_messages, check_string
 
 INPUT_FIELDS = ("text", "messages", "prompt", "response", "responses", "chosen", "rejected")
+TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # given to the chat template
+# Fields of requests and data sets that stand for a change of the text which is not made here.
+REFUSED_FIELDS = {
+    "system": "put it first in `messages`, as the role system",
+    "system_prompt": "put it first in `messages`, as the role system",
+    "system_message": "put it first in `messages`, as the role system",
+    "history": "put earlier turns into `messages`",
+    "instruction": "put it into the prompt, as the model was trained to read it",
+    "functions": "name them `tools`",
+    "function_call": "put it into a message, as `tool_calls`",
+    "tool_choice": "leave it out: it is for models that write",
+    "chat_template": "a bundle has its own template; export the checkpoint with another one",
+    "add_generation_prompt": "a text ends with the answer that is scored",
+    "continue_final_message": "a text ends with the answer that is scored",
+    "image": "only text is scored",
+    "images": "only text is scored",
+    "video": "only text is scored",
+    "videos": "only text is scored",
+    "audio": "only text is scored",
+    "audios": "only text is scored",
+    "mm_processor_kwargs": "only text is scored",
+}
 REWARD_FIELDS = (
     "step_rewards", "reward", "rewards", "best", "comparisons", "chosen_reward", "rejected_reward", "margin",
 )  # fmt: skip
@@ -96,8 +124,51 @@ def parse_row(row: object) -> Row:
     if not isinstance(row, dict):
         raise RowError(f"expected an object, found {type(row).__name__}")
     given = [name for name in INPUT_FIELDS if row.get(name) is not None]
+    if refused := next((name for name in REFUSED_FIELDS if given and row.get(name)), None):
+        raise RowError(
+            f"{refused}: this field could change the text, and nothing here reads it; {REFUSED_FIELDS[refused]}"
+        )
+    inputs = _template_inputs(row)
     if row.get("steps") is not None and _may_have_steps(row, given):
-        return Row("single", (_steps(row, given[0]),))
+        return Row("single", (replace(_steps(row, given[0]), inputs=inputs),))
+    parsed = _parse_answers(row, given)
+    if inputs is NO_INPUTS:
+        return parsed
+    if given == ["text"]:
+        raise RowError(f"{', '.join(inputs.given)}: a text is scored as it stands, without a template; send messages")
+    conversations = [item for item in parsed.items if isinstance(item, Conversation)]
+    return replace(parsed, items=tuple(replace(item, inputs=inputs) for item in conversations))
+
+
+def _template_inputs(row: dict[str, Any]) -> TemplateInputs:
+    """Return what the row gives the chat template; `tools` may be JSON in a string, as columns of data sets have it."""
+    if not any(row.get(name) for name in TEMPLATE_FIELDS):
+        return NO_INPUTS
+    lists: dict[str, list[dict[str, Any]] | None] = {}
+    for name in ("tools", "documents"):
+        value = row.get(name) or None
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise RowError(f"{name}: expected a list of objects, found a string that is not JSON") from None
+        if value is not None and not isinstance(value, list | tuple):
+            raise RowError(f"{name}: expected a list of objects, found {type(value).__name__}")
+        for index, item in enumerate(value or ()):
+            if not isinstance(item, dict):
+                raise RowError(f"{name}[{index}]: expected an object, found {type(item).__name__}")
+        lists[name] = check_json(list(value), name) if value else None
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise RowError(f"chat_template_kwargs: expected an object, found {type(options).__name__}")
+    for name in options:
+        if name in RESERVED or not isinstance(name, str):
+            raise RowError(f"chat_template_kwargs.{name}: expected variables of the chat template; leave this one out")
+    found = TemplateInputs(lists["tools"], lists["documents"], check_json(options, "chat_template_kwargs"))
+    return found if found.given else NO_INPUTS
+
+
+def _parse_answers(row: dict[str, Any], given: list[str]) -> Row:
     match given:
         case ["text"]:
             return Row("single", (_raw_text(row["text"]),))
@@ -183,7 +254,7 @@ def _steps(row: dict[str, Any], name: str) -> Steps:
     turns = check_messages(row[name], name) if name == "messages" else ()
     if turns and turns[-1]["role"] == "assistant":
         whole = _conversation((), turns, name)
-        return Steps(whole.prompt, checked, str(whole.answer["content"]))
+        return Steps(whole.prompt, checked, content_string(whole.answer, name))
     return Steps(_prompt(row, name), checked)
 
 

@@ -1,28 +1,19 @@
 """From one item to the string that is tokenized.
 
-An item is raw text, scored exactly as sent, or a conversation that ends with the assistant's answer. Templates render
-as transformers' `apply_chat_template` does: same sandbox, extensions and names. Token ids are `tokens`' business.
+An item is raw text, scored exactly as sent, or a conversation that ends with the assistant's answer. Token ids are
+`tokens`' business.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rewardrt.chat_template import NO_INPUTS, ChatTemplate, Message, TemplateInputs, content_string
 from rewardrt.errors import BundleError, RowError
 from rewardrt.spec import TextRule
-
-if TYPE_CHECKING:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-Message = dict[str, Any]
-
-KNOWN_ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
 @dataclass(frozen=True)
@@ -39,6 +30,7 @@ class Conversation:
 
     prompt: str | tuple[Message, ...]
     answer: Message
+    inputs: TemplateInputs = NO_INPUTS
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -64,6 +56,7 @@ class Steps:
     prompt: str | tuple[Message, ...]
     steps: tuple[str, ...]
     response: str | None = None
+    inputs: TemplateInputs = NO_INPUTS
 
 
 Item = RawText | Conversation | Pair | Steps
@@ -82,54 +75,6 @@ class RenderedText:
     # Texts that are tokenized each by itself, one after the other; together they are `text`. Of the step layout
     # "apart": what comes before the response, then each step and its step token.
     pieces: tuple[str, ...] = ()
-
-
-class ChatTemplate:
-    """A Jinja chat template and the special tokens that it may name.
-
-    Raises BundleError for a template that is not valid Jinja.
-    """
-
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        from jinja2 import nodes  # importing jinja2 costs as much as the rest of this package
-
-        environment = _environment()
-        try:
-            tree = environment.parse(source)
-            self._uses_date = any(node.name == "strftime_now" for node in tree.find_all(nodes.Name))
-            self._template = environment.from_string(tree)
-        except Exception as error:  # besides its own errors, Jinja lets Python's compiler and recursion errors out
-            message = f"the chat template is not valid Jinja ({_one_line(error)}); mend it and export again"
-            raise BundleError(message) from error
-        self._special_tokens = dict(special_tokens)
-
-    @property
-    def uses_date(self) -> bool:
-        """Whether the output may depend on today's date."""
-        return self._uses_date
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return what `apply_chat_template(messages, tokenize=False, add_generation_prompt=False)` returns.
-
-        Raises RowError when the template refuses the messages, or leaves out one with a role that it does not know.
-        """
-        try:
-            text = self._template.render(
-                **self._special_tokens,
-                messages=[_without_none(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=False,
-            )
-        except Exception as error:  # the template is a program from the bundle: it can raise anything
-            raise RowError(f"the chat template refuses this conversation: {_one_line(error)}") from error
-        for index, message in enumerate(messages):
-            if message["role"] not in KNOWN_ROLES and message["content"].strip() not in text:
-                raise RowError(
-                    f"messages[{index}]: the chat template leaves out what role {message['role']!r} says; "
-                    "expected system, user, assistant or tool"
-                )
-        return text
 
 
 class Renderer:
@@ -156,7 +101,7 @@ class Renderer:
             segments = tuple(check_string(self._fill(segment, shown), "a segment") for segment in self._rule.segments)
             return RenderedText("".join(segments), is_raw=False, pieces=segments)
         if self._rule.step_layout == "apart" and isinstance(item, Steps):
-            before = self._join(Conversation(item.prompt, {"role": "assistant", "content": ""}))
+            before = self._join(Conversation(item.prompt, {"role": "assistant", "content": ""}, item.inputs))
             pieces = (before, *(piece for step in item.steps for piece in (step, self._rule.step_token)))
             return RenderedText("".join(pieces), is_raw=False, steps=steps, pieces=pieces)
         text = self._join(shown).replace(self._rule.remove, "").rstrip(self._rule.strip_tail)
@@ -188,7 +133,7 @@ class Renderer:
             return self._lay_out(item)
         if item.response is None:
             raise RowError("this model gives one reward to an answer: expected response, found steps")
-        return Conversation(item.prompt, {"role": "assistant", "content": item.response})
+        return Conversation(item.prompt, {"role": "assistant", "content": item.response}, item.inputs)
 
     def _lay_out(self, item: Steps) -> Conversation:
         token = self._rule.step_token
@@ -198,21 +143,26 @@ class Renderer:
                 if token[0].isspace() and step[-1:].isspace():
                     raise RowError(f"steps[{index}]: ends with white space, which runs into the step token {token!r}")
             response = "".join(step + token for step in item.steps)
-            return Conversation(item.prompt, {"role": "assistant", "content": response})
+            return Conversation(item.prompt, {"role": "assistant", "content": response}, item.inputs)
         *before, last = as_turns(item.prompt)
         if last["role"] != "user":
             raise RowError(
                 f"this model reads steps as turns of the user, after the user's; found {last['role']!r} before"
             )
-        first = {**last, "content": f"{last['content']} {item.steps[0]}"}
+        first = {**last, "content": f"{content_string(last, 'prompt')} {item.steps[0]}"}
         users = [first, *({"role": "user", "content": step} for step in item.steps[1:])]
         answer = {"role": "assistant", "content": token}
         turns = [turn for user in users for turn in (user, answer)]
-        return Conversation((*before, *turns[:-1]), answer)
+        return Conversation((*before, *turns[:-1]), answer, item.inputs)
 
     def _join(self, item: Conversation | Pair) -> str:
+        inputs = (item.first if isinstance(item, Pair) else item).inputs
         if self._template is not None:
-            return self._template.render(self._turns(item))
+            return self._template.render(self._turns(item), inputs)
+        if inputs.given:
+            raise RowError(
+                f"{', '.join(inputs.given)}: this model has no chat template that could read it; leave it out"
+            )
         return self._fill("{prompt}{response}" if self._rule.source == "concatenate" else self._rule.format, item)
 
     def messages(self, item: Conversation | Pair | Steps) -> tuple[Message, ...]:
@@ -231,24 +181,28 @@ class Renderer:
             prompt, answer = self._strings(conversation)
         else:
             prompt = self._prompt_template.render(as_turns(conversation.prompt))
-            answer = str(conversation.answer["content"])
+            answer = content_string(conversation.answer, "the answer")
         values = {"{prompt}": prompt, "{response}": answer}
         if isinstance(item, Pair):
-            values = {"{prompt}": prompt, "{first}": answer, "{second}": str(item.second.answer["content"])}
+            second = content_string(item.second.answer, "the second answer")
+            values = {"{prompt}": prompt, "{first}": answer, "{second}": second}
         # Split first: what the texts hold is not looked at for placeholders.
         parts = re.split(r"(\{prompt\}|\{response\}|\{first\}|\{second\})", format)
         return "".join(values.get(part, part) for part in parts)
 
     def _first_message(self, item: Conversation | Pair) -> str:
         first = as_turns((item.first if isinstance(item, Pair) else item).prompt)[0]
-        return str(first["content"]) if self._template is None else self._template.render((first,))
+        return content_string(first, "messages[0]") if self._template is None else self._template.render((first,))
 
     def _strings(self, item: Conversation) -> tuple[str, str]:
         """Return prompt and answer of a conversation of one round, for models that know no other."""
+        if item.inputs.given:
+            raise RowError(f"{', '.join(item.inputs.given)}: this model has no chat template to read it; leave it out")
+        answer = content_string(item.answer, "the answer")
         if isinstance(item.prompt, str):
-            return item.prompt, str(item.answer["content"])
+            return item.prompt, answer
         if len(item.prompt) == 1 and item.prompt[0]["role"] == "user":
-            return str(item.prompt[0]["content"]), str(item.answer["content"])
+            return content_string(item.prompt[0], "the prompt"), answer
         raise RowError(
             "this model has no chat template: expected text, or one prompt and its answer; found a longer conversation"
         )
@@ -274,7 +228,8 @@ def check_string(value: object, where: str) -> str:
 def check_messages(value: object, where: str) -> tuple[Message, ...]:
     """Return a copy of a list of messages if it is one, or raise RowError naming the place.
 
-    A message is an object with the strings `role` and `content`; what else it holds is passed on to the template.
+    A message is an object with the string `role` and with `content`: a string, a list of parts of text, or null (or not
+    there) beside `tool_calls`. What else it holds is passed on to the template.
     """
     if not isinstance(value, list | tuple):
         raise RowError(f"{where}: expected a list of messages, found {type(value).__name__}")
@@ -286,103 +241,46 @@ def check_messages(value: object, where: str) -> tuple[Message, ...]:
 def _check_message(value: object, where: str) -> Message:
     if not isinstance(value, dict):
         raise RowError(f"{where}: expected an object with role and content, found {type(value).__name__}")
-    if missing := [name for name in ("role", "content") if name not in value]:
+    if missing := [name for name in ("role", "content") if name not in value and not _says_otherwise(value, name)]:
         raise RowError(f"{where}: expected role and content, found no {' and no '.join(missing)}")
     role = check_string(value["role"], f"{where}.role")
-    content = check_string(value["content"], f"{where}.content")
+    checked: Message = {"role": role}
+    if not _says_otherwise(value, "content") or value.get("content") is not None:
+        checked["content"] = _check_content(value["content"], f"{where}.content")
     if not role:
         raise RowError(f"{where}.role: expected system, user, assistant or tool, found an empty string")
-    if len(value) == 2:
-        return {name: role if name == "role" else content for name in value}
+    if value.keys() == checked.keys():
+        return {name: checked[name] for name in value}
+    message: Message = check_json({**value, **checked}, where)
+    return message
+
+
+def _says_otherwise(message: Message, name: str) -> bool:
+    """Whether a message may do without a field: content, where it calls tools."""
+    return name == "content" and bool(message.get("tool_calls"))
+
+
+def _check_content(value: object, where: str) -> str | list[dict[str, str]]:
+    if not isinstance(value, list | tuple):
+        return check_string(value, where)
+    if not value:
+        raise RowError(f"{where}: expected a string or at least one part of text, found an empty list")
+    parts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part, dict):
+            found = check_string(kind, f"{where}[{index}].type")[:40]
+            expected = '{"type": "text", "text": ...}, since only text is scored'
+            raise RowError(f"{where}[{index}]: expected {expected}; found {found!r}")
+        text = check_string(part.get("text"), f"{where}[{index}].text")
+        parts.append({**check_json(part, f"{where}[{index}]"), "text": text})
+    return parts
+
+
+def check_json(value: object, where: str) -> Any:
+    """Return a copy of a value that is made of JSON's types alone, or raise RowError naming the place."""
     try:
-        message: Message = json.loads(json.dumps({**value, "role": role, "content": content}))
+        return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise RowError(f"{where}: expected JSON values only, found something else ({_one_line(error)})") from None
-    return message
-
-
-def _without_none(message: Message) -> Message:
-    """Return the message as transformers shows it to a template: no null, and the reasoning under each of its names."""
-    message = {name: value for name, value in message.items() if value is not None}
-    for name in ("reasoning_content", "thinking", "reasoning"):
-        if name in message:
-            return {"thinking": message[name], **message, "reasoning_content": message[name]}
-    return message
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Return the environment in which transformers 5.23 renders chat templates."""
-    import jinja2
-    from jinja2 import ext, nodes, parser, sandbox, utils
-
-    class Generation(ext.Extension):
-        """`{% generation %}` marks the assistant's tokens for training; here it only renders what is inside."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: parser.Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
-
-        def _render(self, caller: Any) -> Any:
-            return caller()
-
-    class Namespace(utils.Namespace):
-        """Jinja's `namespace`, closed to names that reach Python's own attributes."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=...)` works
-            attributes = dict(*args[1:], **kwargs)
-            for name in attributes:
-                Namespace.check_name(name)
-            utils.Namespace.__init__(args[0], attributes)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            Namespace.check_name(name)
-            utils.Namespace.__setitem__(self, name, value)
-
-        @staticmethod
-        def check_name(name: Any) -> None:
-            if isinstance(name, str) and name.startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"a namespace takes no name with a leading underscore: {name!r}")
-
-    class Dict:
-        """Jinja's `dict`, without the type's own attributes."""
-
-        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, *args: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*args)
-
-    def to_json(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": strftime_now,
-        "dict": Dict(),
-        "namespace": Namespace,
-    }
-    return environment
+        reason = " ".join(str(error).split())
+        raise RowError(f"{where}: expected JSON values only, found something else ({reason})") from None
