@@ -158,8 +158,8 @@ class RewardModel:
     ) -> float:
         """Return the reward of one text, given as the fields of a row: prompt or messages with response, or text.
 
-        `tools`, `documents` and `chat_template_kwargs` go to the chat template, as in transformers. A model that rewards
-        steps takes `steps` for the response, and needs `aggregate` to make one reward of theirs.
+        `tools`, `documents` and `chat_template_kwargs` go to the chat template, as in transformers.
+        A model that rewards steps takes `steps` for the response, and needs `aggregate` to make one reward of theirs.
         Raises RowError for a combination that is none of these, InferenceError for a reward that is not a number.
         Warns with TruncationWarning when the text was cut.
         """
