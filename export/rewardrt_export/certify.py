@@ -23,7 +23,7 @@ from rewardrt.bundle import TOKENIZER, Certificate, Fidelity
 from rewardrt.chat_template import ChatTemplate
 from rewardrt.errors import CertificateError, InferenceError, RowError
 from rewardrt.spec import Spec
-from rewardrt.text import RawText, Renderer
+from rewardrt.text import Pair, RawText, Renderer
 from rewardrt.tokens import EncodedText, Tokenizer
 from rewardrt.verify import GoldenText, pair_order_agreement, verify
 from rewardrt_export.backbone import load, meta_backbone
@@ -147,20 +147,30 @@ def _encode(
     item = candidate.item
     if template is not None and checkpoint.spec.text.source == "chat_template" and not isinstance(item, RawText):
         messages = list(renderer.messages(item))
+        inputs = (item.first if isinstance(item, Pair) else item).inputs
         theirs = checkpoint.source.tokenizer.apply_chat_template(
-            messages, chat_template=checkpoint.source.chat_template, tokenize=False
+            template.as_read(messages),
+            chat_template=checkpoint.source.chat_template,
+            tokenize=False,
+            tools=list[Any](inputs.tools) if inputs.tools else None,
+            documents=inputs.documents,
+            **inputs.options,
         )
-        if (ours := template.render(messages)) != theirs:
+        if (ours := template.render(messages, inputs)) != theirs:
             raise CertificateError(f"the runtime's chat template gives {ours!r}, transformers' gives {theirs!r}")
     rendered = renderer.render(item)
     special = tokenizer.adds_special_tokens(rendered)
+    assert checkpoint.source.trained is not None
+    reference = checkpoint.source.trained.reference
     if rendered.pieces:
-        pieces = [checkpoint.source.tokenizer(piece, add_special_tokens=special) for piece in rendered.pieces]
-        theirs = [token for piece in pieces for token in piece["input_ids"]]
+        expected = [token for piece in rendered.pieces for token in reference(piece, None, special)]
     else:
-        theirs = checkpoint.source.tokenizer(rendered.text, rendered.pair, add_special_tokens=special)["input_ids"]
-    if tokenizer.encode_whole(rendered).tolist() != theirs:
-        raise CertificateError(f"the runtime's tokenizer and transformers' give other ids for {rendered.text[:80]!r}")
+        expected = reference(rendered.text, rendered.pair, special)
+    if tokenizer.encode_whole(rendered).tolist() != expected:
+        raise CertificateError(
+            f"the bundle's tokenizer gives other ids than the checkpoint's for {rendered.text[:80]!r}; this is a fault "
+            "of the export: please report it"
+        )
     try:
         return tokenizer.encode(rendered, max_length=candidate.max_length)
     except RowError as error:

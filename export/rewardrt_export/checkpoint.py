@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewardrt.errors import BundleError, CheckpointError
-from rewardrt.spec import Combine, PoolingRule, Spec, Tap, from_json
+from rewardrt.spec import Combine, PoolingRule, Spec, Tap, TextRule, from_json
 from rewardrt_export.backbone import Binding, bind, first_position, meta_backbone
 from rewardrt_export.families import Draft, choose_family
 from rewardrt_export.families.objectives import label_names
 from rewardrt_export.heads import RewardHead
 from rewardrt_export.source import Source, read_source
+from rewardrt_export.tokenizer import TokenizerChoice
 from rewardrt_export.weights import StoredTensor, shorten
 
 # A tokenizer that knows no limit says so with a number like 1e30.
@@ -48,6 +49,7 @@ def read_checkpoint(
     max_length: int | None = None,
     weights: Sequence[float] = (),
     normalise: bool = False,
+    tokenizer: TokenizerChoice | None = None,
 ) -> Checkpoint:
     """Read a checkpoint folder of any known family, or of the kind that `spec_file` describes; options override.
 
@@ -56,7 +58,7 @@ def read_checkpoint(
 
     Raises CheckpointError naming the file or the tensors when something is missing, left over or of a wrong shape.
     """
-    source = read_source(folder, base)
+    source = read_source(folder, base, tokenizer)
     name, draft = describe(source, family=family, spec_file=spec_file)
     if pooling is not None:
         draft = dataclasses.replace(draft, taps=(_pooling_tap(pooling, source), *draft.taps[1:]))
@@ -75,18 +77,38 @@ def read_checkpoint(
                 name: token for name, token in source.tokenizer.special_tokens_map.items() if isinstance(token, str)
             },
             input=draft.input,
-            text=draft.text,
+            text=_run_time_state(draft.text, source),
             taps=draft.taps,
             combine=draft.combine,
             output=draft.output,
             normalise=draft.normalise,
             normalise_by_default=normalise,
+            vocabulary=source.config.vocab_size,
         )
     except BundleError as error:
         raise CheckpointError(f"the spec of {folder}: {error}") from error
+    _name_tokens_without_a_row(source, source.config.vocab_size)
     checkpoint = Checkpoint(source, spec, Binding({}, {}))
     head_tensors = checkpoint.head().tensors
     return dataclasses.replace(checkpoint, backbone=_bind_backbone(source, draft, head_tensors))
+
+
+def _run_time_state(rule: TextRule, source: Source) -> TextRule:
+    """Add what the tokenizer was told beside its file, which tokenizer.json cannot hold."""
+    split = bool(source.tokenizer.split_special_tokens)
+    return dataclasses.replace(rule, split_special_tokens=rule.split_special_tokens or split)
+
+
+def _name_tokens_without_a_row(source: Source, rows: int) -> None:
+    """Say which tokens the embedding has no row for: a text that holds one is refused when it is scored."""
+    beyond = sorted((number, token) for token, number in source.tokenizer.get_vocab().items() if number >= rows)
+    if beyond:
+        number, token = beyond[0]
+        source.choices["vocabulary"] = (
+            f"{len(beyond)} tokens of the tokenizer have no row in the embedding of {rows}: {token!r} (id {number})"
+            + (" and others" if len(beyond) > 1 else "")
+            + "; a text that holds one is refused"
+        )
 
 
 def _weigh(draft: Draft, weights: tuple[float, ...], source: Source) -> Draft:

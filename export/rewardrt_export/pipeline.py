@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -48,6 +47,7 @@ from rewardrt_export.certify import (
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.lower import lower
 from rewardrt_export.precision import PRECISIONS, check_precisions
+from rewardrt_export.tokenizer import TokenizerChoice
 from rewardrt_export.trace import attention_name, trace
 
 Progress = Callable[[str], None]
@@ -65,6 +65,7 @@ def export(
     max_length: int | None = None,
     weights: Sequence[float] = (),
     normalise: bool = False,
+    tokenizer: TokenizerChoice | None = None,
     precisions: Sequence[str] = ("fp32",),
     token_rewards: bool = False,
     golden: Path | None = None,
@@ -76,6 +77,8 @@ def export(
     """Export the reward model in the folder `source` to the bundle folder `target`, and certify it.
 
     `source` may be a LoRA adapter; `base` is then its base's folder, unless adapter_config.json names one that is here.
+    `tokenizer` "file" takes the ids of the saved tokenizer.json, and "transformers" those of what transformers makes of
+    the folder; None takes the file's, with a word where the two differ.
     `precisions` are names of `precision.PRECISIONS`: a graph each. int8 is calibrated on the texts of the JSONL file
     `calibrate`, or else on every other one of the golden texts. With `token_rewards` the graphs also give the reward
     after every token, where a model reads one answer at one token. Without `certified` the torch model scores nothing,
@@ -99,6 +102,7 @@ def export(
         max_length=max_length,
         weights=weights,
         normalise=normalise,
+        tokenizer=tokenizer,
     )
     for name, choice in checkpoint.source.choices.items():
         progress(f"{name}: {choice}")
@@ -170,8 +174,8 @@ def _write_graph(graph: ir.Model, precision: str, calibration: Calibration | Non
 
 
 def _write_text_files(checkpoint: Checkpoint, folder: Path) -> None:
-    backend: Any = checkpoint.source.tokenizer.backend_tokenizer
-    backend.save(str(folder / TOKENIZER))
+    assert checkpoint.source.trained is not None
+    checkpoint.source.trained.backend.save(str(folder / TOKENIZER))
     if checkpoint.source.chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(checkpoint.source.chat_template, encoding="utf-8")
 

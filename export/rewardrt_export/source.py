@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from rewardrt.errors import CheckpointError
 from rewardrt_export.adapters import Adapter, find_adapter, merge_adapter
 from rewardrt_export.layouts import LAYOUTS, Layout
+from rewardrt_export.tokenizer import TokenizerChoice, TrainedTokenizer, settle
 from rewardrt_export.weights import StoredTensor, read_file, read_json, read_tensors, shorten
 
 CONFIG_FILE, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -65,6 +66,7 @@ class Source:
     # Where the files allow two readings: the one that was taken, by what was chosen. Export prints each as a line, and
     # the manifest keeps them.
     choices: dict[str, str] = field(default_factory=dict)
+    trained: TrainedTokenizer | None = None  # `tokenizer`, and how it was settled on
 
     @property
     def architecture(self) -> str:
@@ -86,11 +88,12 @@ class Source:
         return found
 
 
-def read_source(folder: Path, base: Path | None = None) -> Source:
+def read_source(folder: Path, base: Path | None = None, tokenizer: TokenizerChoice | None = None) -> Source:
     """Read a checkpoint folder, or an adapter's folder and its base's.
 
-    What the folder leaves out, config.json or the tokenizer, is read from the folder `base`. Raises CheckpointError
-    naming the file that is missing or damaged.
+    What the folder leaves out, config.json or the tokenizer, is read from the folder `base`. `tokenizer` says which of
+    two readings of the tokenizer is taken where they differ. Raises CheckpointError naming the file that is missing or
+    damaged.
     """
     for place in (folder, base):
         if place is not None and not place.is_dir():
@@ -98,7 +101,7 @@ def read_source(folder: Path, base: Path | None = None) -> Source:
             raise CheckpointError(f"{place}: expected a checkpoint folder, found {found}")
     adapter = find_adapter(folder, base)
     if adapter is not None:
-        return _read_adapter_source(adapter)
+        return _read_adapter_source(adapter, tokenizer)
     described = _first_with((CONFIG_FILE,), folder, base)
     raw = read_json(described / CONFIG_FILE)
     config = _read_config(described, raw)
@@ -110,8 +113,14 @@ def read_source(folder: Path, base: Path | None = None) -> Source:
     tokenized = _first_with(TOKENIZER_FILES, folder, base)
     if base is not None and described == tokenized == folder:
         raise CheckpointError(f"--base {base}: {folder} is no adapter and leaves nothing out; export it without --base")
-    tokenizer, template = _read_tokenizer(tokenized)
-    return Source(folder, raw, config, stored, tokenizer, template)
+    trained, template = _read_tokenizer(tokenized, tokenizer)
+    return Source(
+        folder, raw, config, stored, trained.tokenizer, template, choices=_tokenizer_choice(trained), trained=trained
+    )
+
+
+def _tokenizer_choice(trained: TrainedTokenizer) -> dict[str, str]:
+    return {"tokenizer": trained.choice} if trained.choice else {}
 
 
 def language_model_head(stored: dict[str, StoredTensor]) -> dict[str, str]:
@@ -143,7 +152,7 @@ def _read_head_file(folder: Path, names: tuple[str, ...]) -> dict[str, StoredTen
     return {}
 
 
-def _read_adapter_source(adapter: Adapter) -> Source:
+def _read_adapter_source(adapter: Adapter, choice: TokenizerChoice | None) -> Source:
     """Read an adapter as the model that was trained: the base's files, and the adapter's own where it has some."""
     folder, base = adapter.folder, adapter.base
     described = folder if (folder / "config.json").is_file() else base
@@ -165,13 +174,15 @@ def _read_adapter_source(adapter: Adapter) -> Source:
     if config.model_type in classes:
         raw = raw | {"architectures": [classes[config.model_type]]}
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer, template = _read_tokenizer(folder if has_tokenizer else base)
+    trained, template = _read_tokenizer(folder if has_tokenizer else base, choice)
+    tokenizer = trained.tokenizer
     if classes and config.pad_token_id is None:
         # Trained in batches, so there was a pad id: TRL sets the tokenizer's, on a config that is saved nowhere.
         config.pad_token_id = tokenizer.pad_token_id
     _follow_vocabulary(config, plain, stored)
     unused = language_model_head(stored)
-    return Source(folder, raw, config, stored, tokenizer, template, adapter, unused)
+    choices = _tokenizer_choice(trained)
+    return Source(folder, raw, config, stored, tokenizer, template, adapter, unused, choices, trained)
 
 
 def _follow_vocabulary(
@@ -230,7 +241,7 @@ def _read_layout(folder: Path, raw: dict[str, Any], layout: Layout) -> Pretraine
         ) from error
 
 
-def _read_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, str | None]:
+def _read_tokenizer(folder: Path, choice: TokenizerChoice | None) -> tuple[TrainedTokenizer, str | None]:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{folder}: no tokenizer; expected tokenizer.json (or {', '.join(TOKENIZER_FILES[1:4])})")
     own_code = (folder / TOKENIZER_CONFIG).is_file() and "auto_map" in read_json(folder / TOKENIZER_CONFIG)
@@ -254,4 +265,4 @@ def _read_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, str | None]:
         if "default" not in template:
             raise CheckpointError(f"{folder}: chat templates {', '.join(sorted(template))}, none called `default`")
         template = template["default"]
-    return tokenizer, template
+    return settle(tokenizer, folder, choice), template

@@ -120,7 +120,7 @@ class ChatTemplate:
                 f"{', '.join(unread)}: this model's chat template does not read what this is; the reward would be the "
                 "same without, so leave it out of the row"
             )
-        messages = [self._as_read(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        messages = self.as_read(messages)
         text = self.apply(messages, inputs)
         self._check_shape(messages, inputs)
         self._check_answer(messages, inputs, text)
@@ -140,6 +140,10 @@ class ChatTemplate:
             return self._template.render(variables)
         except Exception as error:  # the template is a program from the bundle: it can raise anything
             raise RowError(f"the chat template refuses this conversation: {_one_line(error)}") from error
+
+    def as_read(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages with their content in a form that the template shows; raises RowError."""
+        return [self._as_read(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
     def _as_read(self, message: Message, where: str) -> Message:
         content = message.get("content")

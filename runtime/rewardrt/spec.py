@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from rewardrt.errors import BundleError
 
 T = TypeVar("T")
+
+# Metadata of a field that came later, which a manifest may leave out: what is written has it.
+OPTIONAL = "optional"
 
 InputKind = Literal["single", "steps", "pairwise"]
 TapRule = Literal[
@@ -76,6 +79,8 @@ class TextRule:
     type_ids: bool = False  # whether the model is told which ids are of the first and which of the second text
     step_layout: StepLayout = "joined"
     prepend_ids: tuple[int, ...] = ()  # put before the ids of the text (BOS, where it is not the tokenizer's doing)
+    # A special token that a text holds literally is tokenized as ordinary text. tokenizer.json cannot say so.
+    split_special_tokens: bool = field(default=False, metadata={OPTIONAL: True})
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,8 @@ class Spec:
     output: Output = Output()
     normalise: Affine | None = None
     normalise_by_default: bool = False
+    # Rows of the embedding: token ids are below. None in bundles of format version 1, which do not say.
+    vocabulary: int | None = field(default=None, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
@@ -283,10 +290,6 @@ class Spec:
 def to_json(value: Any) -> Any:
     """Turn a dataclass of this package into what `json.dumps` takes."""
     return dataclasses.asdict(value)
-
-
-# Metadata of a field that came later, which a manifest may leave out: what is written has it.
-OPTIONAL = "optional"
 
 
 def from_json(cls: type[T], data: Any, where: str = "", *, complete: bool = True) -> T:

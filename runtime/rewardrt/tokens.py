@@ -5,6 +5,7 @@ The only home of the `tokenizers` library. Knows nothing of batches or graphs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class Tokenizer:
         # A saved tokenizer may pad or cut by itself; both are the spec's business here.
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._backend.encode_special_tokens = spec.text.split_special_tokens
         self._spec = spec
         self._cuts = spec.text.source in ("pair", "segments")
         # What the tokenizer itself puts before a text, such as BOS; -1 where it puts nothing.
@@ -79,7 +81,7 @@ class Tokenizer:
         whole = np.array(ids, dtype=np.int64)
         if len(whole) == 0:
             raise RowError("the text has no tokens; expected at least one")
-        known = self._backend.get_vocab_size()
+        known = min(self._backend.get_vocab_size(), self._spec.vocabulary or sys.maxsize)
         if whole.min() < 0 or whole.max() >= known:
             wrong = int(whole[(whole < 0) | (whole >= known)][0])
             raise RowError(f"token id {wrong}: expected 0 to {known - 1}")
@@ -125,7 +127,18 @@ class Tokenizer:
                     results[i] = self._finish(cut, len(encoding.ids) - len(cut.ids), texts[i], limit)
                 except RowError as error:
                     results[i] = error
-        return [result for result in results if result is not None]
+        return [self._known(result) for result in results if result is not None]
+
+    def _known(self, result: EncodedText | RowError) -> EncodedText | RowError:
+        """Return the result, or an error in its place where the model has no embedding for one of its tokens."""
+        rows = self._spec.vocabulary
+        if isinstance(result, RowError) or rows is None or result.ids.max() < rows:
+            return result
+        wrong = int(result.ids[result.ids >= rows][0])
+        return RowError(
+            f"the text holds {self._backend.id_to_token(wrong)!r} (token id {wrong}), and the model knows the ids 0 to "
+            f"{rows - 1}: its tokenizer has tokens that it was never trained on; leave them out of the text"
+        )
 
     def adds_special_tokens(self, text: RenderedText) -> bool:
         """Whether the tokenizer's own special tokens come in.
