@@ -7,7 +7,8 @@ Where the model does not fit in memory, a layer of it is there only while it run
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,44 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rewardrt import RewardModel
-from rewardrt.bundle import TOKENIZER, Certificate, Fidelity
+from rewardrt.bundle import GOLDEN, TOKENIZER, Certificate, Fidelity
 from rewardrt.chat_template import ChatTemplate
 from rewardrt.errors import CertificateError, InferenceError, RowError
 from rewardrt.spec import Spec
 from rewardrt.text import Pair, RawText, Renderer
 from rewardrt.tokens import EncodedText, Tokenizer
-from rewardrt.verify import GoldenText, pair_order_agreement, verify
+from rewardrt.verify import GoldenText, pair_order_agreement, read_golden, verify
+from rewardrt_export.attention_masks import named_lengths
 from rewardrt_export.backbone import load, meta_backbone
 from rewardrt_export.calibrate import LONGEST, Calibration
 from rewardrt_export.checkpoint import Checkpoint
-from rewardrt_export.golden import MIN_TEXTS, Candidate, golden_texts
+from rewardrt_export.golden import MARGIN, MIN_TEXTS, Candidate, golden_texts, probe_texts
 from rewardrt_export.heads import RewardHead
 from rewardrt_export.precision import PRECISIONS
+from rewardrt_export.tokenizer import special_tokens
 
+PROBES_BY_LAYER = 4  # of a model that is read from disk for every text
+LONGEST_PROBE = 6144  # tokens: what eager attention in torch has memory for
+PROBE_WORK = 400_000_000_000  # parameters x tokens of a probe: some seconds of one processor
 CGROUP = Path("/sys/fs/cgroup")  # a container sees its own limit here
+
+
+@dataclass(frozen=True)
+class GoldenSet:
+    """The golden texts with torch's rewards: those that calibration and fidelity are about, and the probes."""
+
+    own: tuple[GoldenText, ...] = ()
+    probes: tuple[GoldenText, ...] = ()
+
+    @property
+    def every(self) -> tuple[GoldenText, ...]:
+        """All texts that the bundle is certified on, as golden.jsonl holds them."""
+        return self.own + self.probes
+
+    @property
+    def reward_std(self) -> float:
+        """The standard deviation of the rewards of all but the probes."""
+        return spread([text.rewards for text in self.own])
 
 
 def score_golden(
@@ -43,21 +67,25 @@ def score_golden(
     calibration: Calibration | None = None,
     *,
     by_layer: bool = False,
-) -> list[GoldenText]:
-    """Tokenize the golden texts with what is in the bundle's folder, and score them with torch.
+) -> GoldenSet:
+    """Tokenize the golden texts with what is in the bundle's folder, and score them with torch; probes apart.
 
-    With `by_layer` they are MIN_TEXTS of the default set, from the first to the last. Raises CertificateError when
-    transformers' own template or tokenizer gives something else for one of them.
+    With `by_layer` they are MIN_TEXTS of the default set, from the first to the last, and a few probes. Raises
+    CertificateError when transformers' own template or tokenizer gives something else for one of them.
     """
     candidates, encoded = encode_texts(checkpoint, bundle, file)
     if by_layer and file is None:
         chosen = np.linspace(0, len(candidates) - 1, MIN_TEXTS).round().astype(int)
         candidates, encoded = [candidates[index] for index in chosen], [encoded[index] for index in chosen]
+    own = len(candidates)
+    probes, encoded_probes = encode_probes(checkpoint, bundle, () if by_layer else certified_lengths(checkpoint))
+    few = slice(None, PROBES_BY_LAYER if by_layer else None)
+    candidates, encoded = candidates + probes[few], encoded + encoded_probes[few]
     # What calibration sees of the golden texts is every other one; the rest is left to be measured on.
     rewards = score_with_torch(
-        checkpoint, encoded, calibration=calibration, observed=slice(None, None, 2), by_layer=by_layer
+        checkpoint, encoded, calibration=calibration, observed=slice(None, own, 2), by_layer=by_layer
     )
-    return [
+    texts = [
         GoldenText(
             candidate.row,
             candidate.max_length,
@@ -69,6 +97,7 @@ def score_golden(
         )
         for candidate, text, found in zip(candidates, encoded, rewards, strict=True)
     ]
+    return GoldenSet(tuple(texts[:own]), tuple(texts[own:]))
 
 
 def encode_texts(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> tuple[list[Candidate], list[EncodedText]]:
@@ -76,15 +105,53 @@ def encode_texts(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> tup
 
     Raises CertificateError.
     """
-    spec = checkpoint.spec
-    template = (
-        ChatTemplate(checkpoint.source.chat_template, spec.special_tokens) if checkpoint.source.chat_template else None
+    candidates = golden_texts(*_reader(checkpoint, bundle)[:2], checkpoint.spec, file)
+    return candidates, _encode_all(checkpoint, bundle, candidates)
+
+
+def encode_probes(
+    checkpoint: Checkpoint, bundle: Path, lengths: Collection[int]
+) -> tuple[list[Candidate], list[EncodedText]]:
+    """Make the probes that this checkpoint needs, and tokenize them as the bundle will; raises CertificateError."""
+    renderer, tokenizer, template = _reader(checkpoint, bundle)
+    source, spec = checkpoint.source, checkpoint.spec
+    assert source.trained is not None
+    candidates = probe_texts(
+        renderer,
+        tokenizer,
+        spec,
+        special_tokens=special_tokens(source.trained.backend),
+        named_tokens=sorted(set(spec.special_tokens.values())),
+        variables=template.variables if template is not None and spec.text.source == "chat_template" else (),
+        lengths=lengths,
     )
+    return candidates, _encode_all(checkpoint, bundle, candidates)
+
+
+def certified_lengths(checkpoint: Checkpoint) -> list[int]:
+    """Return the lengths that config.json names and that a golden text can be longer than, in reasonable time."""
+    sizes = [torch.Size(tensor.shape).numel() for tensor in checkpoint.source.stored.values()]
+    most = min(checkpoint.spec.max_length, LONGEST_PROBE, PROBE_WORK // max(sum(sizes), 1))
+    return sorted({length for length in named_lengths(checkpoint.source.config).values() if length + MARGIN <= most})
+
+
+def uncertified_lengths(checkpoint: Checkpoint, longest: int) -> tuple[str, ...]:
+    """Return the lengths that config.json names, within the model's limit, and that no golden text is longer than."""
+    named = named_lengths(checkpoint.source.config).items()
+    return tuple(f"{name} {length}" for name, length in named if longest <= length < checkpoint.spec.max_length)
+
+
+def _reader(checkpoint: Checkpoint, bundle: Path) -> tuple[Renderer, Tokenizer, ChatTemplate | None]:
+    """Return what makes token ids of rows in the bundle that is being written."""
+    spec, source = checkpoint.spec, checkpoint.source.chat_template
+    template = ChatTemplate(source, spec.special_tokens) if source else None
     renderer = Renderer(spec.text, template, with_prompt=spec.reads_prompt_end)
-    tokenizer = Tokenizer(bundle / TOKENIZER, spec)
-    candidates = golden_texts(renderer, tokenizer, spec, file)
-    encoded = [_encode(checkpoint, renderer, tokenizer, template, candidate) for candidate in candidates]
-    return candidates, encoded
+    return renderer, Tokenizer(bundle / TOKENIZER, spec), template
+
+
+def _encode_all(checkpoint: Checkpoint, bundle: Path, candidates: Sequence[Candidate]) -> list[EncodedText]:
+    renderer, tokenizer, template = _reader(checkpoint, bundle)
+    return [_encode(checkpoint, renderer, tokenizer, template, candidate) for candidate in candidates]
 
 
 def spread(rewards: Sequence[tuple[float, ...]]) -> float:
@@ -298,7 +365,14 @@ def measure_fidelity(
     )
 
 
-def certify(bundle: Path, precision: str, fidelity: Fidelity | None = None, *, by_layer: bool = False) -> Certificate:
+def certify(
+    checkpoint: Checkpoint,
+    bundle: Path,
+    precision: str,
+    fidelity: Fidelity | None = None,
+    *,
+    by_layer: bool = False,
+) -> Certificate:
     """Score the golden texts through the public runtime with one of the graphs, and say how far off torch it is.
 
     Raises CertificateError when that is over the precision's tolerance, or not a number.
@@ -308,6 +382,7 @@ def certify(bundle: Path, precision: str, fidelity: Fidelity | None = None, *, b
         raise CertificateError(
             f"the exported bundle failed its certificate, so none was written: {precision}: {'; '.join(found.problems)}"
         )
+    longest = max(len(text.ids) for text in read_golden(bundle / GOLDEN))
     return Certificate(
         precision=found.precision,
         reference=f"torch {torch.__version__}, transformers {transformers.__version__}, float32, eager attention"
@@ -320,4 +395,6 @@ def certify(bundle: Path, precision: str, fidelity: Fidelity | None = None, *, b
         pair_order_agreement=found.pair_order_agreement,
         provider=found.provider,
         fidelity=fidelity,
+        longest=longest,
+        beyond=uncertified_lengths(checkpoint, longest),
     )

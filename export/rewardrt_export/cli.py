@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rewardrt.errors import MissingExtraError
 from rewardrt.spec import POOLING_RULES, PoolingRule
+
+if TYPE_CHECKING:
+    from rewardrt_export.tokenizer import TokenizerChoice
 
 NEEDED = ("torch", "transformers", "optimum", "onnxscript", "onnx_ir", "tomlkit", "onnxruntime")
 
@@ -35,6 +38,11 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
     "--max-length", type=click.IntRange(min=1), help="Tokens after which a text is cut.  [default: the model's limit]"
 )
 @click.option("--weights", callback=_parse_weights, help="Weight of each output of the head, as in 0.5,0.3,-0.2.")
+@click.option(
+    "--tokenizer",
+    type=click.Choice(("file", "transformers")),
+    help="Whose token ids, where tokenizer.json and transformers disagree.  [default: the file's, and say so]",
+)
 @click.option("--normalize", is_flag=True, help="Let scoring use the checkpoint's mean and std by default.")
 @click.option(
     "--precision",
@@ -62,6 +70,7 @@ def export(
     pooling: PoolingRule | None,
     max_length: int | None,
     weights: tuple[float, ...],
+    tokenizer: TokenizerChoice | None,
     normalize: bool,
     precisions: tuple[str, ...],
     token_rewards: bool,
@@ -92,7 +101,7 @@ def export(
         from rewardrt_export.explain import explain as explain_source
         from rewardrt_export.source import read_source
 
-        click.echo(explain_source(read_source(checkpoint, base), family), nl=False)
+        click.echo(explain_source(read_source(checkpoint, base, tokenizer), family), nl=False)
         return
     if bundle is None:
         raise click.UsageError("give the folder to write the BUNDLE to (or --explain to write none)")
@@ -110,6 +119,7 @@ def export(
         max_length=max_length,
         weights=weights,
         normalise=normalize,
+        tokenizer=tokenizer,
         precisions=precisions or ("fp32",),
         token_rewards=token_rewards,
         golden=golden,

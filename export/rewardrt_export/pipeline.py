@@ -32,12 +32,14 @@ from rewardrt.bundle import (
 )
 from rewardrt.errors import ExportError
 from rewardrt.spec import PoolingRule
-from rewardrt.verify import GoldenText, write_golden
+from rewardrt.verify import write_golden
 from rewardrt_export.backbone import meta_backbone
 from rewardrt_export.calibrate import TOKENS, Calibration, cut
 from rewardrt_export.certify import (
+    GoldenSet,
     certify,
     check_memory,
+    encode_probes,
     encode_texts,
     measure_fidelity,
     score_golden,
@@ -116,14 +118,16 @@ def export(
         graph = _make_graph(checkpoint, token_rewards)
         _write_text_files(checkpoint, folder)
         calibration = Calibration() if calibrated and (certified or own_texts) and not by_layer else None
-        texts: list[GoldenText] = []
+        golden_set = GoldenSet()
         if certified:
             progress(f"scoring the golden texts with torch{', layer by layer' if by_layer else ''}")
-            texts = score_golden(checkpoint, folder, golden, None if own_texts else calibration, by_layer=by_layer)
+            golden_set = score_golden(checkpoint, folder, golden, None if own_texts else calibration, by_layer=by_layer)
             if calibration is not None:
-                calibration.reward_std = spread([text.rewards for text in texts])
+                calibration.reward_std = golden_set.reward_std
         else:
-            encode_texts(checkpoint, folder, None)  # compares template and tokenizer with transformers' all the same
+            # Compares template and tokenizer with transformers' all the same.
+            encode_texts(checkpoint, folder, None)
+            encode_probes(checkpoint, folder, ())
         if calibration is not None and own_texts:
             progress(f"calibrating on {calibrate}")
             seen = [cut(text) for text in encode_texts(checkpoint, folder, calibrate)[1]]
@@ -135,7 +139,8 @@ def export(
             progress(f"writing the {precision} graph")
             variants.append(_write_graph(graph, precision, calibration, folder))
         if certified:
-            write_golden(folder / GOLDEN, texts)  # after the weights, whose reader says which of them are not finite
+            # After the weights, whose reader says which of them are not finite.
+            write_golden(folder / GOLDEN, golden_set.every)
         manifest = _make_manifest(checkpoint, variants, folder, certified)
         write_manifest(folder, manifest)
         certificates = []
@@ -145,8 +150,8 @@ def export(
             if PRECISIONS[precision].rounds:
                 seen_golden = PRECISIONS[precision].calibrated and calibration is not None and not own_texts
                 unseen = slice(1, None, 2) if seen_golden else slice(None)
-                fidelity = measure_fidelity(checkpoint, folder, precision, texts, unseen, by_layer=by_layer)
-            certificates.append(certify(folder, precision, fidelity, by_layer=by_layer))
+                fidelity = measure_fidelity(checkpoint, folder, precision, golden_set.own, unseen, by_layer=by_layer)
+            certificates.append(certify(checkpoint, folder, precision, fidelity, by_layer=by_layer))
         write_manifest(folder, dataclasses.replace(manifest, certificates=tuple(certificates)))
         return _move(folder, target)
 

@@ -2,8 +2,9 @@
 
 The backbone is transformers' own code, untouched. Two of its registered hooks make it traceable: attention becomes one
 custom operator a layer (one standard ONNX `Attention` node), and the mask function returns nothing, because
-causality, the window, the prefix and the padding are the hooks' business. Tracing runs on fake tensors: no weight is
-read.
+causality, the window, the prefix and the padding are the hooks' business. A pass before the trace compares what each
+layer's mask would have hidden with what its attention is told (`attention_masks`). Tracing runs on fake tensors: no
+weight is read.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 from rewardrt.errors import TraceError
 from rewardrt.spec import Spec
+from rewardrt_export.attention_masks import mask_hook, watch_masks, watched_masks
 from rewardrt_export.backbone import backbone_class, fill_with_fakes, first_position
 from rewardrt_export.heads import RewardHead
 
@@ -163,16 +165,20 @@ def _attention_hook(
 ) -> tuple[torch.Tensor, None]:
     """Stand in for transformers' attention functions; returns [batch, tokens, heads, value_dim] as they do."""
     odd = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
-    if odd or attention_mask is not None or getattr(module, "is_causal", True) is not True:
+    masked = attention_mask is not None and watched_masks() is None
+    if odd or masked or getattr(module, "is_causal", True) is not True:
         raise TraceError(
             f"{type(module).__name__} asks for attention that is not plainly causal ({', '.join(odd) or 'mask'}); "
             "this backbone cannot be exported yet"
         )
+    window = int(sliding_window or 0)
+    if (watch := watched_masks()) is not None:
+        watch.compare(module, attention_mask, window, bidirectional=False)
     layer = len(_prefix.present)
     past_key, past_value = _prefix.past[layer]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     output, *present = torch.ops.rewardrt.attention(
-        query, key, value, past_key, past_value, scale, float(softcap or 0.0), int(sliding_window or 0)
+        query, key, value, past_key, past_value, scale, float(softcap or 0.0), window
     )
     _prefix.present[layer] = (present[0], present[1])
     return output.transpose(1, 2).contiguous(), None
@@ -217,20 +223,24 @@ def _bidirectional_hook(
 ) -> tuple[torch.Tensor, None]:
     """Stand in for transformers' attention functions in an encoder, as `_attention_hook` does in a decoder."""
     odd = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
-    if odd or attention_mask is not None or getattr(module, "is_causal", False):
+    masked = attention_mask is not None and watched_masks() is None
+    if odd or masked or getattr(module, "is_causal", False):
         raise TraceError(
             f"{type(module).__name__} asks for attention that is not plainly bidirectional "
             f"({', '.join(odd) or 'mask'}); this backbone cannot be exported yet"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    mask = _padding[-1].mask(int(sliding_window or 0))
+    window = int(sliding_window or 0)
+    if (watch := watched_masks()) is not None:
+        watch.compare(module, attention_mask, window, bidirectional=True)
+    mask = _padding[-1].mask(window)
     output = torch.ops.rewardrt.bidirectional_attention(query, key, value, mask, scale, float(softcap or 0.0))
     return output.transpose(1, 2).contiguous(), None
 
 
 for _name, _hook in ((ATTENTION, _attention_hook), (BIDIRECTIONAL, _bidirectional_hook)):
     AttentionInterface.register(_name, _hook)
-    AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(_name, mask_hook)
 
 
 def attention_name(config: PretrainedConfig, causal: bool) -> str:
@@ -287,14 +297,15 @@ class CausalGraph(nn.Module):
 class EncoderGraph(nn.Module):
     """What is traced of an encoder: backbone over whole texts, states at the taps, heads.
 
-    Padding and positions go by `lengths` and place alone, never by an id.
+    What is padding goes by `lengths` alone, never by an id. So do positions, unless the class counts them by the ids.
     """
 
     def __init__(self, backbone: PreTrainedModel, head: RewardHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.first_position = first_position(backbone)
+        # RoBERTa and its kin count positions over the ids that are not the padding id, wherever that stands in a text.
+        self.counts_positions = first_position(backbone) > 0
         self.takes_type_ids = "token_type_ids" in inspect.signature(backbone.forward).parameters
 
     def forward(
@@ -310,8 +321,9 @@ class EncoderGraph(nn.Module):
         inputs = {
             "input_ids": input_ids,
             "attention_mask": (place < lengths.unsqueeze(1)).long(),
-            "position_ids": (place + self.first_position).expand(batch, tokens),
         }
+        if not self.counts_positions:
+            inputs["position_ids"] = place.expand(batch, tokens)
         if self.takes_type_ids:
             inputs["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         hidden = self.backbone(**inputs).last_hidden_state
@@ -429,6 +441,7 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
     with mode, _quiet():
         signature = _signature(spec, backbone.config, every_token)
         try:
+            _compare_masks(graph, signature)
             program = torch.onnx.export(
                 graph,
                 kwargs=signature.inputs,
@@ -456,6 +469,22 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
     model: ir.Model = program.model
     _name_axes(model)
     return model
+
+
+def _compare_masks(graph: nn.Module, signature: _Signature) -> None:
+    """Run the backbone once with its masks watched; raises TraceError where one hides more or less than is computed."""
+    backbone, tokens = graph.backbone, signature.inputs["input_ids"]
+    assert isinstance(backbone, PreTrainedModel)
+    if backbone.config._attn_implementation not in (ATTENTION, BIDIRECTIONAL):
+        return  # its attention is its own code, traced as it is
+    # With a mask of the padding transformers does not look for several texts in one row, by their positions.
+    everything = torch.ones_like(tokens)
+    _padding[:] = [_Padding(tokens.shape[1], signature.inputs["lengths"])]
+    _prefix.past, _prefix.present = [], {}
+    for key, value in zip(*(signature.inputs.get(name, []) for name in ("past_keys", "past_values")), strict=True):
+        _prefix.past.append((key[:, :, :0], value[:, :, :0]))
+    with watch_masks(backbone.config):
+        backbone(input_ids=tokens, attention_mask=everything, **({"use_cache": False} if _prefix.past else {}))
 
 
 def _name_axes(model: ir.Model) -> None:

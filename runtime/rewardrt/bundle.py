@@ -101,6 +101,9 @@ class Certificate:
     pair_order_agreement: float  # share of all pairs of texts that both rank the same way, 0..1
     provider: str
     fidelity: Fidelity | None = field(default=None, metadata={OPTIONAL: True})  # of a graph that rounds
+    longest: int | None = field(default=None, metadata={OPTIONAL: True})  # tokens of the longest of the texts
+    # Windows and original lengths of config.json that no text was longer than: "sliding_window 4096".
+    beyond: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,12 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        from jinja2 import nodes  # importing jinja2 costs as much as the rest of this package
+        from jinja2 import meta  # importing jinja2 costs as much as the rest of this package
 
         environment = _environment()
         try:
             tree = environment.parse(source)
-            self.reads = frozenset(node.name for node in tree.find_all(nodes.Name) if node.ctx == "load")
+            self._names = meta.find_undeclared_variables(tree)
             self._template = environment.from_string(tree)
         except Exception as error:  # besides its own errors, Jinja lets Python's compiler and recursion errors out
             message = f"the chat template is not valid Jinja ({_one_line(error)}); mend it and export again"
@@ -83,7 +83,12 @@ class ChatTemplate:
     @property
     def uses_date(self) -> bool:
         """Whether the output may depend on today's date."""
-        return "strftime_now" in self.reads
+        return "strftime_now" in self._names
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and does not set itself: what a caller can give it."""
+        return frozenset(self._names - set(_environment().globals))
 
     @cached_property
     def content_kinds(self) -> dict[str, frozenset[ContentKind]]:
@@ -115,7 +120,7 @@ class ChatTemplate:
         Raises RowError when the template refuses the messages, does not read one of the inputs, leaves out a message
         of a role that it does not know, or gives a text that is the same without the last message's content.
         """
-        if unread := [name for name in inputs.given if name not in self.reads]:
+        if unread := [name for name in inputs.given if name not in self._names]:
             raise RowError(
                 f"{', '.join(unread)}: this model's chat template does not read what this is; the reward would be the "
                 "same without, so leave it out of the row"

@@ -408,6 +408,9 @@ def describe_manifest(name: str, manifest: Any) -> str:
             f"  certified  {certificate.precision}: within {worst:.1e} std of torch on {certificate.texts} texts, "
             f"pair order {certificate.pair_order_agreement:.1%} ({certificate.reference})"
         )
+        if certificate.longest is not None:
+            beyond = f"; not compared beyond {', '.join(certificate.beyond)}" if certificate.beyond else ""
+            lines.append(f"             texts of up to {certificate.longest} tokens{beyond}")
         if certificate.fidelity is not None:
             near = certificate.fidelity
             lines.append(
