@@ -5,6 +5,7 @@ Right values are transformers' classes on the ids of the checkpoint's own tokeni
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from rewardrt import RewardModel
 from rewardrt.bundle import read_bundle
 from rewardrt.cli import app
 from rewardrt.errors import CertificateError, RowError, TraceError
+from rewardrt.spec import Head, Layer, Tap
 from rewardrt_export import attention_masks, pipeline, trace
+from rewardrt_export.families import FAMILIES, sequence_classification
 from rewardrt_export.pipeline import export
 from rewardrt_export.source import read_source
 
@@ -297,3 +300,24 @@ def test_tokens_that_only_the_configuration_adds_are_in_the_bundle(tmp_path: Pat
     )
     source = read_source(tmp_path / "rm")
     assert source.trained is not None and source.trained.backend.encode("a<judge>").ids[-1] == 300
+
+
+@pytest.mark.parametrize("wrong", ["pooling", "head"])
+def test_a_family_that_is_not_what_the_class_computes_fails(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sequence_classification(tmp_path / "rm")
+    if wrong == "pooling":  # the pad id is looked for in config.json; let the family read another one
+        monkeypatch.setattr(
+            "rewardrt_export.families.sequence_classification.pad_tap", lambda source: Tap("last", "last_not_id", (5,))
+        )
+    else:
+        real = sequence_classification._describe
+        odd = Head((Layer("score.weight", activation="tanh"),))
+        family = dataclasses.replace(
+            sequence_classification.SEQUENCE_CLASSIFICATION,
+            describe=lambda source: dataclasses.replace(real(source), heads=(odd,)),
+        )
+        monkeypatch.setitem(FAMILIES, "sequence-classification", family)
+    with pytest.raises(CertificateError, match=r"^LlamaForSequenceClassification of transformers gives "):
+        export(tmp_path / "rm", tmp_path / "bundle")

@@ -18,7 +18,7 @@ ORDER = {
     ],
     "rewardrt_export": [
         "operators", "weights", "tokenizer", "adapters", "backbone", "layouts", "source", "heads", "families", "checkpoint", "explain", "attention_masks", "trace", "lower",
-        "rounding", "calibrate", "smoothing", "fuse", "quantize", "storage", "half", "precision", "golden", "certify", "pipeline", "cli",
+        "rounding", "calibrate", "smoothing", "fuse", "quantize", "storage", "half", "precision", "golden", "published_class", "certify", "pipeline", "cli",
     ],
 }  # fmt: skip
 FOLDERS = {"rewardrt": ROOT / "runtime" / "rewardrt", "rewardrt_export": ROOT / "export" / "rewardrt_export"}

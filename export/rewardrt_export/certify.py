@@ -26,7 +26,7 @@ from rewardrt.errors import CertificateError, InferenceError, RowError
 from rewardrt.spec import Spec
 from rewardrt.text import Pair, RawText, Renderer
 from rewardrt.tokens import EncodedText, Tokenizer
-from rewardrt.verify import GoldenText, pair_order_agreement, read_golden, verify
+from rewardrt.verify import TOLERANCES, GoldenText, pair_order_agreement, read_golden, verify
 from rewardrt_export.attention_masks import named_lengths
 from rewardrt_export.backbone import load, meta_backbone
 from rewardrt_export.calibrate import LONGEST, Calibration
@@ -34,6 +34,7 @@ from rewardrt_export.checkpoint import Checkpoint
 from rewardrt_export.golden import MARGIN, MIN_TEXTS, Candidate, golden_texts, probe_texts
 from rewardrt_export.heads import RewardHead
 from rewardrt_export.precision import PRECISIONS
+from rewardrt_export.published_class import rewards_of_class
 from rewardrt_export.tokenizer import special_tokens
 
 PROBES_BY_LAYER = 4  # of a model that is read from disk for every text
@@ -85,6 +86,7 @@ def score_golden(
     rewards = score_with_torch(
         checkpoint, encoded, calibration=calibration, observed=slice(None, own, 2), by_layer=by_layer
     )
+    _compare_with_class(checkpoint, encoded, rewards)
     texts = [
         GoldenText(
             candidate.row,
@@ -98,6 +100,20 @@ def score_golden(
         for candidate, text, found in zip(candidates, encoded, rewards, strict=True)
     ]
     return GoldenSet(tuple(texts[:own]), tuple(texts[own:]))
+
+
+def _compare_with_class(
+    checkpoint: Checkpoint, texts: Sequence[EncodedText], rewards: Sequence[tuple[float, ...]]
+) -> None:
+    """Raise CertificateError where transformers' own class gives other rewards than its backbone under our heads."""
+    theirs = rewards_of_class(checkpoint, texts, available_memory())
+    allowed = TOLERANCES["fp32"] * max(spread(rewards), 1e-3)
+    for index, expected in theirs.items():
+        if abs(rewards[index][0] - expected) > allowed:
+            raise CertificateError(
+                f"{checkpoint.source.architecture} of transformers gives {expected:g} for a golden text, and the "
+                f"family {checkpoint.spec.family!r} gives {rewards[index][0]:g}; name another --family or --pooling"
+            )
 
 
 def encode_texts(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> tuple[list[Candidate], list[EncodedText]]:
