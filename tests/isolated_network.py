@@ -36,7 +36,7 @@ def enter() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_NEW_NET) != 0 and libc.unshare(_NEW_USER | _NEW_NET) != 0:
         raise PermissionError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    if user != 0 and os.getuid() != user:  # in a user namespace of its own: be root there
+    if os.getuid() != user:  # in a user namespace of its own: be root there
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
