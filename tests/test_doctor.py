@@ -146,6 +146,7 @@ def test_the_text_is_aligned() -> None:
         providers=(ProviderReport("cpu", True, None), ProviderReport("tensorrt", False, "no driver")),
         processor=Processor("A CPU", None, 8, 4, 2.0),
         kernels="rounding, products",
+        telemetry="off: nothing leaves this machine",
         conflicts=(),
         advice=("set threads to 2",),
     )
@@ -159,6 +160,7 @@ def test_the_text_is_aligned() -> None:
         "  instructions     unknown",
         "  cores            8 logical, 4 usable, limited to 2",
         "int8 kernels       rounding, products",
+        "telemetry          off: nothing leaves this machine",
         "provider cpu       works",
         "provider tensorrt  no: no driver",
         "advice             set threads to 2",

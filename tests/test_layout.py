@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of one group may not import each other unless the order inside the group says so.
 ORDER = {
     "rewardrt": [
-        "errors", "spec", "processor", "bundle", "providers", "kernels", "session", "chat_template", "text", "tokens", "batching", "prefix", "rows", "pairwise", "reward_model",
+        "telemetry", "errors", "spec", "processor", "bundle", "providers", "kernels", "session", "chat_template", "text", "tokens", "batching", "prefix", "rows", "pairwise", "reward_model",
         "verify", "files", "workers", "bench", "doctor", "server", "cli",
     ],
     "rewardrt_export": [

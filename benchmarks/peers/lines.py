@@ -16,6 +16,10 @@ from typing import Any
 
 import numpy as np
 
+# Before a peer imports its libraries: a measurement sends nothing, as where rewardrt is installed.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
 CHUNK = 8
 BUDGET = 16_384  # tokens of a batch, padding included, as rewardrt takes them on an accelerator
 

@@ -1,5 +1,6 @@
 """Score text with an exported reward model: onnxruntime and a tokenizer, nothing else."""
 
+from rewardrt import telemetry as telemetry  # isort: skip  # first: it must come before anything imports onnxruntime
 from rewardrt.errors import RewardRTError, RowError, TruncationWarning
 from rewardrt.reward_model import Ranked, RewardModel
 from rewardrt.rows import Scored

@@ -7,7 +7,7 @@ import platform
 import sys
 from dataclasses import dataclass
 
-from rewardrt import kernels
+from rewardrt import kernels, telemetry
 from rewardrt.errors import ProviderError
 from rewardrt.processor import Processor, read_processor
 from rewardrt.providers import (
@@ -56,6 +56,7 @@ class Report:
     providers: tuple[ProviderReport, ...]
     processor: Processor
     kernels: str
+    telemetry: str
     conflicts: tuple[str, ...]
     advice: tuple[str, ...]
 
@@ -76,6 +77,7 @@ def examine() -> Report:
         providers=providers,
         processor=processor,
         kernels=kernels.describe(),
+        telemetry=telemetry.describe(),
         conflicts=() if conflict is None else (conflict,),
         advice=_advice(missing, providers, processor),
     )
@@ -93,6 +95,7 @@ def format_report(report: Report) -> str:
         ("  instructions", sets),
         ("  cores", f"{processor.logical_cores} logical, {processor.usable_cores} usable{limit}"),
         ("int8 kernels", report.kernels),
+        ("telemetry", report.telemetry),
     ]
     rows += [(f"provider {item.name}", "works" if item.works else f"no: {item.reason}") for item in report.providers]
     rows += [("conflict", text) for text in report.conflicts]

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rewardrt import telemetry
 from rewardrt.errors import ProviderError
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -179,6 +180,8 @@ def import_onnxruntime() -> ModuleType:
             f"onnxruntime {module.__version__} is too old; expected {oldest} or later (1.23.0 gives other rewards "
             f"without a word): `{_mending_command()}`"
         )
+    if telemetry.started_late() and hasattr(module, "disable_telemetry_events"):
+        module.disable_telemetry_events()  # it still connects, and has less to say
     return module
 
 
@@ -226,6 +229,11 @@ def why_no_gpu(cuda_version: str | None = None) -> str | None:
     status, count, version = driver.cuInit(0), ctypes.c_int(0), ctypes.c_int(0)
     if status == 0:
         status = driver.cuDeviceGetCount(ctypes.byref(count))
+    if status == 3:  # CUDA_ERROR_NOT_INITIALIZED
+        return (
+            "this process was forked from one that had used the GPU, and CUDA does not survive a fork; "
+            "start processes by spawn, or before a model is loaded"
+        )
     if status != 0 or count.value == 0:
         return (
             f"the NVIDIA driver shows no GPU (CUDA error {status}, {count.value} devices); "

@@ -7,11 +7,15 @@ Order, errors and normalisation are decided here; every step is somebody else's.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rewardrt.batching import BATCH_TOKENS, make_batch, plan_batches
-from rewardrt.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, Variant, read_bundle
+from rewardrt.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, Manifest, Variant, read_bundle
 from rewardrt.chat_template import ChatTemplate
 from rewardrt.errors import BundleError, InferenceError, ProviderError, RewardRTError, RowError, TruncationWarning
 from rewardrt.pairwise import plan, settle
@@ -28,7 +32,7 @@ from rewardrt.processor import read_processor
 from rewardrt.providers import Provider, ProviderChoice, select_provider
 from rewardrt.rows import Row, Scored, parse_row
 from rewardrt.session import GraphSession, KeyValues
-from rewardrt.spec import AGGREGATE_RULES, Affine, AggregateRule, Spec
+from rewardrt.spec import AGGREGATE_RULES, Affine, AggregateRule, Spec, to_json
 from rewardrt.text import Item, RenderedText, Renderer
 from rewardrt.tokens import EncodedText, Tokenizer
 
@@ -50,8 +54,44 @@ class Ranked:
     comparisons: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How a model was loaded: by which it is loaded again in a process that it was sent to, or that was forked.
+
+    `path` is absolute, `manifest` the digest of what the bundle's manifest says, `precision` the one that was chosen;
+    the others are the options of `RewardModel.load`.
+    """
+
+    path: str
+    manifest: str
+    provider: ProviderChoice
+    precision: str
+    threads: int | None
+    batch_tokens: int
+    padding: bool | None
+    prefix_reuse: bool
+    prefix_cache_mb: int
+    check_hashes: bool
+
+    def read(self) -> Bundle:
+        """Read the bundle again; raises BundleError if it is gone, or is another one now."""
+        try:
+            bundle = read_bundle(self.path, check_hashes=self.check_hashes)
+        except BundleError as error:
+            raise BundleError(f"the bundle of a loaded model cannot be opened again: {error}") from error
+        if _digest(bundle.manifest) != self.manifest:
+            raise BundleError(
+                f"{self.path}: holds another bundle than when the model was loaded; load the model from it anew"
+            )
+        return bundle
+
+
 class RewardModel:
-    """A loaded bundle. Scoring is thread-safe, and a text's reward does not depend on what is scored with it."""
+    """A loaded bundle. Scoring is thread-safe, and a text's reward does not depend on what is scored with it.
+
+    It can be pickled and copied: what is sent is where the bundle lies and the options of `load`, and the bundle is
+    opened there. In a process that was forked it is opened again when it first scores.
+    """
 
     def __init__(
         self,
@@ -63,6 +103,7 @@ class RewardModel:
         padding: bool | None = None,
         prefix_reuse: bool = True,
         prefix_cache_mb: int = 0,
+        opening: Opening | None = None,
     ) -> None:
         if batch_tokens < 1:
             raise RewardRTError(f"batch_tokens {batch_tokens}: expected at least 1")
@@ -89,6 +130,11 @@ class RewardModel:
         self._cache = PrefixCache(prefix_cache_mb * 2**20) if self._prefix_reuse and prefix_cache_mb else None
         self._statistics = Statistics()
         self._lock = threading.Lock()
+        self._opening = opening or Opening(
+            os.path.abspath(bundle.path), _digest(bundle.manifest), session.provider, precision, session.threads,
+            batch_tokens, padding, prefix_reuse, prefix_cache_mb, True,
+        )  # fmt: skip
+        _ALIVE.add(self)
 
     @classmethod
     def load(
@@ -119,18 +165,44 @@ class RewardModel:
         Raises BundleError or ProviderError.
         """
         opened = read_bundle(bundle, check_hashes=check_hashes)
-        selection = select_provider(provider)
-        variant = _choose_variant(opened, precision, selection.provider)
-        session = GraphSession.open(opened.file(variant.graph), selection, threads)
-        return cls(
+        return cls._load(
             opened,
+            Opening(
+                os.path.abspath(bundle), _digest(opened.manifest), provider, precision, threads,
+                batch_tokens, padding, prefix_reuse, prefix_cache_mb, check_hashes,
+            ),
+        )  # fmt: skip
+
+    @classmethod
+    def _load(cls, bundle: Bundle, opening: Opening) -> RewardModel:
+        selection = select_provider(opening.provider)
+        variant = _choose_variant(bundle, opening.precision, selection.provider)
+        opening = replace(opening, precision=variant.precision)
+        session = GraphSession.open(bundle.file(variant.graph), selection, opening.threads, unchanged=opening.read)
+        return cls(
+            bundle,
             session,
             precision=variant.precision,
-            batch_tokens=batch_tokens,
-            padding=padding,
-            prefix_reuse=prefix_reuse,
-            prefix_cache_mb=prefix_cache_mb,
+            batch_tokens=opening.batch_tokens,
+            padding=opening.padding,
+            prefix_reuse=opening.prefix_reuse,
+            prefix_cache_mb=opening.prefix_cache_mb,
+            opening=opening,
         )
+
+    @classmethod
+    def _load_again(cls, opening: Opening) -> RewardModel:
+        return cls._load(opening.read(), opening)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled and copied as what the model was loaded by."""
+        return type(self)._load_again, (self._opening,)
+
+    def _forked(self) -> None:
+        """Replace what a thread of the other process may have held, or left half done, when this one was forked."""
+        self._lock = threading.Lock()
+        if self._cache is not None:
+            self._cache = PrefixCache(self._opening.prefix_cache_mb * 2**20)
 
     @property
     def provider(self) -> Provider:
@@ -508,6 +580,27 @@ class RewardModel:
         if self.spec.normalise is None:
             raise RewardRTError("normalize: the checkpoint had no mean and std; only raw rewards are there")
         return self.spec.normalise
+
+
+_ALIVE: weakref.WeakSet[RewardModel] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    models = list(_ALIVE)
+    for model in models:
+        model._forked()
+    # The threads that tokenize are gone. tokenizers then goes without them, unless this says otherwise: it would wait.
+    if models and os.environ.get("TOKENIZERS_PARALLELISM"):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _digest(manifest: Manifest) -> str:
+    """Return the SHA-256 of what a manifest says; it names the SHA-256 of every file."""
+    return hashlib.sha256(json.dumps(to_json(manifest), sort_keys=True).encode()).hexdigest()
 
 
 def _choose_variant(bundle: Bundle, precision: str, provider: Provider) -> Variant:

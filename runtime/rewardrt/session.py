@@ -5,8 +5,12 @@ Knows the graph's contract (see docs/architecture.md) and onnxruntime's options;
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
-from collections.abc import Mapping
+import threading
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,13 +89,24 @@ class GraphSession:
     `provider` is the one obtained, `note` says why it is not a better one, `threads` is what was asked for,
     `past` holds the graph's inputs for a shared prefix: key, value, key, ... by layer; empty for an encoder.
     `shares_past` says that one text's may stand for those of every row of a batch.
+
+    In a process that was forked the graph is opened again when it is first run.
     """
 
     def __init__(
-        self, session: Any, past: tuple[PastInput, ...], provider: Provider, note: str | None, threads: int | None
+        self,
+        session: Any,
+        past: tuple[PastInput, ...],
+        provider: Provider,
+        note: str | None,
+        threads: int | None,
+        reopen: Callable[[], Any],
     ) -> None:
         """Wrap an `onnxruntime.InferenceSession` whose contract was checked; use `open`."""
-        self._session = session
+        self._session: Any = session  # None in a forked process, until it is needed there
+        self._reopen = reopen
+        self._reopening = threading.Lock()
+        _ALIVE.add(self)
         self._optional = {item.name for item in session.get_inputs()} & set(OPTIONAL_INPUTS)
         self.has_token_rewards = any(item.name == "token_rewards" for item in session.get_outputs())
         self.past = past
@@ -104,32 +119,36 @@ class GraphSession:
 
     @classmethod
     def open(
-        cls, graph: Path, provider: ProviderChoice | Selection = "auto", threads: int | None = None
+        cls,
+        graph: Path,
+        provider: ProviderChoice | Selection = "auto",
+        threads: int | None = None,
+        *,
+        unchanged: Callable[[], object] = lambda: None,
     ) -> GraphSession:
         """Load a graph by its path: onnxruntime maps the file of its weights, and copies what it packs for its kernels.
 
         `provider` is asked for, or was selected already and is not tried again. `threads` are those of one call on the
         CPU; None leaves it to onnxruntime: one for each physical core, whatever share of them a container may use.
+        `unchanged` is called before the graph is opened again in a forked process, and raises if it is not the same.
         Raises ProviderError if the provider cannot be had, BundleError if the file is not a graph of the contract.
         """
         if threads is not None and threads < 1:
             raise ProviderError(f"threads {threads}: expected at least 1, or None to leave it to onnxruntime")
         selection = provider if isinstance(provider, Selection) else select_provider(provider)
-        options = _session_options(threads)
-        try:
-            if selection.provider == "cpu":
-                register(options)
-            session = open_session(str(graph), selection.provider, options)
-        except ProviderError:
-            raise
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            if selection.provider != "cpu":  # out of the device's memory, for one: not the fault of the file
-                message = f"{graph}: does not load on {selection.provider} ({one_line(error)}); try the provider 'cpu'"
-                raise ProviderError(message) from error
-            raise BundleError(
-                f"{graph}: onnxruntime cannot load it ({one_line(error)}); upgrade onnxruntime, or export again"
-            ) from error
-        return cls(session, _read_contract(session, graph), selection.provider, selection.note, threads)
+        session = _open(graph, selection.provider, threads)
+        absolute = Path(os.path.abspath(graph))  # a forked process may have moved to another folder
+
+        def reopen() -> Any:
+            if selection.provider != "cpu":
+                raise ProviderError(
+                    f"the model was loaded on {selection.provider} before this process was forked, and CUDA does not "
+                    "survive a fork; load it after the fork, or start processes by spawn"
+                )
+            unchanged()
+            return _open(absolute, selection.provider, threads)
+
+        return cls(session, _read_contract(session, graph), selection.provider, selection.note, threads, reopen)
 
     def run(
         self,
@@ -196,12 +215,66 @@ class GraphSession:
                 feeds[item.name] = np.empty((len(input_ids), item.kv_heads, 0, item.head_dim), item.dtype)
         else:
             feeds |= {item.name: array for item, array in zip(self.past, past.arrays, strict=True)}
+        session = self._live()
         try:
-            found = self._session.run(outputs, feeds)
+            found = session.run(outputs, feeds)
         except Exception as error:  # onnxruntime's exceptions share no base class
             batch = f"{len(input_ids)} x {input_ids.shape[1]} tokens"
             raise InferenceError(f"the graph failed on {batch} ({one_line(error)})") from error
         return [np.asarray(array) for array in found]
+
+    def _live(self) -> Any:
+        """Return the session of this process."""
+        session = self._session
+        if session is None:
+            with self._reopening:
+                if self._session is None:
+                    self._session = self._reopen()
+                session = self._session
+        return session
+
+    def _forked(self) -> None:
+        """Let go of a session whose threads are another process's: destroying it here would wait for them, or crash."""
+        if self._session is not None:
+            _never_destroy(self._session)
+        self._session = None
+        self._reopening = threading.Lock()  # it may have been held when the process was forked
+
+
+_ALIVE: weakref.WeakSet[GraphSession] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for session in list(_ALIVE):
+        session._forked()
+
+
+def _never_destroy(thing: object) -> None:
+    """Let an object outlive the interpreter: a global variable would be cleared when it ends."""
+    increase = ctypes.pythonapi.Py_IncRef
+    increase.argtypes, increase.restype = [ctypes.py_object], None
+    increase(thing)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _open(graph: Path, provider: Provider, threads: int | None) -> Any:
+    options = _session_options(threads)
+    try:
+        if provider == "cpu":
+            register(options)
+        return open_session(str(graph), provider, options)
+    except ProviderError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        if provider != "cpu":  # out of the device's memory, for one: not the fault of the file
+            message = f"{graph}: does not load on {provider} ({one_line(error)}); try the provider 'cpu'"
+            raise ProviderError(message) from error
+        raise BundleError(
+            f"{graph}: onnxruntime cannot load it ({one_line(error)}); upgrade onnxruntime, or export again"
+        ) from error
 
 
 def _session_options(threads: int | None) -> Any:
