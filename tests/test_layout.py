@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # Modules of one group may not import each other unless the order inside the group says so.
 ORDER = {
     "rewardrt": [
-        "errors", "spec", "processor", "bundle", "providers", "kernels", "session", "text", "tokens", "batching", "prefix", "rows", "pairwise", "reward_model",
-        "verify", "files", "workers", "bench", "doctor", "server", "cli",
+        "errors", "display", "spec", "processor", "graph_file", "bundle", "providers", "kernels", "session", "text", "tokens", "batching", "prefix", "rows", "pairwise", "reward_model",
+        "verify", "formats", "files", "workers", "bench", "doctor", "server", "toplevel", "cli",
     ],
     "rewardrt_export": [
         "operators", "weights", "adapters", "backbone", "layouts", "source", "heads", "families", "checkpoint", "explain", "trace", "lower",

@@ -7,6 +7,7 @@ which is read and tokenized meanwhile.
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import math
 import queue
@@ -113,16 +114,45 @@ def score_file(
     return summary
 
 
+class Output:
+    """Bytes on their way to a file or to standard output; what stops them is a RewardRTError that names the place."""
+
+    def __init__(self, name: str | Path, file: BinaryIO) -> None:
+        self._name = name
+        self._file = file
+
+    def write(self, data: bytes) -> None:
+        """Write all of the bytes, now or with the next flush."""
+        with self._named():
+            self._file.write(data)
+
+    def flush(self) -> None:
+        """Have everything written that was given so far."""
+        with self._named():
+            self._file.flush()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # the reader of our output has had enough
+            raise
+        except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
+            _refuse(self._name, error)
+
+
 @contextmanager
-def open_output(path: str | Path | None) -> Iterator[BinaryIO]:
+def open_output(path: str | Path | None) -> Iterator[Output]:
     """Open the output for writing bytes: a file, or standard output for None and "-".
 
     A file is written under another name in its folder, and takes its own name when the block ends well. What is there
     but is not a plain file, such as /dev/null, is written to directly.
     """
     if path is None or str(path) == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        sys.stdout.flush()  # what was printed before comes before
+        output = Output("standard output", sys.stdout.buffer)
+        yield output
+        output.flush()
         return
     try:
         target = Path(path).resolve()
@@ -132,14 +162,18 @@ def open_output(path: str | Path | None) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:
         _refuse(path, error)
     try:
-        with file:
-            yield file
+        try:
+            output = Output(path, file)
+            yield output
+            output.flush()
+        finally:
+            with suppress(OSError):  # of a full disk, which the block was told of, or is told by the line above
+                file.close()
+        if not in_place:
             try:
-                file.close()  # here, where a disk that is full can still be told from an error of the block
-                if not in_place:
-                    if target.exists():
-                        name.chmod(target.stat().st_mode & 0o777)  # what was private stays private
-                    name.replace(target)
+                if target.exists():
+                    name.chmod(target.stat().st_mode & 0o777)  # what was private stays private
+                name.replace(target)
             except OSError as error:
                 _refuse(path, error)
     except BaseException:
@@ -275,4 +309,11 @@ def to_line(row: dict[str, Any]) -> bytes:
 
 def _refuse(path: str | Path, error: Exception) -> NoReturn:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    raise RewardRTError(f"{path}: cannot be written ({reason}); name a file in a writable folder") from error
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "make room, or write to another disk"
+    elif str(path) == "standard output":
+        remedy = "send it to a file or a program that reads it"
+    else:
+        remedy = "name a file in a writable folder"
+    raise RewardRTError(f"{path}: cannot be written ({reason}); {remedy}") from error
