@@ -293,7 +293,6 @@ def list_candidates(
         "provider": provider,
         "threads": threads,
         "prefix_cache_mb": 0,
-        "check_hashes": False,
     }  # `bench` did check
     suited = [variant for variant in bundle.runnable(provider) if variant.suits(provider)]
     if not suited:

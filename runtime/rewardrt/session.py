@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rewardrt.errors import BundleError, InferenceError, ProviderError
+from rewardrt.graph_file import resolve
 from rewardrt.kernels import register
 from rewardrt.providers import (
     Provider,
@@ -116,10 +117,13 @@ class GraphSession:
             raise ProviderError(f"threads {threads}: expected at least 1, or None to leave it to onnxruntime")
         selection = provider if isinstance(provider, Selection) else select_provider(provider)
         options = _session_options(threads)
+        model, folder = resolve(graph)
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
             if selection.provider == "cpu":
                 register(options)
-            session = open_session(str(graph), selection.provider, options)
+            session = open_session(model if isinstance(model, bytes) else str(model), selection.provider, options)
         except ProviderError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
