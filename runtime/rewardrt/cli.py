@@ -24,7 +24,7 @@ import click
 
 from rewardrt import toplevel
 from rewardrt.display import visible, visible_lines
-from rewardrt.errors import RewardRTError, RowError
+from rewardrt.errors import RewardRTError
 from rewardrt.providers import PROVIDER_CHOICES, ProviderChoice
 from rewardrt.spec import AGGREGATE_RULES, AggregateRule
 
@@ -204,6 +204,7 @@ def _score_file(
     table: bool,
 ) -> None:
     from rewardrt.files import Summary, open_output, read_lines, score_file
+    from rewardrt.formats import jsonl_lines
 
     progress = _Progress()
 
@@ -218,7 +219,7 @@ def _score_file(
     with open_output(output) as file:
         summary: Summary = score_file(
             score_texts,
-            read_lines(lines),
+            read_lines(jsonl_lines(lines, "standard input" if source == "-" else source)),
             show if table else file.write,
             prepare=model.encode,
             parse=model.parse,
@@ -238,23 +239,22 @@ def _score_file(
         toplevel.say(
             f"accuracy {share:.4f}: chosen above rejected in {summary.pairs_right} of {summary.pairs} pairs{ties}"
         )
+    for name, rows in summary.unread.items():
+        toplevel.say(f"{rows} row{'s' if rows > 1 else ''} had the field `{name}`, which nothing read")
     if summary.failed:
         toplevel.say(f"{summary.failed} of {summary.rows} rows could not be scored; they have `error`")
         sys.exit(1)
 
 
 def _open_input(source: str) -> BinaryIO:
-    if source == "-" and sys.stdin is None:
+    from rewardrt.formats import open_input
+
+    if source != "-":
+        return open_input(source)
+    if sys.stdin is None:
         raise RewardRTError("standard input is closed; send it rows, or name a JSONL file")
-    if source == "-":
-        # Not sys.stdin.buffer: Python takes its lock when it ends, which a thread that waits for a line holds.
-        return open(sys.stdin.fileno(), "rb", closefd=False)
-    try:
-        return Path(source).open("rb")
-    except OSError as error:
-        raise RowError(
-            f"{source}: cannot be read ({error.strerror}); expected a JSONL file, or - for standard input"
-        ) from error
+    # Not sys.stdin.buffer: Python takes its lock when it ends, which a thread that waits for a line holds.
+    return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
 def _describe(row: dict[str, Any], model: Any, *, objectives: bool) -> str:

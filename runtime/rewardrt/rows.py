@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rewardrt.errors import RowError
+from rewardrt.fields import advice
 from rewardrt.text import Conversation, Item, Message, RawText, Steps, as_turns, check_messages, check_string
 
 INPUT_FIELDS = ("text", "messages", "prompt", "response", "responses", "chosen", "rejected")
@@ -118,7 +119,8 @@ def parse_row(row: object) -> Row:
         case ["chosen", "rejected"] if not (isinstance(row["chosen"], str) or isinstance(row["rejected"], str)):
             return Row("pair", tuple(_conversation((), row[side], side) for side in ("chosen", "rejected")))
         case _:
-            raise RowError(f"{EXPECTED}; found {' and '.join(given) or 'none of these fields'}")
+            found = " and ".join(given) or "none of these fields"
+            raise RowError(f"{EXPECTED}; found {found}{advice(row, given)}")
 
 
 def fill_row(row: dict[str, Any], parsed: Row, scores: Sequence[Scored], labels: Sequence[str] = ()) -> dict[str, Any]:
