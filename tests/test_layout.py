@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of one group may not import each other unless the order inside the group says so.
 ORDER = {
     "rewardrt": [
-        "errors", "display", "spec", "processor", "graph_file", "bundle", "providers", "kernels", "session", "text", "tokens", "batching", "prefix", "fields", "rows", "pairwise", "reward_model",
+        "display", "errors", "spec", "processor", "graph_file", "bundle", "providers", "kernels", "session", "template_limits", "text", "tokens", "batching", "prefix", "fields", "rows", "pairwise", "reward_model",
         "verify", "formats", "files", "workers", "bench", "doctor", "server", "toplevel", "cli",
     ],
     "rewardrt_export": [
