@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # Modules of one group may not import each other unless the order inside the group says so.
 ORDER = {
     "rewardrt": [
-        "telemetry", "errors", "spec", "processor", "bundle", "providers", "kernels", "session", "chat_template", "text", "tokens", "batching", "prefix", "rows", "pairwise", "reward_model",
-        "verify", "files", "workers", "bench", "doctor", "server", "cli",
+        "telemetry", "display", "errors", "spec", "processor", "graph_file", "bundle", "providers", "kernels", "session", "template_limits", "chat_template", "text", "tokens", "batching", "prefix", "fields", "rows", "pairwise", "reward_model",
+        "verify", "formats", "files", "workers", "bench", "doctor", "server", "toplevel", "cli",
     ],
     "rewardrt_export": [
         "operators", "weights", "tokenizer", "adapters", "backbone", "layouts", "source", "heads", "families", "checkpoint", "explain", "attention_masks", "trace", "lower",

@@ -18,6 +18,7 @@ USER, YES, NO = (
     {"role": "assistant", "content": "no"},
 )
 CHAT = [{"role": "system", "content": "S"}, USER]
+NEED_PROMPT = "; chosen and rejected that are strings need the prompt that they answer"
 EXPECTED = (
     "expected text, or messages ending with the assistant, or one of prompt and messages "
     "with response, with responses, with steps, or with chosen and rejected; found "
@@ -92,7 +93,7 @@ def test_other_fields_and_nulls_do_not_matter() -> None:
     ("row", "message"),
     [
         ({}, EXPECTED + "none of these fields"),
-        ({"Text": "x", "text": None}, EXPECTED + "none of these fields"),
+        ({"Text": "x", "text": None}, EXPECTED + "none of these fields; unused: 'Text'; name what is to be scored as above"),
         ({"prompt": "Q"}, EXPECTED + "prompt"),
         ({"response": "yes"}, EXPECTED + "response"),
         ({"text": "x", "prompt": "Q"}, EXPECTED + "text and prompt"),
@@ -102,8 +103,8 @@ def test_other_fields_and_nulls_do_not_matter() -> None:
         ({"prompt": "Q", "chosen": "yes"}, EXPECTED + "prompt and chosen"),
         ({"prompt": "Q", "rejected": "no"}, EXPECTED + "prompt and rejected"),
         ({"prompt": "Q", "response": "r", "chosen": "yes", "rejected": "no"}, EXPECTED + "prompt and response and chosen and rejected"),
-        ({"chosen": "yes", "rejected": "no"}, EXPECTED + "chosen and rejected"),
-        ({"chosen": [USER, YES], "rejected": "no"}, EXPECTED + "chosen and rejected"),
+        ({"chosen": "yes", "rejected": "no"}, EXPECTED + "chosen and rejected" + NEED_PROMPT),
+        ({"chosen": [USER, YES], "rejected": "no"}, EXPECTED + "chosen and rejected" + NEED_PROMPT),
         (["text"], "expected an object, found list"),
         (None, "expected an object, found NoneType"),
         ({"text": 3}, "text: expected a string, found int"),

@@ -143,8 +143,9 @@ def test_threads_may_share_one_session(session: GraphSession) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"this is not a model", "Protobuf parsing failed."),
-        (b"", "No graph was found in the protobuf."),
+        (b"this is not a model", "not an ONNX graph (no field of a protobuf message at byte 0)"),
+        (b"", "not an ONNX graph (it is empty)"),
+        (b"\x08\x0a", "onnxruntime cannot load it ([ONNXRuntimeError] : "),  # a message, of an IR version alone
     ],
 )
 def test_a_file_that_is_no_model_is_refused(
@@ -154,8 +155,8 @@ def test_a_file_that_is_no_model_is_refused(
     path.write_bytes(content)
     with pytest.raises(BundleError) as caught:
         GraphSession.open(path, "cpu")
-    assert str(caught.value).startswith(f"{path}: onnxruntime cannot load it ([ONNXRuntimeError] : ")
-    assert str(caught.value).endswith(f"failed:{reason}); upgrade onnxruntime, or export again")
+    assert str(caught.value).startswith(f"{path}: {reason}")
+    assert str(caught.value).endswith(" or export again")
     assert capfd.readouterr() == ("", "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,9 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
-def link_outside(folder: Path) -> None:
-    outside = folder.parent / "elsewhere.json"
-    (folder / "tokenizer.json").rename(outside)
-    (folder / "tokenizer.json").symlink_to(outside)
+def replace(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -69,7 +69,6 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, lambda m: m["files"][0].update(path="/etc/passwd")),
         "path '/etc/passwd' leaves the bundle's folder",
     ),
-    "a link that leaves the folder": (link_outside, "a link that leaves the bundle's folder"),
     "an unknown field": (
         lambda f: edit(f, lambda m: m["spec"].update(sigmoid=True)),
         "reward.json.spec: unknown field 'sigmoid'",
@@ -89,6 +88,58 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pooling rule without its id": (
         lambda f: edit(f, lambda m: m["spec"]["taps"][0].update(rule="last_not_id")),
         "tap 'last': rule last_not_id with ids []; expected some",
+    ),
+    "a manifest that is a FIFO": (
+        lambda f: replace(f / "reward.json", os.mkfifo),
+        "reward.json: expected a file, found a FIFO",
+    ),
+    "a manifest without an end": (
+        lambda f: replace(f / "reward.json", lambda path: path.symlink_to("/dev/zero")),
+        "reward.json: expected a file, found a device",
+    ),
+    "a manifest that is a folder": (
+        lambda f: replace(f / "reward.json", Path.mkdir),
+        "reward.json: expected a file, found a folder",
+    ),
+    "a manifest that is a link to nothing": (
+        lambda f: replace(f / "reward.json", lambda path: path.symlink_to("nothing")),
+        "reward.json: cannot be read (No such file or directory)",
+    ),
+    "a manifest that is a link to itself": (
+        lambda f: replace(f / "reward.json", lambda path: path.symlink_to("reward.json")),
+        "reward.json: cannot be read (Too many levels of symbolic links)",
+    ),
+    "a manifest of a terabyte": (
+        lambda f: os.truncate(f / "reward.json", 2**40),
+        "reward.json: 1099511627776 bytes; expected at most 16777216: this is no manifest",
+    ),
+    "a manifest nested too deeply": (
+        lambda f: (f / "reward.json").write_text("[" * 10**6),
+        "reward.json: not readable as JSON (maximum recursion depth exceeded",
+    ),
+    "a tokenizer that is a FIFO": (
+        lambda f: replace(f / "tokenizer.json", os.mkfifo),
+        "tokenizer.json: expected a file, found a FIFO",
+    ),
+    "weights that are a device": (
+        lambda f: replace(f / "model.onnx.data", lambda path: path.symlink_to("/dev/zero")),
+        "model.onnx.data: expected a file, found a device",
+    ),
+    "golden texts that are a folder": (
+        lambda f: replace(f / "golden.jsonl", Path.mkdir),
+        "golden.jsonl: expected a file, found a folder",
+    ),
+    "a number that is none": (
+        lambda f: edit(f, lambda m: m["certificates"][0].update(reward_std=float("nan"))),
+        "reward.json: not readable as JSON (NaN is no number that JSON can carry)",
+    ),
+    "a number without bounds": (
+        lambda f: (f / "reward.json").write_text((f / "reward.json").read_text().replace("0.0001", "1e999")),
+        "reward.json: not readable as JSON (1e999 is no number that JSON can carry)",
+    ),
+    "a lone surrogate in a special token": (
+        lambda f: edit(f, lambda m: m["spec"]["special_tokens"].update(bos_token="\ud800")),
+        "reward.json: a string holds the lone surrogate U+D800",
     ),
     "no graph": (lambda f: edit(f, lambda m: m.update(variants=[])), "has no graph"),
     "the tokenizer not listed": (

@@ -27,6 +27,7 @@ import numpy as np
 from rewardrt.bundle import Bundle, Variant, read_bundle
 from rewardrt.errors import BundleError, RewardRTError, RowError
 from rewardrt.files import read_lines
+from rewardrt.formats import jsonl_lines, open_input
 from rewardrt.pairwise import plan, settle
 from rewardrt.providers import Provider, ProviderChoice, select_provider
 from rewardrt.reward_model import RewardModel
@@ -111,8 +112,8 @@ def read_workload(worker: Worker, spec: Spec, file: Path, *, rows: int | None, m
     found: list[dict[str, Any]] = []
     parsed: list[Row] = []
     try:
-        with file.open("rb") as stream:
-            for line in itertools.islice(read_lines(stream), rows):
+        with open_input(file) as stream:
+            for line in itertools.islice(read_lines(jsonl_lines(stream, str(file))), rows):
                 if isinstance(line.row, RowError):
                     continue
                 try:
@@ -293,8 +294,7 @@ def list_candidates(
         "provider": provider,
         "threads": threads,
         "prefix_cache_mb": 0,
-        "check_hashes": False,
-    }  # `bench` did check
+    }
     suited = [variant for variant in bundle.runnable(provider) if variant.suits(provider)]
     if not suited:
         names = ", ".join(variant.precision for variant in bundle.manifest.variants)

@@ -1,18 +1,22 @@
 """The bundle: a folder, and the manifest `reward.json` that vouches for every file in it.
 
-The manifest is written and read through the dataclasses below and nothing else. This module opens no graph and no
-tokenizer; it says which files there are and that they are the ones that were exported.
+The manifest is written and read through the dataclasses below and nothing else. This module runs no graph and no
+tokenizer; it says which files there are, that they are the ones that were exported, and that graphs read no others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from rewardrt.errors import BundleError
+from rewardrt.graph_file import external_files
 from rewardrt.processor import read_processor
 from rewardrt.spec import OPTIONAL, Spec, from_json, to_json
 
@@ -22,6 +26,7 @@ MANIFEST = "reward.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GOLDEN = "golden.jsonl"
+MANIFEST_BYTES = 16 * 2**20  # more is no manifest; with its files' hashes a real one has some kilobytes
 GOOD_RMS_STD = 0.03  # of a graph that rounds; about what torch in bfloat16 is off
 
 
@@ -187,7 +192,8 @@ class Bundle:
 def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
     """Read a bundle's manifest and check that every file it lists is there, whole and unchanged.
 
-    Raises BundleError. With `check_hashes=False` only presence and size are checked.
+    Its graphs may read no other files. Raises BundleError. With `check_hashes=False` the contents are not looked at:
+    then files may not be links out of the folder either, which nothing would vouch for.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -206,6 +212,8 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
         raise BundleError(f"{folder / MANIFEST}: lists no {', '.join(missing)}; export the checkpoint again")
     if not manifest.variants:
         raise BundleError(f"{folder / MANIFEST}: has no graph; export the checkpoint again")
+    for variant in manifest.variants:
+        _check_graph(folder, variant)
     return Bundle(folder, manifest)
 
 
@@ -222,10 +230,18 @@ def record_file(folder: Path, name: str) -> FileRecord:
 
 
 def _read_manifest(path: Path) -> Manifest:
+    if not path.exists() and not path.is_symlink():
+        raise BundleError(f"{path}: no such file; {path.parent} is not a bundle")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{path}: no such file; {path.parent} is not a bundle") from None
+        size = _file_size(path)
+        if size > MANIFEST_BYTES:
+            raise BundleError(f"{path}: {size} bytes; expected at most {MANIFEST_BYTES}: this is no manifest")
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+        json.dumps(data, ensure_ascii=False).encode()  # what cannot be written could be neither shown nor tokenized
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(error.object[error.start]):04X}"
+        raise BundleError(f"{path}: a string holds the lone surrogate {found}; export the checkpoint again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not readable as JSON ({error})") from error
     version = data.get("format_version") if isinstance(data, dict) else None
@@ -253,15 +269,56 @@ def _check_file(folder: Path, record: FileRecord, check_hash: bool) -> None:
     ):
         raise BundleError(f"{folder / MANIFEST}: path {record.path!r} leaves the bundle's folder")
     path = folder / relative
-    if not path.is_file():
+    if not path.exists():
         raise BundleError(f"{path}: missing; the manifest lists it: copy the bundle again")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{path}: a link that leaves the bundle's folder")
-    size = path.stat().st_size
+    size = _file_size(path)
+    if not check_hash and not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{path}: a link that leaves the bundle's folder, for which the hashes have to be checked")
     if size != record.bytes:
         raise BundleError(f"{path}: {size} bytes, the manifest says {record.bytes}; copy the bundle again")
-    if check_hash and _sha256(path) != record.sha256:
+    try:
+        changed = check_hash and _sha256(path) != record.sha256
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); copy the bundle again") from error
+    if changed:
         raise BundleError(f"{path}: its SHA-256 is not the manifest's; the file was changed: copy the bundle again")
+
+
+def _check_graph(folder: Path, variant: Variant) -> None:
+    """Refuse a graph that reads a file of which the manifest does not say that it holds the graph's weights."""
+    beside = PurePosixPath(variant.graph).parent
+    for name in sorted(external_files(folder / variant.graph)):
+        if name not in {str(PurePosixPath(data).relative_to(beside)) for data in variant.data if _below(data, beside)}:
+            raise BundleError(
+                f"{folder / variant.graph}: reads {name!r}, which the manifest does not list as its weights; "
+                "copy the bundle again, or export the checkpoint again"
+            )
+
+
+def _below(path: str, folder: PurePosixPath) -> bool:
+    return PurePosixPath(path).is_relative_to(folder)
+
+
+def _file_size(path: Path) -> int:
+    """Return the size of a plain file, or raise BundleError: what is none may have no end, or wait for ever."""
+    try:
+        found = path.stat()
+    except OSError as error:  # a link to nothing or to itself, a folder without permission
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); copy the bundle again") from error
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise BundleError(f"{path}: expected a file, found {kind}; copy the bundle again")
+    return found.st_size
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"{text[:40]} is no number that JSON can carry")
 
 
 def _sha256(path: Path) -> str:

@@ -277,7 +277,9 @@ def _one_line(error: BaseException) -> str:
 def _environment() -> ImmutableSandboxedEnvironment:
     """Return the environment in which transformers 5.23 renders chat templates."""
     import jinja2
-    from jinja2 import ext, nodes, parser, sandbox, utils
+    from jinja2 import ext, nodes, parser, utils
+
+    from rewardrt.template_limits import LimitedEnvironment
 
     class Generation(ext.Extension):
         """`{% generation %}` marks the assistant's tokens for training; here it only renders what is inside."""
@@ -334,9 +336,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)
 
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals |= {
         "raise_exception": raise_exception,

@@ -1,7 +1,11 @@
 """The `rewardrt` command: parse, call, print.
 
 Results go to standard output, progress and logs to standard error. Exit status: 0, 1 (some rows failed, verification
-failed), 2 (refused). Commands of other packages (export) are found by entry point and imported only when they are run.
+failed), 2 (refused), 3 (a fault of ours); see `toplevel`. Commands of other packages (export) are found by entry point
+and imported only when they are run.
+
+JSON is UTF-8 whatever the terminal is. What people read is in the terminal's encoding, with an escape for what that
+cannot show, and for control characters.
 """
 
 from __future__ import annotations
@@ -12,12 +16,15 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 
-from rewardrt.errors import RewardRTError, RowError
+from rewardrt import toplevel
+from rewardrt.display import visible, visible_lines
+from rewardrt.errors import RewardRTError
 from rewardrt.providers import PROVIDER_CHOICES, ProviderChoice
 from rewardrt.spec import AGGREGATE_RULES, AggregateRule
 
@@ -66,15 +73,8 @@ def app() -> None:
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one line on standard error and exit status 2."""
-    try:
-        app()
-    except RewardRTError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        sys.stderr.close()
-        sys.exit(1)
+    """Run the command line; `toplevel` says how it ends."""
+    toplevel.run(app)
 
 
 @app.command()
@@ -149,7 +149,7 @@ def score(
         prefix_reuse=not no_prefix_reuse,
         prefix_cache_mb=prefix_cache_mb,
     )
-    _say(
+    toplevel.say(
         f"{bundle}: {model.precision} on {model.provider}" + (f" ({model.session.note})" if model.session.note else "")
     )
     labels = model.spec.output.labels if objectives else ()
@@ -188,9 +188,9 @@ def _score_prompt(
         with open_output(output) as file:
             file.write(to_line(filled))
     elif parsed.kind == "single":
-        click.echo("\n".join([f"{filled['reward']:.4f}", *([_objectives(filled["objectives"])] if labels else [])]))
+        _show("\n".join([f"{filled['reward']:.4f}", *([_objectives(filled["objectives"])] if labels else [])]))
     else:
-        click.echo(_ranking(filled))
+        _show(_ranking(filled))
     _say_truncated(sum(result.truncated > 0 for result in results), len(results), model.spec.max_length)
 
 
@@ -204,25 +204,31 @@ def _score_file(
     table: bool,
 ) -> None:
     from rewardrt.files import Summary, open_output, read_lines, score_file
+    from rewardrt.formats import jsonl_lines
 
     progress = _Progress()
 
     def score_texts(texts: Sequence[Any]) -> Any:
         return model.score_texts(texts, normalize=normalize, aggregate=aggregate)
 
-    with _open_input(source) as lines, open_output(output) as file:
-        write = (lambda line: click.echo(_describe(json.loads(line), objectives=bool(labels)))) if table else file.write
+    def show(line: bytes) -> None:
+        file.write(_for_people(_describe(json.loads(line), model, objectives=bool(labels))))
+
+    # Not closed if it is interrupted: that waits for the thread that reads, and so for a line that may never come.
+    lines = _open_input(source)
+    with open_output(output) as file:
         summary: Summary = score_file(
             score_texts,
-            read_lines(lines),
-            write,
+            read_lines(jsonl_lines(lines, "standard input" if source == "-" else source)),
+            show if table else file.write,
             prepare=model.encode,
             parse=model.parse,
             labels=labels,
             progress=progress,
         )
+    lines.close()
     seconds = progress.finish()
-    _say(
+    toplevel.say(
         f"scored {summary.scored} of {summary.rows} rows: {summary.texts} texts, {summary.tokens} tokens "
         f"in {seconds:.1f} s ({summary.tokens / max(seconds, 1e-9):.0f} tokens/s)"
     )
@@ -230,40 +236,45 @@ def _score_file(
     if summary.pairs:
         share = summary.pairs_right / summary.pairs
         ties = f", {summary.ties} ties" if summary.ties else ""
-        _say(f"accuracy {share:.4f}: chosen above rejected in {summary.pairs_right} of {summary.pairs} pairs{ties}")
+        toplevel.say(
+            f"accuracy {share:.4f}: chosen above rejected in {summary.pairs_right} of {summary.pairs} pairs{ties}"
+        )
+    for name, rows in summary.unread.items():
+        toplevel.say(f"{rows} row{'s' if rows > 1 else ''} had the field `{name}`, which nothing read")
     if summary.failed:
-        _say(f"{summary.failed} of {summary.rows} rows could not be scored; they have `error`")
+        toplevel.say(f"{summary.failed} of {summary.rows} rows could not be scored; they have `error`")
         sys.exit(1)
 
 
 def _open_input(source: str) -> BinaryIO:
-    if source == "-":
-        return sys.stdin.buffer
-    try:
-        return Path(source).open("rb")
-    except OSError as error:
-        raise RowError(
-            f"{source}: cannot be read ({error.strerror}); expected a JSONL file, or - for standard input"
-        ) from error
+    from rewardrt.formats import open_input
+
+    if source != "-":
+        return open_input(source)
+    if sys.stdin is None:
+        raise RewardRTError("standard input is closed; send it rows, or name a JSONL file")
+    # Not sys.stdin.buffer: Python takes its lock when it ends, which a thread that waits for a line holds.
+    return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
-def _describe(row: dict[str, Any], *, objectives: bool) -> str:
+def _describe(row: dict[str, Any], model: Any, *, objectives: bool) -> str:
     """Show one scored row to a person: its prompt, and its answers best first."""
+    if "error" in row:
+        return f"error: {visible(row['error'])}\n"
     if not objectives:
         row.pop("objectives", None)  # the row's own field of this name, if it has one
-    if "error" in row:
-        return f"error: {row['error']}\n"
     shown = _shown(next((row[name] for name in ("prompt", "messages", "text", "chosen") if row.get(name)), ""))
-    if "rewards" in row:
+    kind = model.parse(row).kind  # other fields than those of its kind are the row's own, whatever their names
+    if kind == "ranking":
         return f"{_one_line(shown, 96)}\n{_ranking(row)}\n"
-    if "margin" in row:
+    if kind == "pair":
         pair = {
             "responses": [_shown(row["chosen"]), _shown(row["rejected"])],
             "rewards": [row["chosen_reward"], row["rejected_reward"]],
         }
         pair |= {name: row[name] for name in ("tokens", "truncated", "objectives") if name in row}
         return f"{_one_line(shown, 96)}\n{_ranking(pair)}\n"
-    if "step_rewards" in row:
+    if model.spec.input == "steps":
         steps = row.get("steps") or [""] * len(row["step_rewards"])  # a text holds its steps itself
         lines = [
             f"{reward:9.4f}  {_one_line(step, 84)}" for step, reward in zip(steps, row["step_rewards"], strict=True)
@@ -271,12 +282,13 @@ def _describe(row: dict[str, Any], *, objectives: bool) -> str:
         whole = f"{row['reward']:9.4f}  " if "reward" in row else ""
         return "\n".join([f"{whole}{_one_line(shown, 84)}", *lines]) + "\n"
     values = f"{_objectives(row['objectives'])}\n" if "objectives" in row else ""
-    return f"{row['reward']:9.4f}  {_one_line(str(row.get('response', shown)), 84)}\n{values}"
+    answer = shown if row.get("response") is None else str(row["response"])
+    return f"{row['reward']:9.4f}  {_one_line(answer, 84)}\n{values}"
 
 
 def _shown(value: Any) -> str:
     """Return the text of a field that is a string, or of the last message where it is a conversation."""
-    return value if isinstance(value, str) else str(value[-1]["content"])
+    return value if isinstance(value, str) else str(value[-1].get("content") or "")
 
 
 def _ranking(row: dict[str, Any]) -> str:
@@ -293,12 +305,32 @@ def _ranking(row: dict[str, Any]) -> str:
 
 def _objectives(values: dict[str, float]) -> str:
     """Lay out one text's objectives under its line."""
-    return "\n".join(f"{value:15.4f}  {label}" for label, value in values.items())
+    return "\n".join(f"{value:15.4f}  {visible(label)}" for label, value in values.items())
 
 
 def _one_line(text: str, width: int) -> str:
     flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
+    return visible(flat if len(flat) <= width else flat[: width - 1] + "…")
+
+
+def _show(text: str) -> None:
+    """Print lines for people to standard output."""
+    from rewardrt.files import open_output
+
+    with open_output(None) as output:
+        output.write(_for_people(text))
+
+
+def _for_people(text: str) -> bytes:
+    return f"{visible_lines(text)}\n".encode(sys.stdout.encoding or "utf-8", "backslashreplace")
+
+
+def _show_json(value: Any) -> None:
+    """Print a value as JSON, for programs."""
+    from rewardrt.files import open_output
+
+    with open_output(None) as output:
+        output.write(_json(value))
 
 
 class _Progress:
@@ -311,22 +343,23 @@ class _Progress:
     def __call__(self, summary: Any) -> None:
         if sys.stderr.isatty():
             self._shown = True
-            click.echo(f"\r{summary.rows} rows, {summary.tokens} tokens", nl=False, err=True)
+            self._write(f"\r{summary.rows} rows, {summary.tokens} tokens")
 
     def finish(self) -> float:
         """Clear the line, and return the seconds since the start."""
         if self._shown:
-            click.echo("\r\033[K", nl=False, err=True)
+            self._write("\r\033[K")
         return time.perf_counter() - self._start
 
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)
+    @staticmethod
+    def _write(text: str) -> None:
+        with suppress(OSError):  # scoring goes on without a terminal
+            click.echo(text, nl=False, err=True)
 
 
 def _say_truncated(cut: int, texts: int, limit: int) -> None:
     if cut:
-        _say(f"{cut} of {texts} texts were cut at {limit} tokens; `truncated` says by how much")
+        toplevel.say(f"{cut} of {texts} texts were cut at {limit} tokens; `truncated` says by how much")
 
 
 @app.command()
@@ -346,16 +379,16 @@ def verify(bundle: Path, provider: ProviderChoice, precision: str, threads: int 
 
     found = run(RewardModel.load(bundle, provider=provider, precision=precision, threads=threads))
     if as_json:
-        click.echo(_json(dataclasses.asdict(found) | {"passed": found.passed}))
+        _show_json(dataclasses.asdict(found) | {"passed": found.passed})
     else:
-        click.echo(f"{bundle}: {found.texts} texts, {found.precision} on {found.provider}, against torch at export")
+        _show(f"{bundle}: {found.texts} texts, {found.precision} on {found.provider}, against torch at export")
         for name, deviation in (("alone", found.single), ("batched", found.batched)):
-            click.echo(
+            _show(
                 f"  {name:8s} largest difference {deviation.max_absolute:.2e} = {deviation.max_std:.2e} "
                 f"standard deviations (relative {deviation.max_relative:.2e})"
             )
-        click.echo(f"  pair order agreement {found.pair_order_agreement:.2%}, tolerance {found.tolerance_std:g} std")
-        click.echo("passed" if found.passed else f"FAILED: {'; '.join(found.problems)}")
+        _show(f"  pair order agreement {found.pair_order_agreement:.2%}, tolerance {found.tolerance_std:g} std")
+        _show("passed" if found.passed else f"FAILED: {'; '.join(found.problems)}")
     sys.exit(0 if found.passed else 1)
 
 
@@ -369,9 +402,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
     manifest = read_bundle(bundle).manifest
     if as_json:
-        click.echo(_json(to_json(manifest)))
+        _show_json(to_json(manifest))
         return
-    click.echo(describe_manifest(str(bundle), manifest))
+    _show(describe_manifest(str(bundle), manifest))
 
 
 def describe_manifest(name: str, manifest: Any) -> str:
@@ -421,7 +454,7 @@ def describe_manifest(name: str, manifest: Any) -> str:
     if not manifest.certificates:
         lines.append("  uncertified: never compared with torch (exported with --no-certify)")
     lines += [f"  {record.bytes:>13,}  {record.path}" for record in manifest.files]
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))
 
 
 def _describe_source(rule: Any) -> str:
@@ -468,20 +501,20 @@ def bench(
     from rewardrt.bench import format_report
     from rewardrt.files import open_output
 
-    report = run(
-        bundle,
-        file,
-        rows=rows,
-        max_length=max_length,
-        rounds=rounds,
-        provider=provider,
-        threads=threads,
-        progress=_say,
-    )
-    click.echo(format_report(report))
-    if output is not None:
-        with open_output(output) as stream:
-            stream.write(_json(dataclasses.asdict(report)).encode() + b"\n")
+    with open_output(output) if output is not None else nullcontext() as stream:  # found out now if it can be written
+        report = run(
+            bundle,
+            file,
+            rows=rows,
+            max_length=max_length,
+            rounds=rounds,
+            provider=provider,
+            threads=threads,
+            progress=toplevel.say,
+        )
+        _show(format_report(report))
+        if stream is not None:
+            stream.write(_json(dataclasses.asdict(report)))
 
 
 @app.command()
@@ -589,9 +622,12 @@ def doctor(as_json: bool) -> None:
     from rewardrt.spec import to_json
 
     report = examine()
-    click.echo(_json(to_json(report)) if as_json else format_report(report))
+    _show_json(to_json(report)) if as_json else _show(format_report(report))
     sys.exit(0 if report.ok else 1)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def _json(value: Any) -> bytes:
+    try:
+        return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:  # a lone surrogate, of a folder's name for one: only an escape can carry it
+        return f"{json.dumps(value, indent=2)}\n".encode()

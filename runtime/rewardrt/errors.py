@@ -17,9 +17,17 @@ A message says what was expected, what was found and what to do, on one line.
 
 from __future__ import annotations
 
+from rewardrt.display import visible
+
 
 class RewardRTError(Exception):
-    """Base class of all errors that RewardRT raises on purpose."""
+    """Base class of all errors that RewardRT raises on purpose.
+
+    Its message is one line, whatever texts, names and other libraries' words were put into it.
+    """
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class MissingExtraError(RewardRTError):

@@ -7,6 +7,7 @@ which is read and tokenized meanwhile.
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import math
 import queue
@@ -15,16 +16,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from rewardrt.errors import RewardRTError, RowError
+from rewardrt.fields import unread
+from rewardrt.formats import LINE_BYTES
 from rewardrt.pairwise import settle
 from rewardrt.rows import Row, Scored, error_row, fill_row, parse_row
 from rewardrt.text import Item
 
 WINDOW_ROWS = 4096
+FIRST_ROWS = 100  # the first window, after which a file of which no row can be scored is given up
 WINDOW_BYTES = 32 * 2**20  # of input lines; the last line of a window may go over
 
 _TOO_DEEP = "nested too deeply; expected a JSON object of fewer levels"
@@ -54,9 +58,12 @@ class Summary:
     pairs: int = 0
     pairs_right: int = 0  # chosen above rejected
     ties: int = 0
+    unread: dict[str, int] = field(default_factory=dict)  # fields of text that nothing read: in how many rows
 
-    def add(self, parsed: Row, scores: list[Scored]) -> None:
+    def add(self, row: dict[str, Any], parsed: Row, scores: list[Scored]) -> None:
         """Count one scored row."""
+        for name in unread(row):
+            self.unread[name] = self.unread.get(name, 0) + 1
         self.scored += 1
         self.texts += len(scores)
         self.tokens += sum(score.tokens for score in scores)
@@ -67,11 +74,13 @@ class Summary:
             self.ties += scores[0].reward == scores[1].reward
 
 
-def read_lines(stream: BinaryIO) -> Iterator[Line]:
+def read_lines(lines: Iterable[bytes]) -> Iterator[Line]:
     """Yield one Line for each line of a JSONL stream, blank and damaged ones included."""
-    for number, data in enumerate(stream, 1):
+    for number, data in enumerate(lines, 1):
         row: dict[str, Any] | RowError
         try:
+            if len(data) > LINE_BYTES:
+                raise RowError(f"longer than {LINE_BYTES} bytes; expected one JSON object")
             row = _read_row(data.removeprefix(codecs.BOM_UTF8) if number == 1 else data)
         except RowError as error:
             row = RowError(f"line {number}: {error}")
@@ -95,6 +104,8 @@ def score_file(
     it made of them; it answers for each in the same order. Reading, parsing and preparing are done in a thread, one
     window ahead of the scoring. With `labels` rows come out with their objectives. `progress` is called after each
     window.
+
+    Raises RewardRTError, before anything is written, when none of the first FIRST_ROWS rows can be scored.
     """
 
     def prepared(some: list[Line]) -> tuple[list[Line], list[Row | RowError], Prepared | None]:
@@ -102,27 +113,66 @@ def score_file(
         items = [item for row in parsed if isinstance(row, Row) for item in row.items]
         return some, parsed, prepare(items) if items else None
 
-    summary = Summary()
+    summary, first_error = Summary(), ""
     for some, parsed, texts in _ahead(prepared(some) for some in _windows(lines, window)):
         results = iter(score(texts) if texts is not None else [])
+        finished: list[bytes] = []
         for line, row in zip(some, parsed, strict=True):
             own = [next(results) for _ in row.items] if isinstance(row, Row) else []
-            write(_finish(line, row, own, labels, summary))
+            finished.append(_finish(line, row, own, labels, summary))
+        if summary.rows == summary.failed:
+            first_error = first_error or json.loads(finished[0])["error"]
+        if FIRST_ROWS <= summary.rows == summary.failed:
+            raise RewardRTError(
+                f"none of the first {summary.rows} rows can be scored, and the rest was not tried; "
+                f"the first: {first_error}"
+            )
+        for data in finished:
+            write(data)
         if progress is not None:
             progress(summary)
     return summary
 
 
+class Output:
+    """Bytes on their way to a file or to standard output; what stops them is a RewardRTError that names the place."""
+
+    def __init__(self, name: str | Path, file: BinaryIO) -> None:
+        self._name = name
+        self._file = file
+
+    def write(self, data: bytes) -> None:
+        """Write all of the bytes, now or with the next flush."""
+        with self._named():
+            self._file.write(data)
+
+    def flush(self) -> None:
+        """Have everything written that was given so far."""
+        with self._named():
+            self._file.flush()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # the reader of our output has had enough
+            raise
+        except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
+            _refuse(self._name, error)
+
+
 @contextmanager
-def open_output(path: str | Path | None) -> Iterator[BinaryIO]:
+def open_output(path: str | Path | None) -> Iterator[Output]:
     """Open the output for writing bytes: a file, or standard output for None and "-".
 
     A file is written under another name in its folder, and takes its own name when the block ends well. What is there
     but is not a plain file, such as /dev/null, is written to directly.
     """
     if path is None or str(path) == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        sys.stdout.flush()  # what was printed before comes before
+        output = Output("standard output", sys.stdout.buffer)
+        yield output
+        output.flush()
         return
     try:
         target = Path(path).resolve()
@@ -132,14 +182,18 @@ def open_output(path: str | Path | None) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:
         _refuse(path, error)
     try:
-        with file:
-            yield file
+        try:
+            output = Output(path, file)
+            yield output
+            output.flush()
+        finally:
+            with suppress(OSError):  # of a full disk, which the block was told of, or is told by the line above
+                file.close()
+        if not in_place:
             try:
-                file.close()  # here, where a disk that is full can still be told from an error of the block
-                if not in_place:
-                    if target.exists():
-                        name.chmod(target.stat().st_mode & 0o777)  # what was private stays private
-                    name.replace(target)
+                if target.exists():
+                    name.chmod(target.stat().st_mode & 0o777)  # what was private stays private
+                name.replace(target)
             except OSError as error:
                 _refuse(path, error)
     except BaseException:
@@ -214,15 +268,15 @@ def _ask(source: Iterator[_Some]) -> queue.SimpleQueue[_Some | BaseException]:
 
 
 def _windows(lines: Iterable[Line], rows: int) -> Iterator[list[Line]]:
-    """Yield the lines in lists of at most `rows`, cut earlier once a list is over WINDOW_BYTES."""
+    """Yield the lines in lists of at most `rows`, first FIRST_ROWS, cut earlier once a list is over WINDOW_BYTES."""
     some: list[Line] = []
-    size = 0
+    size, most = 0, min(rows, FIRST_ROWS)
     for line in lines:
         some.append(line)
         size += line.bytes
-        if len(some) >= rows or size >= WINDOW_BYTES:
+        if len(some) >= most or size >= WINDOW_BYTES:
             yield some
-            some, size = [], 0
+            some, size, most = [], 0, rows
     if some:
         yield some
 
@@ -254,7 +308,7 @@ def _finish(
             if len(scores) == len(results):
                 scores = settle(parsed, scores)
                 written = to_line(fill_row(row, parsed, scores, labels))
-                summary.add(parsed, scores)
+                summary.add(row, parsed, scores)
                 return written
             failed = [(index, result) for index, result in enumerate(results) if isinstance(result, RewardRTError)]
             message = "; ".join(f"{parsed.label(index)}{error}" for index, error in failed)
@@ -275,4 +329,11 @@ def to_line(row: dict[str, Any]) -> bytes:
 
 def _refuse(path: str | Path, error: Exception) -> NoReturn:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    raise RewardRTError(f"{path}: cannot be written ({reason}); name a file in a writable folder") from error
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "make room, or write to another disk"
+    elif str(path) == "standard output":
+        remedy = "send it to a file or a program that reads it"
+    else:
+        remedy = "name a file in a writable folder"
+    raise RewardRTError(f"{path}: cannot be written ({reason}); {remedy}") from error

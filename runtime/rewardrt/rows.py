@@ -32,6 +32,7 @@ import numpy as np
 
 from rewardrt.chat_template import NO_INPUTS, RESERVED, Message, TemplateInputs, content_string
 from rewardrt.errors import RowError
+from rewardrt.fields import advice
 from rewardrt.text import Conversation, Item, RawText, Steps, as_turns, check_json, check_messages, check_string
 
 INPUT_FIELDS = ("text", "messages", "prompt", "response", "responses", "chosen", "rejected")
@@ -189,7 +190,8 @@ def _parse_answers(row: dict[str, Any], given: list[str]) -> Row:
         case ["chosen", "rejected"] if not (isinstance(row["chosen"], str) or isinstance(row["rejected"], str)):
             return Row("pair", tuple(_conversation((), row[side], side) for side in ("chosen", "rejected")))
         case _:
-            raise RowError(f"{EXPECTED}; found {' and '.join(given) or 'none of these fields'}")
+            found = " and ".join(given) or "none of these fields"
+            raise RowError(f"{EXPECTED}; found {found}{advice(row, given)}")
 
 
 def fill_row(row: dict[str, Any], parsed: Row, scores: Sequence[Scored], labels: Sequence[str] = ()) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rewardrt.errors import BundleError, InferenceError, ProviderError
+from rewardrt.graph_file import resolve
 from rewardrt.kernels import register
 from rewardrt.providers import (
     Provider,
@@ -262,10 +263,13 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
 
 def _open(graph: Path, provider: Provider, threads: int | None) -> Any:
     options = _session_options(threads)
+    model, folder = resolve(graph)
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         if provider == "cpu":
             register(options)
-        return open_session(str(graph), provider, options)
+        return open_session(model if isinstance(model, bytes) else str(model), provider, options)
     except ProviderError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base class

@@ -5,6 +5,7 @@ The only home of the `tokenizers` library. Knows nothing of batches or graphs.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,11 +93,28 @@ class Tokenizer:
         return EncodedText(kept, len(whole) - len(kept), tap_positions(kept, self._spec.taps), type_ids)
 
     def pieces(self, text: RenderedText) -> list[str]:
-        """Return the part of the text that each token ends, for people: together they are the text."""
+        """Return the part of the text that each token ends, for people: together they are the text.
+
+        A normalizer may make one character of several, or none, and then the tokens' own places do not cover the text:
+        what is left over belongs to the token before it, and white space to the one after it.
+        """
         encoding = self._backend.encode(text.text, add_special_tokens=self.adds_special_tokens(text))
-        ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], dtype=np.int64))
-        starts = np.concatenate([[0], ends[:-1]])
-        return [text.text[start:end] for start, end in zip(starts, ends, strict=True)]
+        own = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
+        own = own or list(range(len(encoding.ids)))[-1:]  # a text of nothing but what the normalizer leaves out
+        cuts: dict[int, int] = {}
+        end = 0
+        for index, following in itertools.pairwise(own):
+            end = max(end, encoding.offsets[index][1])
+            gap = text.text[end : encoding.offsets[following][0]]
+            end += next((place for place, letter in enumerate(gap) if letter.isspace()), len(gap))
+            cuts[index] = end
+        if own:
+            cuts[own[-1]] = len(text.text)
+        pieces, start = [], 0
+        for index in range(len(encoding.ids)):
+            pieces.append(text.text[start : cuts.get(index, start)])
+            start = max(start, cuts.get(index, start))
+        return pieces
 
     def encode_many(
         self, texts: Sequence[RenderedText], *, max_length: int | None = None

@@ -1,0 +1,234 @@
+"""The outermost layer of the command: its standard streams, and the one rule by which it ends.
+
+| what ended it | on standard error | exit status |
+| --- | --- | --- |
+| nothing | | that of the command: 0, or 1 |
+| an error of ours, or of the command line | one line | 2 |
+| the machine: a full disk, no permission, a closed stream, out of memory, a broken installation | one line | 2 |
+| the reader of the output has gone, as `head` does | nothing | 1 |
+| Ctrl+C | one line | 130 |
+| anything else: a fault of RewardRT | one line, and one to report it with | 3 |
+
+There is no traceback. The line to report holds versions, the error and the places in the code, and none of the texts
+that were scored, nor paths of the machine.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import click
+
+from rewardrt.display import visible, visible_lines
+from rewardrt.errors import RewardRTError
+
+PACKAGES = ("rewardrt", "rewardrt_export")
+FRAMES = 4  # of our own code in a report, the last ones
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this process may write",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOENT: "a file or folder is missing",
+    errno.EMFILE: "too many open files",
+    errno.ENFILE: "too many open files",
+    errno.ENOMEM: "out of memory",
+    errno.EBADF: "a stream is closed",
+    errno.EIO: "the disk or terminal failed",
+}
+
+
+def run(command: click.Command) -> NoReturn:
+    """Run a command line in this process, and exit."""
+    _prepare_streams()
+    status = 0
+    try:
+        status = _invoke(command)
+        sys.stdout.flush()
+    except BaseException as error:  # nothing may get past this rule, a panic of a library's own base class neither
+        status = _end(error)
+    _discard_unwritten()
+    sys.exit(status)
+
+
+def say(message: str) -> None:
+    """Write lines to standard error, for people; scoring does not depend on whether anybody can read them."""
+    with suppress(OSError, ValueError):
+        click.echo(visible_lines(message), err=True)
+
+
+def _invoke(command: click.Command) -> int:
+    if "_REWARDRT_COMPLETE" in os.environ:  # a shell asks for completions: click's own business
+        command.main(prog_name="rewardrt")
+    try:
+        # Not command.main(), which has a rule of its own for some errors, and prints where this one does.
+        with command.make_context("rewardrt", sys.argv[1:]) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    return 0
+
+
+def _end(error: BaseException) -> int:
+    """Say what ended the command, and return its exit status."""
+    if isinstance(error, BrokenPipeError):
+        return 1
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        say("error: interrupted")
+        return 130
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        say(error.format_message())
+        return 2
+    if (reason := _reason(error)) is not None:
+        say(f"error: {visible(reason)}")
+        return 2
+    say(f"error: a fault of RewardRT itself ({type(error).__name__}), not of what it was given; {_where_to_report()}")
+    say(f"report: {visible(report(error))}")
+    return 3
+
+
+def _reason(error: BaseException) -> str | None:
+    """Return what to say of an error that is no fault of RewardRT, or None."""
+    if isinstance(error, RewardRTError):
+        return str(error)
+    if isinstance(error, click.UsageError):
+        path = error.ctx.command_path if error.ctx is not None else "rewardrt"
+        return f"{error.format_message()} (see `{path} --help`)"
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, MemoryError):
+        return "out of memory: this machine, or the limit of this process, has no more to give"
+    if isinstance(error, ImportError) and not (error.name or "").startswith(PACKAGES):
+        return f"a package that RewardRT needs does not import ({error}); install rewardrt anew in this environment"
+    if isinstance(error, OSError) and error.errno is not None:
+        if "temporary directory" in str(error.strerror):
+            return "no writable temporary folder; set the variable TMPDIR to one"
+        named = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        reason = _REASONS.get(error.errno, "the system refuses it")
+        return f"{named}{reason} ({error.strerror})"
+    return None
+
+
+def report(error: BaseException) -> str:
+    """Return the one line that a fault of ours is reported with."""
+    versions = [f"rewardrt {_version('rewardrt')}", f"Python {platform.python_version()}"]
+    versions += [f"{platform.system()} {platform.machine()}"]
+    versions += [f"{name} {found}" for name in _onnxruntimes() if (found := _version(name))]
+    frames = [_place(frame) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [place for place in frames if place.startswith(tuple(f"{package}/" for package in PACKAGES))][-FRAMES:]
+    raised = frames[-1:] if frames and frames[-1] not in own else []
+    message = _without_content(str(error), _names_in_code(error.__traceback__))
+    return f"{', '.join(versions)}; {type(error).__name__}: {message}; at {' > '.join([*own, *raised]) or 'nowhere'}"
+
+
+def _where_to_report() -> str:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for entry in importlib.metadata.metadata("rewardrt").get_all("Project-URL") or ():
+            label, _, address = entry.partition(",")
+            if label.strip().lower() in ("issues", "bug tracker", "tracker"):
+                return f"please report it at {address.strip()} with the next line"
+    return "please report it to RewardRT's developers with the next line"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _onnxruntimes() -> tuple[str, ...]:
+    return ("onnxruntime", "onnxruntime-gpu")
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+    """Return file and line, named from the package on: the folders above it are the user's business."""
+    parts = Path(frame.filename).parts
+    roots = [index for index, part in enumerate(parts) if part in PACKAGES or part == "site-packages"]
+    if roots:
+        start = roots[-1] + (parts[roots[-1]] == "site-packages")
+        return f"{'/'.join(parts[start:])}:{frame.lineno}"
+    return f"{parts[-1] if parts else '?'}:{frame.lineno}"
+
+
+def _names_in_code(trace: TracebackType | None) -> set[str]:
+    """Return the names and words that stand in the code that ran: in a message, these are no user's text."""
+    names = {*dir(builtins), "NoneType"}
+    for frame, _ in traceback.walk_tb(trace):
+        code = frame.f_code
+        names |= {*code.co_names, *code.co_varnames, *(value for value in code.co_consts if isinstance(value, str))}
+    return names
+
+
+def _without_content(message: str, known: set[str]) -> str:
+    """Return an error's message without what is quoted in it, unless it is a name of the code, and without paths."""
+    message = " ".join(message.split())
+    quoted = re.findall(r"'([^']*)'|\"([^\"]*)\"", message)
+    marks = sum(message.count(mark) for mark in "'\"")
+    if marks != 2 * len(quoted) or any((first or second) not in known for first, second in quoted):
+        message = re.split(r"['\"]", message, maxsplit=1)[0] + "..."
+    message = re.sub(r"\S*[/\\]\S*", "...", message)
+    return message if len(message) <= 200 else f"{message[:200]}..."
+
+
+class _ClosedBytes(io.RawIOBase):
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> NoReturn:
+        raise OSError(errno.EBADF, "it was closed before the command began")
+
+
+class _ClosedOutput(io.TextIOBase):
+    """Stands for a standard output that was closed before the command began: whoever writes to it is told."""
+
+    buffer = _ClosedBytes()
+
+    def write(self, text: str) -> NoReturn:
+        self.buffer.write(text)
+
+
+def _prepare_streams() -> None:
+    """Make the three standard streams usable, whatever the terminal can show and whichever were closed.
+
+    The next files that a process opens take the numbers of its closed streams, and then get what a library writes to
+    standard error: /dev/null takes them first.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = _ClosedOutput()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_unwritten() -> None:
+    """Let go of what cannot be written any more, about which Python would complain when it ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.close(null)
