@@ -67,28 +67,19 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        from jinja2 import meta  # importing jinja2 costs as much as the rest of this package
+        from jinja2 import meta, nodes  # importing jinja2 costs as much as the rest of this package
 
         environment = _environment()
         try:
             tree = environment.parse(source)
-            self._names = meta.find_undeclared_variables(tree)
+            self.variables = frozenset(meta.find_undeclared_variables(tree))  # what a caller can give it, by name
+            self.uses_date = any(node.name == "strftime_now" for node in tree.find_all(nodes.Name))
             self._template = environment.from_string(tree)
         except Exception as error:  # besides its own errors, Jinja lets Python's compiler and recursion errors out
             message = f"the chat template is not valid Jinja ({_one_line(error)}); mend it and export again"
             raise BundleError(message) from error
         self._special_tokens = dict(special_tokens)
         self._shown: set[Any] = set()
-
-    @property
-    def uses_date(self) -> bool:
-        """Whether the output may depend on today's date."""
-        return "strftime_now" in self._names
-
-    @property
-    def variables(self) -> frozenset[str]:
-        """The names that the template reads and does not set itself: what a caller can give it."""
-        return frozenset(self._names - set(_environment().globals))
 
     @cached_property
     def content_kinds(self) -> dict[str, frozenset[ContentKind]]:
@@ -120,7 +111,7 @@ class ChatTemplate:
         Raises RowError when the template refuses the messages, does not read one of the inputs, leaves out a message
         of a role that it does not know, or gives a text that is the same without the last message's content.
         """
-        if unread := [name for name in inputs.given if name not in self._names]:
+        if unread := [name for name in inputs.given if name not in self.variables]:
             raise RowError(
                 f"{', '.join(unread)}: this model's chat template does not read what this is; the reward would be the "
                 "same without, so leave it out of the row"
