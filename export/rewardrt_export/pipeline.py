@@ -62,6 +62,7 @@ def export(
     family: str | None = None,
     spec_file: Path | None = None,
     pooling: PoolingRule | None = None,
+    pad_token: str | None = None,
     max_length: int | None = None,
     weights: Sequence[float] = (),
     normalise: bool = False,
@@ -76,6 +77,7 @@ def export(
     """Export the reward model in the folder `source` to the bundle folder `target`, and certify it.
 
     `source` may be a LoRA adapter; `base` is then its base's folder, unless adapter_config.json names one that is here.
+    `pad_token` is the token, or its id, that training padded with, where the files allow two.
     `precisions` are names of `precision.PRECISIONS`: a graph each. int8 is calibrated on the texts of the JSONL file
     `calibrate`, or else on every other one of the golden texts. With `token_rewards` the graphs also give the reward
     after every token, where a model reads one answer at one token. Without `certified` the torch model scores nothing,
@@ -96,6 +98,7 @@ def export(
         family=family,
         spec_file=spec_file,
         pooling=pooling,
+        pad_token=pad_token,
         max_length=max_length,
         weights=weights,
         normalise=normalise,

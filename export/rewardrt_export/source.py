@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from rewardrt.errors import CheckpointError
 from rewardrt_export.adapters import Adapter, find_adapter, merge_adapter
 from rewardrt_export.layouts import LAYOUTS, Layout
+from rewardrt_export.padding import Padding, read_padding
 from rewardrt_export.weights import StoredTensor, read_file, read_json, read_tensors, shorten
 
 CONFIG_FILE, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -43,6 +44,7 @@ TASK_CLASSES: dict[str, dict[str, str]] = {
     "SEQ_CLS": dict(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     "TOKEN_CLS": dict(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
 }
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 _LANGUAGE_MODEL_HEAD = re.compile(r"(pretrained_model\.)?(lm_head|embed_out)\.(weight|bias)")
 
 
@@ -60,6 +62,7 @@ class Source:
     stored: dict[str, StoredTensor]
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None
+    padding: Padding
     adapter: Adapter | None = None
     unused: dict[str, str] = field(default_factory=dict)
     # Where the files allow two readings: the one that was taken, by what was chosen. Export prints each as a line, and
@@ -73,10 +76,37 @@ class Source:
         return str(found[0]) if isinstance(found, list) and found else "a model without architectures"
 
     @property
+    def says_base_model(self) -> bool:
+        """Whether config.json names no class with a head of a reward's: the base model's, a language model's, or none.
+
+        It is then the base's own file, which trainers leave beside the weights, and says nothing of the head.
+        """
+        found = self.raw.get("architectures")
+        if not (isinstance(found, list) and found):
+            return True
+        bare = type(self.config).__name__.replace("Config", "Model")
+        return self.architecture == bare or self.architecture.endswith(LANGUAGE_MODELS)
+
+    @property
     def width(self) -> int:
         """The size of the backbone's last hidden state (small OPT models project it down at the end)."""
         width: int = getattr(self.config, "word_embed_proj_dim", None) or self.config.hidden_size
         return width
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id that training padded with, None where transformers reads the last token; noted in `choices`.
+
+        Raises CheckpointError where the files allow two.
+        """
+        return self.choose_pad_id()
+
+    def choose_pad_id(self, *, required: bool = False) -> int | None:
+        """Return `pad_id`; with `required`, the tokenizer's where there is none."""
+        found, choice = self.padding.choose(required=required)
+        if choice is not None:
+            self.choices["pad_token"] = choice
+        return found
 
     def token_id(self, token: str) -> int:
         """Return the id of a token that the tokenizer must have, or raise CheckpointError."""
@@ -86,11 +116,11 @@ class Source:
         return found
 
 
-def read_source(folder: Path, base: Path | None = None) -> Source:
+def read_source(folder: Path, base: Path | None = None, *, pad_token: str | None = None) -> Source:
     """Read a checkpoint folder, or an adapter's folder and its base's.
 
-    What the folder leaves out, config.json or the tokenizer, is read from the folder `base`. Raises CheckpointError
-    naming the file that is missing or damaged.
+    What the folder leaves out, config.json or the tokenizer, is read from the folder `base`. `pad_token` is the token,
+    or its id, that training padded with. Raises CheckpointError naming the file that is missing or damaged.
     """
     for place in (folder, base):
         if place is not None and not place.is_dir():
@@ -98,7 +128,7 @@ def read_source(folder: Path, base: Path | None = None) -> Source:
             raise CheckpointError(f"{place}: expected a checkpoint folder, found {found}")
     adapter = find_adapter(folder, base)
     if adapter is not None:
-        return _read_adapter_source(adapter)
+        return _read_adapter_source(adapter, pad_token)
     described = _first_with((CONFIG_FILE,), folder, base)
     raw = read_json(described / CONFIG_FILE)
     config = _read_config(described, raw)
@@ -111,7 +141,8 @@ def read_source(folder: Path, base: Path | None = None) -> Source:
     if base is not None and described == tokenized == folder:
         raise CheckpointError(f"--base {base}: {folder} is no adapter and leaves nothing out; export it without --base")
     tokenizer, template = _read_tokenizer(tokenized)
-    return Source(folder, raw, config, stored, tokenizer, template)
+    padding = read_padding(tokenizer, config, borrowed=False, given=pad_token)
+    return Source(folder, raw, config, stored, tokenizer, template, padding)
 
 
 def language_model_head(stored: dict[str, StoredTensor]) -> dict[str, str]:
@@ -143,7 +174,7 @@ def _read_head_file(folder: Path, names: tuple[str, ...]) -> dict[str, StoredTen
     return {}
 
 
-def _read_adapter_source(adapter: Adapter) -> Source:
+def _read_adapter_source(adapter: Adapter, pad_token: str | None) -> Source:
     """Read an adapter as the model that was trained: the base's files, and the adapter's own where it has some."""
     folder, base = adapter.folder, adapter.base
     described = folder if (folder / "config.json").is_file() else base
@@ -166,12 +197,10 @@ def _read_adapter_source(adapter: Adapter) -> Source:
         raw = raw | {"architectures": [classes[config.model_type]]}
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer, template = _read_tokenizer(folder if has_tokenizer else base)
-    if classes and config.pad_token_id is None:
-        # Trained in batches, so there was a pad id: TRL sets the tokenizer's, on a config that is saved nowhere.
-        config.pad_token_id = tokenizer.pad_token_id
+    padding = read_padding(tokenizer, config, borrowed=described != folder, given=pad_token)
     _follow_vocabulary(config, plain, stored)
     unused = language_model_head(stored)
-    return Source(folder, raw, config, stored, tokenizer, template, adapter, unused)
+    return Source(folder, raw, config, stored, tokenizer, template, padding, adapter, unused)
 
 
 def _follow_vocabulary(
