@@ -216,7 +216,7 @@ class _Tokenizer:
         return ["<unk>", "<s>", "</s>", "<pad>"][token_id]
 
 
-# config's id, tokenizer's id, whether the config is an adapter's base's: the id, or what is offered with the question.
+# config's id, tokenizer's id, whether the config is an adapter's base's: the id, or what the question offers.
 PADS: list[tuple[int | None, int | None, bool, int | None | tuple[str, ...]]] = [
     (3, 3, False, 3),
     (3, 3, True, 3),

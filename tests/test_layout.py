@@ -17,7 +17,7 @@ ORDER = {
         "verify", "files", "workers", "bench", "doctor", "server", "cli",
     ],
     "rewardrt_export": [
-        "operators", "weights", "adapters", "backbone", "layouts", "source", "heads", "families", "checkpoint", "explain", "trace", "lower",
+        "operators", "foreign", "weights", "adapters", "backbone", "layouts", "padding", "chat_template", "tokenizer_files", "source", "heads", "families", "checkpoint", "explain", "trace", "lower",
         "rounding", "calibrate", "smoothing", "fuse", "quantize", "storage", "half", "precision", "golden", "certify", "pipeline", "cli",
     ],
 }  # fmt: skip

@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle that wants to run code": (unsafe_bin, "not loadable with torch.load(weights_only=True)"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights; expected model.safetensors"),
     "no tokenizer": (remove_tokenizer, "no tokenizer; expected tokenizer.json"),
-    "damaged tokenizer": (lambda f: truncate(f / "tokenizer.json"), "the tokenizer cannot be loaded"),
+    "damaged tokenizer": (lambda f: truncate(f / "tokenizer.json"), "tokenizer.json: not readable as JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "damaged config": (lambda f: truncate(f / "config.json"), "config.json: not readable as JSON"),
     "unknown architecture": (

@@ -46,6 +46,7 @@ def read_checkpoint(
     spec_file: Path | None = None,
     pooling: PoolingRule | None = None,
     pad_token: str | None = None,
+    chat_template: str | None = None,
     max_length: int | None = None,
     weights: Sequence[float] = (),
     normalise: bool = False,
@@ -53,12 +54,13 @@ def read_checkpoint(
     """Read a checkpoint folder of any known family, or of the kind that `spec_file` describes; options override.
 
     `base` is the folder of the model that was trained: an adapter's base where adapter_config.json does not name one,
-    and what else a checkpoint leaves out. `pad_token` is the token, or its id, that training padded with. What was
-    chosen where the files allow two readings is in the source's `choices`.
+    and what else a checkpoint leaves out. `pad_token` is the token, or its id, that training padded with;
+    `chat_template` one of several templates by its name, or a file. What was chosen where the files allow two readings
+    is in the source's `choices`.
 
     Raises CheckpointError naming the file or the tensors when something is missing, left over or of a wrong shape.
     """
-    source = read_source(folder, base, pad_token=pad_token)
+    source = read_source(folder, base, pad_token=pad_token, chat_template=chat_template)
     if pooling == "last_mask":
         source = dataclasses.replace(source, padding=dataclasses.replace(source.padding, unread=True))
     name, draft = describe(source, family=family, spec_file=spec_file)
@@ -171,6 +173,8 @@ def _pooling_tap(rule: PoolingRule, source: Source) -> Tap:
 def _positions(source: Source) -> int | None:
     """Return for how many tokens the backbone has positions, if it says; some count from past their padding id."""
     total: int | None = getattr(source.config, "max_position_embeddings", None)
+    if total is not None and (isinstance(total, bool) or not isinstance(total, int)):
+        raise CheckpointError(f"config.json: max_position_embeddings {total!r}; expected a number of tokens")
     return total if total is None else total - first_position(meta_backbone(source.config, "eager"))
 
 

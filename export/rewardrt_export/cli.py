@@ -32,6 +32,7 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
 @click.option("--explain", is_flag=True, help="Print the spec that would be used, with reasons, and export nothing.")
 @click.option("--pooling", type=click.Choice(POOLING_RULES), help="Where the reward was read in training.")
 @click.option("--pad-token", help="The token, or its id, that training padded with, where the files allow two.")
+@click.option("--chat-template", help="Of several chat templates the one of this name, or a file of one.")
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Tokens after which a text is cut.  [default: the model's limit]"
 )
@@ -62,6 +63,7 @@ def export(
     explain: bool,
     pooling: PoolingRule | None,
     pad_token: str | None,
+    chat_template: str | None,
     max_length: int | None,
     weights: tuple[float, ...],
     normalize: bool,
@@ -94,7 +96,8 @@ def export(
         from rewardrt_export.explain import explain as explain_source
         from rewardrt_export.source import read_source
 
-        click.echo(explain_source(read_source(checkpoint, base, pad_token=pad_token), family), nl=False)
+        source = read_source(checkpoint, base, pad_token=pad_token, chat_template=chat_template)
+        click.echo(explain_source(source, family), nl=False)
         return
     if bundle is None:
         raise click.UsageError("give the folder to write the BUNDLE to (or --explain to write none)")
@@ -110,6 +113,7 @@ def export(
         spec_file=spec_file,
         pooling=pooling,
         pad_token=pad_token,
+        chat_template=chat_template,
         max_length=max_length,
         weights=weights,
         normalise=normalize,

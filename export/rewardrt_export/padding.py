@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from rewardrt.errors import CheckpointError
 
 
@@ -102,9 +104,10 @@ class Padding:
         return token if isinstance(token, str) else None
 
 
-def read_padding(tokenizer: Any, config: Any, *, borrowed: bool, given: str | None) -> Padding:
+def read_padding(tokenizer: Any, config: PretrainedConfig, *, borrowed: bool, given: str | None) -> Padding:
     """Read what config and tokenizer say, and the token or id that --pad-token gives. Raises CheckpointError."""
-    stated = config.get_text_config().pad_token_id
+    text = config.get_text_config()  # transformers' classifiers look there, which is the config itself for most
+    stated = (text if isinstance(text, PretrainedConfig) else config).pad_token_id
     if stated is not None and (isinstance(stated, bool) or not isinstance(stated, int)):
         raise CheckpointError(f"config.json: pad_token_id {stated!r}; expected the id of a token")
     # A negative id is no token's: transformers finds none, and reads the last token, as without an id.
@@ -120,5 +123,5 @@ def _given_id(tokenizer: Any, given: str) -> int:
     elif given in vocabulary:
         return vocabulary[given]
     raise CheckpointError(
-        f"--pad-token {given!r}: the tokenizer has no such token; expected one of its {len(vocabulary)} tokens, or an id"
+        f"--pad-token {given!r}: the tokenizer has no such token; expected one of its {len(vocabulary)}, or an id"
     )

@@ -18,7 +18,7 @@ VALUES, GATE = "value_head.weight", "prompt_head.weight"
 def _matches(source: Source) -> str | None:
     if GATE in source.stored:
         return f"it has {GATE}"
-    if VALUES not in source.stored or source.stored[VALUES].shape[:1] == (1,) and is_its_own(source):
+    if VALUES not in source.stored or (source.stored[VALUES].shape[:1] == (1,) and is_its_own(source)):
         return None  # OpenRLHF called its head so too, and wrote into config.json whose it is
     outputs = source.stored[VALUES].shape[:1]
     return f"it has {VALUES} with {'one output' if outputs == (1,) else 'several outputs'}"

@@ -27,7 +27,7 @@ def _matches(source: Source) -> str | None:
         return None
     if source.architecture.endswith("ForSequenceClassification"):
         return f"its architecture is {source.architecture}"
-    # The base's config.json, and a head of this name: a trainer's own folder, or the base's files beside trained weights.
+    # The base's config.json beside trained weights: this name is OpenRLHF's too.
     if "score.weight" in source.stored and source.says_base_model and not is_its_own(source):
         return f"it has score.weight, the name of its head, and config.json says {source.architecture}"
     return None
