@@ -217,7 +217,7 @@ class _Tokenizer:
 
 
 # config's id, tokenizer's id, whether the config is an adapter's base's: the id, or what the question offers.
-PADS: list[tuple[int | None, int | None, bool, int | None | tuple[str, ...]]] = [
+PADS: list[tuple[int | None, int | None, bool, int | tuple[str, ...] | None]] = [
     (3, 3, False, 3),
     (3, 3, True, 3),
     (2, 3, False, 2),

@@ -95,14 +95,14 @@ def meta_backbone(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     except CheckpointError:
         raise
     except Exception as error:  # whatever the class's code raises: it takes config.json's fields as they come
-        raise CheckpointError(
-            f"config.json: transformers cannot build {found.__name__} with it: {_blame(config, error)}"
-        ) from error
+        raise CheckpointError(f"{found.__name__} cannot be built of config.json: {_blame(config, error)}") from error
     return model.eval()
 
 
 def _blame(config: PretrainedConfig, error: Exception) -> str:
     """Say what was wrong with a config: of a name that was not found, the field that has it."""
+    if isinstance(error, KeyError) and str(error.args[:1]).startswith("('rewardrt"):
+        return "it has attention of its own, and does not take another by name; this backbone cannot be exported yet"
     if isinstance(error, KeyError) and error.args:
         fields = [name for name, value in config.to_dict().items() if value == error.args[0]]
         if fields:
@@ -141,8 +141,8 @@ def first_position(model: PreTrainedModel) -> int:
         if hasattr(module, "create_position_ids_from_input_ids"):
             if not isinstance(module.padding_idx, int):
                 raise CheckpointError(
-                    f"config.json: pad_token_id {module.padding_idx!r}, and {type(model).__name__} counts positions from "
-                    "it; set the id that the model was made with"
+                    f"config.json: pad_token_id {module.padding_idx!r}, and {type(model).__name__} counts positions "
+                    "from it; set the id that the model was made with"
                 )
             return module.padding_idx + 1
     return 0

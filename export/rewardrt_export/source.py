@@ -5,6 +5,7 @@ What needs more than one folder, or comes in a layout that transformers has no c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -12,7 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -27,6 +35,7 @@ from rewardrt_export.tokenizer_files import (
     SETTINGS,
     check_tokenizer_files,
     check_vocabulary,
+    differs_from_sentencepiece,
     find_tokenizer_files,
     read_limit,
 )
@@ -146,8 +155,8 @@ def read_source(
     tokenized = folder if base is None or find_tokenizer_files(folder) else base
     if base is not None and described == tokenized == folder:
         raise CheckpointError(f"--base {base}: {folder} is no adapter and leaves nothing out; export it without --base")
-    tokenizer = _read_tokenizer(tokenized, config if tokenized == described and layout is None else None)
     template, choices = _read_template(tokenized, chat_template)
+    tokenizer = _read_tokenizer(tokenized, config if tokenized == described and layout is None else None)
     padding = read_padding(tokenizer, config, borrowed=False, given=pad_token)
     return Source(folder, raw, config, stored, tokenizer, template, padding, choices=choices)
 
@@ -204,8 +213,8 @@ def _read_adapter_source(adapter: Adapter, pad_token: str | None, chat_template:
     if config.model_type in classes:
         raw = raw | {"architectures": [classes[config.model_type]]}
     tokenized = folder if find_tokenizer_files(folder) else base
-    tokenizer = _read_tokenizer(tokenized, config if tokenized == described else None)
     template, choices = _read_template(tokenized, chat_template)
+    tokenizer = _read_tokenizer(tokenized, config if tokenized == described else None)
     padding = read_padding(tokenizer, config, borrowed=described != folder, given=pad_token)
     _follow_vocabulary(config, plain, stored)
     unused = language_model_head(stored)
@@ -242,7 +251,7 @@ def _read_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
     if isinstance(labels, int) and labels > MAX_LABELS:
         raise CheckpointError(f"{where}: num_labels {labels}; no head has so many outputs, and each gets a name")
     try:
-        if (mended := _mend(kind, raw)) != raw:
+        if repr(mended := _mend(kind, raw)) != repr(raw):  # 0 == 0.0
             config = CONFIG_MAPPING[kind].from_dict(mended)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -329,13 +338,34 @@ def _read_tokenizer(folder: Path, config: PretrainedConfig | None) -> PreTrained
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # transformers', tokenizers' and sentencepiece's, and a panic is no Exception
-        read = ", ".join([*find_tokenizer_files(folder), *(name for name in SETTINGS if (folder / name).is_file())])
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded from {read} ({first_line(error)})") from error
+        found = find_tokenizer_files(folder)
+        read = ", ".join([*found, *(name for name in SETTINGS if (folder / name).is_file())])
+        why = (
+            "" if "tokenizer.json" in found else "; its class reads other files, or one is missing: add tokenizer.json"
+        )
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded from {read}{why} ({first_line(error)})"
+        ) from error
     check_vocabulary(folder, tokenizer)
+    if differs_from_sentencepiece(folder, tokenizer) is not None:
+        tokenizer = _read_sentencepiece(folder, tokenizer)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise CheckpointError(f"{folder}: {type(tokenizer).__name__} has no fast version, which the runtime needs")
     tokenizer.model_max_length = read_limit(folder / TOKENIZER_CONFIG, tokenizer.model_max_length)
     return tokenizer
+
+
+def _read_sentencepiece(folder: Path, tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Read tokenizer.model as Llama's class does, where no file names a class and the one that was taken errs."""
+    said = differs_from_sentencepiece(folder, tokenizer)
+    with contextlib.suppress(Exception):  # it has another layout then
+        found: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
+        if differs_from_sentencepiece(folder, found) is None:
+            return found
+    raise CheckpointError(
+        f"{folder}: {type(tokenizer).__name__} gives other tokens than sentencepiece ({said}); name the "
+        "tokenizer_class in tokenizer_config.json, or add tokenizer.json"
+    )
 
 
 def _read_template(folder: Path, wanted: str | None) -> tuple[str | None, dict[str, str]]:

@@ -25,6 +25,7 @@ VOCABULARIES = (
 # Read beside a vocabulary, and never enough alone.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CONVERTED = ("tekken.json", "tokenizer.model", "tiktoken.model")  # by any class, instead of its own file
+PROBES = ("the quick brown fox jumps over the lazy dog", "of 19 words, \u2603 is none!")
 NO_LIMIT = 10**30  # transformers' own sign for no limit
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")
 
@@ -74,6 +75,27 @@ def check_vocabulary(folder: Path, tokenizer: Any) -> None:
             f"{' and '.join(wanted.values()) or TOKENIZER_FILE}, and the folder has {', '.join(found)}; add what is "
             f"missing, or {TOKENIZER_FILE}"
         )
+
+
+def differs_from_sentencepiece(folder: Path, tokenizer: Any) -> str | None:
+    """Say where a tokenizer that was made of a sentencepiece file gives other tokens than sentencepiece itself.
+
+    transformers rebuilds such a tokenizer from parts, and without a class of its own leaves out the mark before a word.
+    """
+    found = find_tokenizer_files(folder)
+    models = [name for name in found if name.endswith(".model") and name != "tiktoken.model"]
+    if TOKENIZER_FILE in found or len(models) != 1:
+        return None
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(folder / models[0]))
+    unknown = processor.unk_id()
+    for probe in PROBES:
+        ids, theirs, ours = processor.encode(probe), processor.encode(probe, out_type=str), tokenizer.tokenize(probe)
+        # Where pieces are unknown, converters differ in how many they make of them; they may not leave them out.
+        if ours != theirs if unknown not in ids else str(tokenizer.unk_token) not in ours:
+            return f"{' '.join(ours)} where {models[0]} says {' '.join(theirs)}"
+    return None
 
 
 def _check_sentencepiece(path: Path) -> None:
