@@ -34,7 +34,7 @@ MORE = {
     ),
     "adapter_config.json": ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "exclude_modules", "base_model_class"),
 }  # fmt: skip
-SAMPLED = 4  # values of each field; all of them have been tried by hand
+SAMPLED = 2  # values of each field; all of them have been tried by hand
 LONGEST = 20.0  # seconds; it is some hundredths where the machine is free
 
 
@@ -74,21 +74,21 @@ def test_a_field_of_the_wrong_kind_exports_or_is_refused_in_one_line(
     shutil.copytree(folders / folder, tmp_path / "rm")
     path, base = tmp_path / "rm" / file, folders / "base" if folder == "adapter" else None
     whole = path.read_text()
-    outcomes = {"read": 0, "refused": 0}
+    read, said = 0, list[str]()
     for name, value in fields(path):
         edit_json(path, **{name: value})
         started = time.perf_counter()
         try:
             read_checkpoint(tmp_path / "rm", base=base)
-            outcomes["read"] += 1
+            read += 1
         except RewardRTError as error:
-            assert "\n" not in str(error), (name, value)
-            outcomes["refused"] += 1
+            said.append(str(error))
         except Exception as error:
             raise AssertionError(f"{name} {value!r}: {type(error).__name__}: {error}") from error
         assert time.perf_counter() - started < LONGEST, (name, value)
         path.write_text(whole)
-    assert min(outcomes.values()) > 5
+    assert read > 5 and len(said) > 5
+    assert not any("\n" in line for line in said)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "labels without end": (
         "config.json",
         {"num_labels": 10**12},
-        "num_labels 1000000000000; no head has so many outputs",
+        "num_labels 1000000000000; no model has so many",
     ),
     "a head of no size": (
         "config.json",

@@ -249,7 +249,7 @@ def _workplace(target: Path, force: bool) -> Iterator[Path]:
 def _say_os_error(error: OSError, target: Path) -> str:
     """Say what the system refused; of a disk that is full, where."""
     reason = error.strerror or str(error) or type(error).__name__
-    if error.errno in FULL:
+    if error.errno in FULL or error.errno is None:  # numpy has no number for a write that was cut short
         return (
             f"{target}: cannot be written whole ({reason}); nothing was left behind: make room, or choose another disk"
         )

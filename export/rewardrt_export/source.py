@@ -45,7 +45,10 @@ CONFIG_FILE = "config.json"
 EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
 
 MAY_BE_ABSENT = ("quantization_config", "vision_config", "audio_config", "text_config", "auto_map")
-MAX_LABELS = 1_000_000
+# Numbers of which transformers makes lists while it reads config.json, and what is out of all proportion for each.
+COUNTED = {"num_labels": 1_000_000} | dict.fromkeys(
+    ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 100_000
+)
 # Where LLaMA-Factory and TRL put a value head beside a model; TRL's name beside an adapter is the whole model's.
 HEAD_FILES = ("value_head.safetensors", "value_head.bin", "v_head.bin")
 ADAPTER_HEAD_FILES = (*HEAD_FILES, "model.safetensors", "pytorch_model.bin")
@@ -247,9 +250,11 @@ def _read_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         remote = " (it comes with code of its own, which is never run)" if "auto_map" in raw else ""
         raise CheckpointError(f"{where}: model_type {kind!r} is not an architecture that transformers knows{remote}")
-    labels = raw.get("num_labels")
-    if isinstance(labels, int) and labels > MAX_LABELS:
-        raise CheckpointError(f"{where}: num_labels {labels}; no head has so many outputs, and each gets a name")
+    for name, most in COUNTED.items():
+        if isinstance(count := raw.get(name), int) and count > most:
+            raise CheckpointError(
+                f"{where}: {name} {count}; no model has so many, and transformers makes a list of them"
+            )
     try:
         if repr(mended := _mend(kind, raw)) != repr(raw):  # 0 == 0.0
             config = CONFIG_MAPPING[kind].from_dict(mended)
