@@ -105,7 +105,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "more layers than tensors": (
         "config.json",
         {"num_hidden_layers": 10**12},
-        "num_hidden_layers 1000000000000, and the",
+        "num_hidden_layers 1000000000000; no model has so many",
+    ),
+    "layers of another model": (
+        "config.json",
+        {"num_hidden_layers": 900},
+        "num_hidden_layers 900, and the checkpoint has",
     ),
     "labels without end": (
         "config.json",

@@ -223,11 +223,10 @@ def _provenance(checkpoint: Checkpoint) -> Provenance:
 @contextlib.contextmanager
 def _workplace(target: Path, force: bool) -> Iterator[Path]:
     """Give a fresh folder beside the target, gone at the end unless it was moved into place."""
-    if target.exists() or target.is_symlink():
-        if not force:
-            raise ExportError(f"{target}: exists already; choose another folder, or replace it with --force")
-        if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
-            raise ExportError(f"{target}: is not a bundle; --force replaces bundles only")
+    try:
+        _check_target(target, force)
+    except OSError as error:  # a name that the file system does not take
+        raise ExportError(f"{target}: cannot be written ({error.strerror})") from error
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -244,6 +243,14 @@ def _workplace(target: Path, force: bool) -> Iterator[Path]:
         for parent in made:
             with contextlib.suppress(OSError):  # not empty: the bundle is in it
                 parent.rmdir()
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if target.exists() or target.is_symlink():
+        if not force:
+            raise ExportError(f"{target}: exists already; choose another folder, or replace it with --force")
+        if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+            raise ExportError(f"{target}: is not a bundle; --force replaces bundles only")
 
 
 def _say_os_error(error: OSError, target: Path) -> str:

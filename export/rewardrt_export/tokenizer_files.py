@@ -93,7 +93,8 @@ def differs_from_sentencepiece(folder: Path, tokenizer: Any) -> str | None:
     for probe in PROBES:
         ids, theirs, ours = processor.encode(probe), processor.encode(probe, out_type=str), tokenizer.tokenize(probe)
         # Where pieces are unknown, converters differ in how many they make of them; they may not leave them out.
-        if ours != theirs if unknown not in ids else str(tokenizer.unk_token) not in ours:
+        known = unknown not in ids
+        if (known and ours != theirs) or (not known and tokenizer.unk_token_id not in tokenizer(probe)["input_ids"]):
             return f"{' '.join(ours)} where {models[0]} says {' '.join(theirs)}"
     return None
 
