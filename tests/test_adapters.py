@@ -327,7 +327,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tensor that ZeRO-3 saved empty": (
         lambda f: change(f, lambda state: state.update({f"{LAYER}.lora_A.weight": torch.empty(0)})),
-        "model.layers.1.self_attn.q_proj is [0] and [32, 4]; expected [4, in] and [out, 4]",
+        "self_attn.q_proj.lora_A.weight): a DeepSpeed ZeRO-3 save, for which the processes' parts were not gathered",
     ),
     "another rank than the config says": (configure(r=8), "expected [8, in] and [out, 8], the rank in adapter_config"),
     "magnitudes where there is no DoRA": (

@@ -181,10 +181,15 @@ def test_without_a_gate_and_a_template_all_pairs_of_values_weigh_the_same(tmp_pa
     assert np.abs(found - expected).max() < TOLERANCE * np.std(expected)
 
 
-def test_a_value_head_with_one_output_is_openrlhfs(tmp_path: Path) -> None:
+def test_a_value_head_with_one_output_is_openrlhfs_where_its_files_say_so_and_else_a_question(tmp_path: Path) -> None:
     write_openrlhf(tmp_path / "rm", prefix=None, head_name="value_head")
-    edit_json(tmp_path / "rm" / "config.json", architectures=["LlamaForCausalLM"])
     assert choose_family(read_source(tmp_path / "rm")).name == "openrlhf"
+    for architecture in ("LlamaForCausalLM", "CustomRewardModel"):
+        edit_json(tmp_path / "rm" / "config.json", architectures=[architecture])
+        with pytest.raises(CheckpointError, match=r"matches 2 families \(openrlhf: .*; general-preference: .*--family"):
+            choose_family(read_source(tmp_path / "rm"))
+    with pytest.raises(CheckpointError, match=r"value_head.weight: one output, which compares nothing"):
+        export(tmp_path / "rm", tmp_path / "bundle", family="general-preference")
     add_tensors(tmp_path / "rm", {"value_head.weight": torch.randn(6, 32)})
     assert choose_family(read_source(tmp_path / "rm")).name == "general-preference"
 

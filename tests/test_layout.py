@@ -17,7 +17,7 @@ ORDER = {
         "verify", "formats", "files", "workers", "bench", "doctor", "server", "toplevel", "cli",
     ],
     "rewardrt_export": [
-        "operators", "weights", "tokenizer", "adapters", "backbone", "layouts", "source", "heads", "families", "checkpoint", "explain", "attention_masks", "trace", "lower",
+        "operators", "foreign", "weights", "tokenizer", "adapters", "backbone", "layouts", "padding", "chat_template", "tokenizer_files", "source", "heads", "families", "checkpoint", "explain", "attention_masks", "trace", "lower",
         "rounding", "calibrate", "smoothing", "fuse", "quantize", "storage", "half", "precision", "golden", "published_class", "certify", "pipeline", "cli",
     ],
 }  # fmt: skip

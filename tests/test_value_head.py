@@ -138,7 +138,7 @@ LOST: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "trap 1, a head that ZeRO-3 saved empty": (
         lambda f: add_tensors(f, {"v_head.summary.weight": torch.empty(0)}),
-        "v_head.summary.weight: expected shape ['outputs', 32] for this backbone, found [0]",
+        "1 tensors are empty (v_head.summary.weight): a DeepSpeed ZeRO-3 save",
     ),
     "a layer of the MLP lost": (
         lambda f: (
@@ -165,8 +165,8 @@ LOST: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "two kinds of head at once": (
         lambda f: add_tensors(f, {"score.weight": torch.randn(1, 32)}),
-        "matches 2 families (openrlhf: it has score.weight, and its architecture is a base model's; value-head: it has "
-        "v_head.summary); choose one with --family",
+        "matches 3 families (openrlhf: it has score.weight with one output, and config.json says LlamaForCausalLM; "
+        "sequence-classification: it has score.weight",
     ),
     "the head in two files": (
         lambda f: write_head_file(f / "value_head.safetensors", make_head(32, seed=9)),

@@ -34,6 +34,12 @@ KNOWN_FIELDS = {
 # one on disk, and PEFT's own conversion writes them as a plain adapter with `true`.
 KNOWN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
+# Fields that are looked into, and what they have to be where they are set.
+FIELD_TYPES: tuple[tuple[tuple[str, ...], type, str], ...] = (
+    (("rank_pattern", "alpha_pattern"), dict, "an object by module"),
+    (("modules_to_save",), list, "a list of modules"),
+)
+
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(\.weight)?"
@@ -59,7 +65,7 @@ class Adapter:
     @property
     def saved_modules(self) -> list[str]:
         """Modules that were trained whole, and saved with the adapter."""
-        return list(self.config.get("modules_to_save") or [])
+        return [str(name) for name in self.config.get("modules_to_save") or []]
 
 
 def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
@@ -74,7 +80,7 @@ def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
     named = config.get("base_model_name_or_path")
     if base is None:
         base = Path(named) if isinstance(named, str) and named else None
-        if base is None or not base.is_dir():
+        if base is None or not _is_folder(base):
             raise CheckpointError(
                 f"{folder}: an adapter of {named!r}, which is not a folder here; nothing is downloaded, so give "
                 "its base with --base FOLDER"
@@ -82,6 +88,13 @@ def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
     if (base / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{base}: the base is an adapter itself; merge it into its own base first")
     return Adapter(folder, base, config)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # no name that a file system takes
+        return False
 
 
 def merge_adapter(adapter: Adapter, base: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -116,8 +129,12 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     odd = sorted(name for name, value in config.items() if name not in KNOWN_FIELDS and value)
     if odd:
         raise CheckpointError(f"{where}: {', '.join(odd)} is set, which cannot be merged exactly; merge it with PEFT")
+    for names, kind, said in FIELD_TYPES:
+        for name in names:
+            if config.get(name) and not isinstance(config[name], kind):
+                raise CheckpointError(f"{where}: {name} {str(config[name])[:80]!r}; expected {said}")
     start = config.get("init_lora_weights")
-    if start not in KNOWN_STARTS:
+    if not any(start is known or start == known for known in KNOWN_STARTS):
         raise CheckpointError(
             f"{where}: init_lora_weights {start!r} trains against a changed base; save the adapter anew with PEFT's "
             "path_initial_model_for_weight_conversion"
@@ -251,7 +268,7 @@ def _rank_and_scaling(adapter: Adapter, module: str) -> tuple[int, float]:
     config = adapter.config
     rank = _by_pattern(adapter, "rank_pattern", module, config.get("r"))
     alpha = _by_pattern(adapter, "alpha_pattern", module, config.get("lora_alpha"))
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CheckpointError(f"{adapter.folder / ADAPTER_CONFIG}: r {rank!r} and lora_alpha {alpha!r} for {module}")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -275,7 +292,7 @@ def _check_layers(adapter: Adapter, changed: set[str], base: dict[str, StoredTen
     config = adapter.config
     targets = config.get("target_modules")
     chosen = any(config.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-    if chosen or not isinstance(targets, list) or any(re.search(r"\d", target) for target in targets):
+    if chosen or not isinstance(targets, list) or any(re.search(r"\d", str(target)) for target in targets):
         return
     kinds = {re.sub(r"\d+", "N", name) for name in changed}
     lost = sorted(name for name in base.keys() - changed if re.sub(r"\d+", "N", name) in kinds)

@@ -22,12 +22,17 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from rewardrt.errors import CheckpointError
-from rewardrt_export.weights import StoredTensor, shorten
+from rewardrt_export.weights import StoredTensor, first_line, shorten
 
 # Rotary frequencies that depend on the text's length: one graph cannot hold them, and no prefix could be shared.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # Buffers that old transformers versions saved and every version computes anew.
 RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attention|attn)\.(bias|masked_bias)|position_ids)$")
+
+
+LARGEST_BUFFER = 2**28  # numbers; 1 GiB in float32, far more than the masks and frequencies of any known model
+# What no model is trained in: weights of these types are quantized, and stand for others by scales.
+PACKED = (torch.uint8, torch.int8, torch.int16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,19 @@ def meta_backbone(config: PretrainedConfig, attention: str) -> PreTrainedModel:
 
     `attention` names a registered attention implementation.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
-    for kind in kinds & set(LENGTH_DEPENDENT_ROPE):
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
+    for kind in [kind for kind in LENGTH_DEPENDENT_ROPE if kind in kinds]:
         raise CheckpointError(
             f"rope_type {kind!r}: its frequencies depend on the length of each text, which one graph cannot hold; "
             "set a fixed rope_type in config.json if the model was trained within its original length"
+        )
+    pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(vocabulary, int) and pad >= vocabulary:
+        raise CheckpointError(
+            f"config.json: pad_token_id {pad}, and vocab_size is {vocabulary}: no token of the model has this id; "
+            "correct it to the id that training padded with, or to null"
         )
     config = copy.deepcopy(config)
     if hasattr(config, "_experts_implementation"):
@@ -74,12 +86,28 @@ def meta_backbone(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     found = backbone_class(config)
     # What an encoder's class puts after its last layer is the head's: not every class on disk has it.
     pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(found).parameters else {}
-    with torch.device("meta"):
-        model: PreTrainedModel = found._from_config(
-            config, attn_implementation=attention, dtype=torch.float32, **pooler
-        )
-    _compute_buffers(model)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = found._from_config(
+                config, attn_implementation=attention, dtype=torch.float32, **pooler
+            )
+        _compute_buffers(model)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the class's code raises: it takes config.json's fields as they come
+        raise CheckpointError(f"{found.__name__} cannot be built of config.json: {_blame(config, error)}") from error
     return model.eval()
+
+
+def _blame(config: PretrainedConfig, error: Exception) -> str:
+    """Say what was wrong with a config: of a name that was not found, the field that has it."""
+    if isinstance(error, KeyError) and str(error.args[:1]).startswith("('rewardrt"):
+        return "it has attention of its own, and does not take another by name; this backbone cannot be exported yet"
+    if isinstance(error, KeyError) and error.args:
+        fields = [name for name, value in config.to_dict().items() if value == error.args[0]]
+        if fields:
+            return f"{' and '.join(fields)} {error.args[0]!r} is not known there"
+    return f"{type(error).__name__}, {first_line(error)}"
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
@@ -89,6 +117,11 @@ def _compute_buffers(model: PreTrainedModel) -> None:
         for name in names:
             buffer = module._buffers[name]
             assert buffer is not None
+            if buffer.numel() > LARGEST_BUFFER:
+                raise CheckpointError(
+                    f"{type(module).__name__}.{name}: {buffer.numel():,} numbers computed from config.json; "
+                    "a length or size in it is out of proportion"
+                )
             fill = float("nan") if buffer.is_floating_point() else 0
             module._buffers[name] = torch.full_like(buffer, fill, device="cpu")
         if names:
@@ -106,7 +139,12 @@ def first_position(model: PreTrainedModel) -> int:
     """Return the position id of a text's first token: 0, or the one after the padding id in RoBERTa and its kin."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids"):
-            return int(module.padding_idx) + 1  # type: ignore[arg-type]
+            if not isinstance(module.padding_idx, int):
+                raise CheckpointError(
+                    f"config.json: pad_token_id {module.padding_idx!r}, and {type(model).__name__} counts positions "
+                    "from it; set the id that the model was made with"
+                )
+            return module.padding_idx + 1
     return 0
 
 
@@ -160,6 +198,16 @@ def bind(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> Binding:
 
     Nothing is read. Raises CheckpointError naming the tensors when a parameter has none, or a shape differs.
     """
+    packed = sorted(
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+        for name, tensor in stored.items()
+        if tensor.dtype in PACKED and not RECOMPUTED.search(name)
+    )
+    if packed:
+        raise CheckpointError(
+            f"{len(packed)} tensors hold quantized weights ({shorten(packed, 3)}); export the checkpoint that they "
+            "were made from"
+        )
     wanted = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from rewardrt.errors import BundleError, CheckpointError
 from rewardrt.spec import Combine, PoolingRule, Spec, Tap, TextRule, from_json
 from rewardrt_export.backbone import Binding, bind, first_position, meta_backbone
-from rewardrt_export.families import Draft, choose_family
+from rewardrt_export.families import Draft, choose_family, matching_families
 from rewardrt_export.families.objectives import label_names
 from rewardrt_export.heads import RewardHead
 from rewardrt_export.source import Source, read_source
@@ -46,6 +46,8 @@ def read_checkpoint(
     family: str | None = None,
     spec_file: Path | None = None,
     pooling: PoolingRule | None = None,
+    pad_token: str | None = None,
+    chat_template: str | None = None,
     max_length: int | None = None,
     weights: Sequence[float] = (),
     normalise: bool = False,
@@ -54,14 +56,20 @@ def read_checkpoint(
     """Read a checkpoint folder of any known family, or of the kind that `spec_file` describes; options override.
 
     `base` is the folder of the model that was trained: an adapter's base where adapter_config.json does not name one,
-    and what else a checkpoint leaves out.
+    and what else a checkpoint leaves out. `pad_token` is the token, or its id, that training padded with;
+    `chat_template` one of several templates by its name, or a file. What was chosen where the files allow two readings
+    is in the source's `choices`.
 
     Raises CheckpointError naming the file or the tensors when something is missing, left over or of a wrong shape.
     """
-    source = read_source(folder, base, tokenizer)
+    source = read_source(folder, base, pad_token=pad_token, chat_template=chat_template, tokenizer=tokenizer)
+    if pooling == "last_mask":
+        source = dataclasses.replace(source, padding=dataclasses.replace(source.padding, unread=True))
     name, draft = describe(source, family=family, spec_file=spec_file)
     if pooling is not None:
         draft = dataclasses.replace(draft, taps=(_pooling_tap(pooling, source), *draft.taps[1:]))
+    if pad_token is not None and "pad_token" not in source.choices:
+        raise CheckpointError(f"--pad-token {pad_token}: the reward is not read by a pad token; leave the option out")
     if weights:
         draft = _weigh(draft, tuple(weights), source)
     if normalise and draft.normalise is None:
@@ -128,6 +136,8 @@ def describe(source: Source, *, family: str | None = None, spec_file: Path | Non
     """Return the family's name and its draft, from the checkpoint's files or from a --spec file."""
     if spec_file is None:
         chosen = choose_family(source, family)
+        if family is not None:
+            source.choices["family"] = f"{chosen.name}, as --family says; {_fitting(source)}"
         return chosen.name, chosen.describe(source)
     try:
         data = tomllib.loads(spec_file.read_text(encoding="utf-8"))
@@ -137,6 +147,11 @@ def describe(source: Source, *, family: str | None = None, spec_file: Path | Non
         return spec_file.stem, from_json(Draft, data, str(spec_file), complete=False)
     except BundleError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _fitting(source: Source) -> str:
+    fitting = matching_families(source)
+    return f"the files fit {' and '.join(fitting)}" if fitting else "the files name none"
 
 
 def _bind_backbone(source: Source, draft: Draft, head_tensors: set[str]) -> Binding:
@@ -166,18 +181,22 @@ def rename_backbone(stored: dict[str, StoredTensor], draft: Draft, wanted: str) 
 
 
 def _pooling_tap(rule: PoolingRule, source: Source) -> Tap:
-    """Make the tap that --pooling asks for; the id it looks for is config's pad id, else the tokenizer's."""
+    """Make the tap that --pooling asks for; the id it looks for is the pad id, else the tokenizer's."""
     if rule == "last_mask":
         return Tap("last", rule)
-    pad = source.config.pad_token_id if source.config.pad_token_id is not None else source.tokenizer.pad_token_id
+    pad = source.choose_pad_id(required=True)
     if pad is None:
-        raise CheckpointError(f"--pooling {rule}: neither config.json nor the tokenizer has a pad token")
-    return Tap("last", rule, (int(pad),))
+        raise CheckpointError(
+            f"--pooling {rule}: neither config.json nor the tokenizer has a pad token; name it with --pad-token"
+        )
+    return Tap("last", rule, (pad,))
 
 
 def _positions(source: Source) -> int | None:
     """Return for how many tokens the backbone has positions, if it says; some count from past their padding id."""
     total: int | None = getattr(source.config, "max_position_embeddings", None)
+    if total is not None and (isinstance(total, bool) or not isinstance(total, int)):
+        raise CheckpointError(f"config.json: max_position_embeddings {total!r}; expected a number of tokens")
     return total if total is None else total - first_position(meta_backbone(source.config, "eager"))
 
 

@@ -34,6 +34,8 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
 @click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="TOML that describes a model of no family.")
 @click.option("--explain", is_flag=True, help="Print the spec that would be used, with reasons, and export nothing.")
 @click.option("--pooling", type=click.Choice(POOLING_RULES), help="Where the reward was read in training.")
+@click.option("--pad-token", help="The token, or its id, that training padded with, where the files allow two.")
+@click.option("--chat-template", help="Of several chat templates the one of this name, or a file of one.")
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Tokens after which a text is cut.  [default: the model's limit]"
 )
@@ -68,6 +70,8 @@ def export(
     spec_file: Path | None,
     explain: bool,
     pooling: PoolingRule | None,
+    pad_token: str | None,
+    chat_template: str | None,
     max_length: int | None,
     weights: tuple[float, ...],
     tokenizer: TokenizerChoice | None,
@@ -101,7 +105,8 @@ def export(
         from rewardrt_export.explain import explain as explain_source
         from rewardrt_export.source import read_source
 
-        click.echo(explain_source(read_source(checkpoint, base, tokenizer), family), nl=False)
+        source = read_source(checkpoint, base, pad_token=pad_token, chat_template=chat_template, tokenizer=tokenizer)
+        click.echo(explain_source(source, family), nl=False)
         return
     if bundle is None:
         raise click.UsageError("give the folder to write the BUNDLE to (or --explain to write none)")
@@ -116,6 +121,8 @@ def export(
         family=family,
         spec_file=spec_file,
         pooling=pooling,
+        pad_token=pad_token,
+        chat_template=chat_template,
         max_length=max_length,
         weights=weights,
         normalise=normalize,

@@ -25,7 +25,12 @@ def explain(source: Source, family: str | None = None) -> str:
         name, draft = describe(source, family=family)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {closest(source)}") from error
-    return f"# {source.folder.name}: {FAMILIES[name].title}\n{to_toml(draft)}"
+    chosen = (
+        line
+        for what, choice in source.choices.items()
+        for line in textwrap.wrap(f"{what}: {choice}", 110, initial_indent="# ", subsequent_indent="# ")
+    )
+    return "\n".join([f"# {source.folder.name}: {FAMILIES[name].title}", *chosen, to_toml(draft)])
 
 
 def to_toml(draft: Draft) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import importlib.metadata
 import os
 import shutil
@@ -53,6 +54,7 @@ from rewardrt_export.tokenizer import TokenizerChoice
 from rewardrt_export.trace import attention_name, trace
 
 Progress = Callable[[str], None]
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 VERSIONED = ("torch", "transformers", "tokenizers", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -64,6 +66,8 @@ def export(
     family: str | None = None,
     spec_file: Path | None = None,
     pooling: PoolingRule | None = None,
+    pad_token: str | None = None,
+    chat_template: str | None = None,
     max_length: int | None = None,
     weights: Sequence[float] = (),
     normalise: bool = False,
@@ -81,6 +85,8 @@ def export(
     `source` may be a LoRA adapter; `base` is then its base's folder, unless adapter_config.json names one that is here.
     `tokenizer` "file" takes the ids of the saved tokenizer.json, and "transformers" those of what transformers makes of
     the folder; None takes the file's, with a word where the two differ.
+    `pad_token` is the token, or its id, that training padded with, where the files allow two;
+    `chat_template` one of several templates by its name, or a file.
     `precisions` are names of `precision.PRECISIONS`: a graph each. int8 is calibrated on the texts of the JSONL file
     `calibrate`, or else on every other one of the golden texts. With `token_rewards` the graphs also give the reward
     after every token, where a model reads one answer at one token. Without `certified` the torch model scores nothing,
@@ -101,6 +107,8 @@ def export(
         family=family,
         spec_file=spec_file,
         pooling=pooling,
+        pad_token=pad_token,
+        chat_template=chat_template,
         max_length=max_length,
         weights=weights,
         normalise=normalise,
@@ -180,7 +188,8 @@ def _write_graph(graph: ir.Model, precision: str, calibration: Calibration | Non
 
 def _write_text_files(checkpoint: Checkpoint, folder: Path) -> None:
     assert checkpoint.source.trained is not None
-    checkpoint.source.trained.backend.save(str(folder / TOKENIZER))
+    # Not its own save(), which says of a full disk neither the file nor that it is an OSError.
+    (folder / TOKENIZER).write_text(checkpoint.source.trained.backend.to_str(pretty=True), encoding="utf-8")
     if checkpoint.source.chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(checkpoint.source.chat_template, encoding="utf-8")
 
@@ -223,11 +232,10 @@ def _provenance(checkpoint: Checkpoint) -> Provenance:
 @contextlib.contextmanager
 def _workplace(target: Path, force: bool) -> Iterator[Path]:
     """Give a fresh folder beside the target, gone at the end unless it was moved into place."""
-    if target.exists() or target.is_symlink():
-        if not force:
-            raise ExportError(f"{target}: exists already; choose another folder, or replace it with --force")
-        if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
-            raise ExportError(f"{target}: is not a bundle; --force replaces bundles only")
+    try:
+        _check_target(target, force)
+    except OSError as error:  # a name that the file system does not take
+        raise ExportError(f"{target}: cannot be written ({error.strerror})") from error
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -237,11 +245,31 @@ def _workplace(target: Path, force: bool) -> Iterator[Path]:
     folder.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; a bundle is to be read by others
     try:
         yield folder
+    except OSError as error:
+        raise ExportError(_say_os_error(error, target)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):  # not empty: the bundle is in it
                 parent.rmdir()
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if target.exists() or target.is_symlink():
+        if not force:
+            raise ExportError(f"{target}: exists already; choose another folder, or replace it with --force")
+        if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+            raise ExportError(f"{target}: is not a bundle; --force replaces bundles only")
+
+
+def _say_os_error(error: OSError, target: Path) -> str:
+    """Say what the system refused; of a disk that is full, where."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in FULL or error.errno is None:  # numpy has no number for a write that was cut short
+        return (
+            f"{target}: cannot be written whole ({reason}); nothing was left behind: make room, or choose another disk"
+        )
+    return f"the export was stopped by the system: {reason}{f' ({error.filename})' if error.filename else ''}"
 
 
 def _umask() -> int:

@@ -36,7 +36,8 @@ def rewards_of_class(checkpoint: Checkpoint, texts: Sequence[EncodedText], free:
         not source.architecture.endswith("ForSequenceClassification")
         or not (isinstance(found, type) and issubclass(found, PreTrainedModel))
         or source.adapter is not None
-        or source.choices.keys() & {"pad_token", "family"}
+        or "family" in source.choices
+        or source.padding.given is not None
         or not _reads_as_the_class(spec)
         or (free is not None and 5 * sum(sizes) > free)
     ):

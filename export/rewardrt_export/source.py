@@ -5,6 +5,7 @@ What needs more than one folder, or comes in a layout that transformers has no c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -12,7 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -20,22 +28,28 @@ from transformers.models.auto.modeling_auto import (
 
 from rewardrt.errors import CheckpointError
 from rewardrt_export.adapters import Adapter, find_adapter, merge_adapter
+from rewardrt_export.chat_template import TOKENIZER_CONFIG, read_chat_template
 from rewardrt_export.layouts import LAYOUTS, Layout
+from rewardrt_export.padding import Padding, read_padding
 from rewardrt_export.tokenizer import TokenizerChoice, TrainedTokenizer, settle
-from rewardrt_export.weights import StoredTensor, read_file, read_json, read_tensors, shorten
-
-CONFIG_FILE, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "spm.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+from rewardrt_export.tokenizer_files import (
+    SETTINGS,
+    check_tokenizer_files,
+    check_vocabulary,
+    differs_from_sentencepiece,
+    find_tokenizer_files,
+    read_limit,
 )
+from rewardrt_export.weights import StoredTensor, check_weights, first_line, read_file, read_json, read_tensors, shorten
 
+CONFIG_FILE = "config.json"
+EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
+
+MAY_BE_ABSENT = ("quantization_config", "vision_config", "audio_config", "text_config", "auto_map")
+# Numbers of which transformers makes lists while it reads config.json, and what is out of all proportion for each.
+COUNTED = {"num_labels": 1_000_000} | dict.fromkeys(
+    ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 100_000
+)
 # Where LLaMA-Factory and TRL put a value head beside a model; TRL's name beside an adapter is the whole model's.
 HEAD_FILES = ("value_head.safetensors", "value_head.bin", "v_head.bin")
 ADAPTER_HEAD_FILES = (*HEAD_FILES, "model.safetensors", "pytorch_model.bin")
@@ -44,6 +58,7 @@ TASK_CLASSES: dict[str, dict[str, str]] = {
     "SEQ_CLS": dict(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     "TOKEN_CLS": dict(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
 }
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 _LANGUAGE_MODEL_HEAD = re.compile(r"(pretrained_model\.)?(lm_head|embed_out)\.(weight|bias)")
 
 
@@ -61,6 +76,7 @@ class Source:
     stored: dict[str, StoredTensor]
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None
+    padding: Padding
     adapter: Adapter | None = None
     unused: dict[str, str] = field(default_factory=dict)
     # Where the files allow two readings: the one that was taken, by what was chosen. Export prints each as a line, and
@@ -75,10 +91,37 @@ class Source:
         return str(found[0]) if isinstance(found, list) and found else "a model without architectures"
 
     @property
+    def says_base_model(self) -> bool:
+        """Whether config.json names no class with a head of a reward's: the base model's, a language model's, or none.
+
+        It is then the base's own file, which trainers leave beside the weights, and says nothing of the head.
+        """
+        found = self.raw.get("architectures")
+        if not (isinstance(found, list) and found):
+            return True
+        bare = type(self.config).__name__.replace("Config", "Model")
+        return self.architecture == bare or self.architecture.endswith(LANGUAGE_MODELS)
+
+    @property
     def width(self) -> int:
         """The size of the backbone's last hidden state (small OPT models project it down at the end)."""
         width: int = getattr(self.config, "word_embed_proj_dim", None) or self.config.hidden_size
         return width
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id that training padded with, None where transformers reads the last token; noted in `choices`.
+
+        Raises CheckpointError where the files allow two.
+        """
+        return self.choose_pad_id()
+
+    def choose_pad_id(self, *, required: bool = False) -> int | None:
+        """Return `pad_id`; with `required`, the tokenizer's where there is none."""
+        found, choice = self.padding.choose(required=required)
+        if choice is not None:
+            self.choices["pad_token"] = choice
+        return found
 
     def token_id(self, token: str) -> int:
         """Return the id of a token that the tokenizer must have, or raise CheckpointError."""
@@ -88,12 +131,20 @@ class Source:
         return found
 
 
-def read_source(folder: Path, base: Path | None = None, tokenizer: TokenizerChoice | None = None) -> Source:
+def read_source(
+    folder: Path,
+    base: Path | None = None,
+    *,
+    pad_token: str | None = None,
+    chat_template: str | None = None,
+    tokenizer: TokenizerChoice | None = None,
+) -> Source:
     """Read a checkpoint folder, or an adapter's folder and its base's.
 
-    What the folder leaves out, config.json or the tokenizer, is read from the folder `base`. `tokenizer` says which of
-    two readings of the tokenizer is taken where they differ. Raises CheckpointError naming the file that is missing or
-    damaged.
+    What the folder leaves out, config.json or the tokenizer, is read from the folder `base`. `pad_token` is the token,
+    or its id, that training padded with; `chat_template` one of several by its name, or a file; `tokenizer` says which
+    of two readings of the tokenizer is taken where they differ. Raises CheckpointError naming the file that is missing
+    or damaged.
     """
     for place in (folder, base):
         if place is not None and not place.is_dir():
@@ -101,22 +152,25 @@ def read_source(folder: Path, base: Path | None = None, tokenizer: TokenizerChoi
             raise CheckpointError(f"{place}: expected a checkpoint folder, found {found}")
     adapter = find_adapter(folder, base)
     if adapter is not None:
-        return _read_adapter_source(adapter, tokenizer)
-    described = _first_with((CONFIG_FILE,), folder, base)
+        return _read_adapter_source(adapter, pad_token, chat_template, tokenizer)
+    check_weights(folder)
+    described = folder if base is None or (folder / CONFIG_FILE).is_file() else base
     raw = read_json(described / CONFIG_FILE)
     config = _read_config(described, raw)
     stored = _read_whole(folder)
+    _check_size(config, stored)
     if (layout := _layout(raw)) is not None:
         stored = layout.tensors(stored, raw)
     if described != folder:
         _fit_vocabulary(config, stored)
-    tokenized = _first_with(TOKENIZER_FILES, folder, base)
+    tokenized = folder if base is None or find_tokenizer_files(folder) else base
     if base is not None and described == tokenized == folder:
         raise CheckpointError(f"--base {base}: {folder} is no adapter and leaves nothing out; export it without --base")
-    trained, template = _read_tokenizer(tokenized, tokenizer)
-    return Source(
-        folder, raw, config, stored, trained.tokenizer, template, choices=_tokenizer_choice(trained), trained=trained
-    )
+    template, choices = _read_template(tokenized, chat_template)
+    trained = _read_tokenizer(tokenized, config if tokenized == described and layout is None else None, tokenizer)
+    padding = read_padding(trained.tokenizer, config, borrowed=False, given=pad_token)
+    choices |= _tokenizer_choice(trained)
+    return Source(folder, raw, config, stored, trained.tokenizer, template, padding, choices=choices, trained=trained)
 
 
 def _tokenizer_choice(trained: TrainedTokenizer) -> dict[str, str]:
@@ -152,7 +206,9 @@ def _read_head_file(folder: Path, names: tuple[str, ...]) -> dict[str, StoredTen
     return {}
 
 
-def _read_adapter_source(adapter: Adapter, choice: TokenizerChoice | None) -> Source:
+def _read_adapter_source(
+    adapter: Adapter, pad_token: str | None, chat_template: str | None, choice: TokenizerChoice | None
+) -> Source:
     """Read an adapter as the model that was trained: the base's files, and the adapter's own where it has some."""
     folder, base = adapter.folder, adapter.base
     described = folder if (folder / "config.json").is_file() else base
@@ -162,6 +218,7 @@ def _read_adapter_source(adapter: Adapter, choice: TokenizerChoice | None) -> So
         raise CheckpointError(f"{folder}: an adapter of a {raw.get('model_type')} model, and {base} is a {below} model")
     config = _read_config(described, raw)
     plain = _read_whole(base)
+    _check_size(config, plain)
     beside = _read_head_file(folder, ADAPTER_HEAD_FILES)
     strays = sorted(name for name in beside if not name.startswith("v_head."))
     if strays:
@@ -173,16 +230,15 @@ def _read_adapter_source(adapter: Adapter, choice: TokenizerChoice | None) -> So
     classes = TASK_CLASSES.get(adapter.task or "", {})
     if config.model_type in classes:
         raw = raw | {"architectures": [classes[config.model_type]]}
-    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    trained, template = _read_tokenizer(folder if has_tokenizer else base, choice)
-    tokenizer = trained.tokenizer
-    if classes and config.pad_token_id is None:
-        # Trained in batches, so there was a pad id: TRL sets the tokenizer's, on a config that is saved nowhere.
-        config.pad_token_id = tokenizer.pad_token_id
+    tokenized = folder if find_tokenizer_files(folder) else base
+    template, choices = _read_template(tokenized, chat_template)
+    trained = _read_tokenizer(tokenized, config if tokenized == described else None, choice)
+    padding = read_padding(trained.tokenizer, config, borrowed=described != folder, given=pad_token)
     _follow_vocabulary(config, plain, stored)
     unused = language_model_head(stored)
-    choices = _tokenizer_choice(trained)
-    return Source(folder, raw, config, stored, tokenizer, template, adapter, unused, choices, trained)
+    choices |= _tokenizer_choice(trained)
+    tokenizer = trained.tokenizer
+    return Source(folder, raw, config, stored, tokenizer, template, padding, adapter, unused, choices, trained)
 
 
 def _follow_vocabulary(
@@ -195,13 +251,6 @@ def _follow_vocabulary(
             config.vocab_size = new[0]
 
 
-def _first_with(names: tuple[str, ...], folder: Path, base: Path | None) -> Path:
-    """Return `base` if it is there and has one of the files, and `folder` has none."""
-    if base is None or any((folder / name).is_file() for name in names):
-        return folder
-    return base if any((base / name).is_file() for name in names) else folder
-
-
 def _fit_vocabulary(config: PretrainedConfig, stored: dict[str, StoredTensor]) -> None:
     """Take the vocabulary's size from the tensors: trainers round it up, and the base model's config does not know."""
     sizes = {tensor.shape[0] for name, tensor in stored.items() if name.endswith(EMBEDDINGS)}
@@ -210,22 +259,73 @@ def _fit_vocabulary(config: PretrainedConfig, stored: dict[str, StoredTensor]) -
 
 
 def _read_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
-    if "quantization_config" in raw:
-        raise CheckpointError(f"{folder / 'config.json'}: a quantized checkpoint; export the one it was made from")
+    where, kind = folder / CONFIG_FILE, raw.get("model_type")
+    if _is_quantized(raw.get("quantization_config")):
+        raise CheckpointError(f"{where}: a quantized checkpoint; export the one it was made from")
     if (layout := _layout(raw)) is not None:
         return _read_layout(folder, raw, layout)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises KeyError, ValueError, OSError and its own kinds here
-        kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         remote = " (it comes with code of its own, which is never run)" if "auto_map" in raw else ""
-        raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {kind!r} is not an architecture that transformers knows{remote}"
-        ) from error
-    assert isinstance(config, PretrainedConfig)
-    if config.is_encoder_decoder or hasattr(config, "vision_config"):
+        raise CheckpointError(f"{where}: model_type {kind!r} is not an architecture that transformers knows{remote}")
+    for name, most in COUNTED.items():
+        if isinstance(count := raw.get(name), int) and count > most:
+            raise CheckpointError(
+                f"{where}: {name} {count}; no model has so many, and transformers makes a list of them"
+            )
+    try:
+        if repr(mended := _mend(kind, raw)) != repr(raw):  # 0 == 0.0
+            config = CONFIG_MAPPING[kind].from_dict(mended)
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        several = bool(config.is_encoder_decoder) or getattr(config, "vision_config", None) is not None
+    except Exception as error:  # transformers raises KeyError, ValueError, OSError and its own kinds here
+        field = _blamed_field(kind, raw)
+        raise CheckpointError(f"{where}: not a config of model_type {kind!r}{field} ({first_line(error)})") from error
+    if several:
         raise CheckpointError(f"{config.model_type}: encoder-decoder and vision models cannot be exported")
+    assert isinstance(config, PretrainedConfig)
     return config
+
+
+def _mend(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """Write what transformers' classes are too strict about as they want it; the meaning is the same.
+
+    A whole number where they expect a float (`"initializer_range": 0`), and null where a field may only be absent.
+    """
+    found = {name: value for name, value in raw.items() if value is not None or name not in MAY_BE_ABSENT}
+    types = {field.name: field.type for field in dataclasses.fields(CONFIG_MAPPING[kind])}
+    floats = {name for name, kind in types.items() if kind is float or kind in (float | None, "float", "float | None")}
+    return found | {name: float(found[name]) for name in floats & found.keys() if type(found[name]) is int}
+
+
+def _blamed_field(kind: str, raw: dict[str, Any]) -> str:
+    """Name the field without which transformers takes the config: what it raises often does not."""
+    for name in raw:
+        try:
+            CONFIG_MAPPING[kind].from_dict({key: value for key, value in raw.items() if key != name})
+        except Exception:  # then it is not this one alone
+            continue
+        return f": {name} {str(raw[name])[:80]!r}"
+    return ""
+
+
+def _is_quantized(stated: Any) -> bool:
+    """Whether config.json's quantization_config says that weights are quantized: null, {} and false do not."""
+    if not isinstance(stated, dict):
+        return bool(stated)
+    if stated.get("quant_method") in (None, "none", "bitsandbytes"):  # the last says by two switches what it does
+        return any(stated.get(name) for name in ("load_in_4bit", "load_in_8bit", "bits"))
+    return True
+
+
+def _check_size(config: PretrainedConfig, stored: dict[str, StoredTensor]) -> None:
+    """Check that the config's layers can be among the tensors, before any are built: each takes time and memory."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(stored):
+        raise CheckpointError(
+            f"config.json: num_hidden_layers {layers}, and the checkpoint has {len(stored)} tensors: not one for each "
+            "layer; config.json is of another model"
+        )
 
 
 def _layout(raw: dict[str, Any]) -> Layout | None:
@@ -241,9 +341,9 @@ def _read_layout(folder: Path, raw: dict[str, Any], layout: Layout) -> Pretraine
         ) from error
 
 
-def _read_tokenizer(folder: Path, choice: TokenizerChoice | None) -> tuple[TrainedTokenizer, str | None]:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise CheckpointError(f"{folder}: no tokenizer; expected tokenizer.json (or {', '.join(TOKENIZER_FILES[1:4])})")
+def _read_tokenizer(folder: Path, config: PretrainedConfig | None, choice: TokenizerChoice | None) -> TrainedTokenizer:
+    """Read the tokenizer of a folder, whose config transformers is given where it was read already."""
+    check_tokenizer_files(folder)
     own_code = (folder / TOKENIZER_CONFIG).is_file() and "auto_map" in read_json(folder / TOKENIZER_CONFIG)
     if own_code and not (folder / "tokenizer.json").is_file():
         # transformers would guess at a class for the other files, and so at the ids.
@@ -254,15 +354,43 @@ def _read_tokenizer(folder: Path, choice: TokenizerChoice | None) -> tuple[Train
     for name in ("tokenization_utils_base", "configuration_utils"):
         logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # any of transformers', tokenizers' and sentencepiece's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # transformers', tokenizers' and sentencepiece's, and a panic is no Exception
+        found = find_tokenizer_files(folder)
+        read = ", ".join([*found, *(name for name in SETTINGS if (folder / name).is_file())])
+        why = (
+            "" if "tokenizer.json" in found else "; its class reads other files, or one is missing: add tokenizer.json"
+        )
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded from {read}{why} ({first_line(error)})"
+        ) from error
+    check_vocabulary(folder, tokenizer)
+    if differs_from_sentencepiece(folder, tokenizer) is not None:
+        tokenizer = _read_sentencepiece(folder, tokenizer)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise CheckpointError(f"{folder}: {type(tokenizer).__name__} has no fast version, which the runtime needs")
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise CheckpointError(f"{folder}: chat templates {', '.join(sorted(template))}, none called `default`")
-        template = template["default"]
-    return settle(tokenizer, folder, choice), template
+    tokenizer.model_max_length = read_limit(folder / TOKENIZER_CONFIG, tokenizer.model_max_length)
+    return settle(tokenizer, folder, choice)
+
+
+def _read_sentencepiece(folder: Path, tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Read tokenizer.model as Llama's class does, where no file names a class and the one that was taken errs."""
+    said = differs_from_sentencepiece(folder, tokenizer)
+    with contextlib.suppress(Exception):  # it has another layout then
+        found: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
+        if differs_from_sentencepiece(folder, found) is None:
+            return found
+    raise CheckpointError(
+        f"{folder}: {type(tokenizer).__name__} gives other tokens than sentencepiece ({said}); name the "
+        "tokenizer_class in tokenizer_config.json, or add tokenizer.json"
+    )
+
+
+def _read_template(folder: Path, wanted: str | None) -> tuple[str | None, dict[str, str]]:
+    """Return the chat template, and what was chosen where there are several."""
+    template, choice = read_chat_template(folder, wanted)
+    return template, {} if choice is None else {"chat_template": choice}

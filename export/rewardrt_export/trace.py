@@ -31,6 +31,7 @@ from rewardrt.spec import Spec
 from rewardrt_export.attention_masks import mask_hook, watch_masks, watched_masks
 from rewardrt_export.backbone import backbone_class, fill_with_fakes, first_position
 from rewardrt_export.heads import RewardHead
+from rewardrt_export.weights import first_line
 
 # The names under which the hooks are registered with transformers, for decoders and for encoders.
 ATTENTION, BIDIRECTIONAL = "rewardrt", "rewardrt-bidirectional"
@@ -463,8 +464,10 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
             cause = root_cause(error)
             if isinstance(cause, TraceError):
                 raise cause from None
-            first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-            raise TraceError(f"{type(backbone).__name__} could not be traced: {first}") from error
+            raise TraceError(
+                f"{_whose_attention(backbone)}; this backbone cannot be exported yet "
+                f"({type(cause).__name__}: {first_line(cause)})"
+            ) from error
     assert program is not None
     model: ir.Model = program.model
     _name_axes(model)
@@ -503,6 +506,14 @@ def _name_axes(model: ir.Model) -> None:
         kind = value.name.split(".")[0]
         axes = names.get(kind) or (past if kind.startswith("past") else total)
         value.shape = ir.Shape([axis or size for axis, size in zip(axes, value.shape, strict=True)])
+
+
+def _whose_attention(backbone: PreTrainedModel) -> str:
+    """Say of a backbone that could not be traced what about it is known to stand in the way."""
+    name = type(backbone).__name__
+    if not backbone._supports_attention_backend:
+        return f"{name} computes attention in its own code, not through transformers' attention functions"
+    return f"{name} could not be traced: its forward pass depends on values, or on a cache, that a graph has not"
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -29,7 +29,7 @@ from rewardrt_export.families.value_head import VALUE_HEAD
 if TYPE_CHECKING:
     from rewardrt_export.source import Source
 
-__all__ = ["FAMILIES", "Draft", "Family", "choose_family"]
+__all__ = ["FAMILIES", "Draft", "Family", "choose_family", "matching_families"]
 
 # What backbones call their parts, for a message: the others may be a head.
 BACKBONE = re.compile(r"(layers?|h|blocks)\.\d+\.|embed|norm|wte|wpe|ln_f")
@@ -70,14 +70,14 @@ def choose_family(source: Source, override: str | None = None) -> Family:
         if override not in FAMILIES:
             raise CheckpointError(f"no family {override!r}; expected one of {', '.join(FAMILIES)}")
         return FAMILIES[override]
-    reasons = {family.name: family.matches(source) for family in FAMILIES.values()}
-    matching = [name for name, reason in reasons.items() if reason]
+    matching = matching_families(source)
     if len(matching) == 1:
-        return FAMILIES[matching[0]]
+        return FAMILIES[next(iter(matching))]
     if matching:
-        said = "; ".join(f"{name}: {reasons[name]}" for name in matching)
+        said = "; ".join(f"{name}: {reason}" for name, reason in matching.items())
+        readings = "; ".join(f"{name} reads {_reading(FAMILIES[name])}" for name in matching)
         raise CheckpointError(
-            f"{source.architecture} matches {len(matching)} families ({said}); choose one with --family"
+            f"{source.architecture} matches {len(matching)} families ({said}); choose one with --family: {readings}"
         )
     beside = sorted(name for name in source.stored if not BACKBONE.search(name))
     raise CheckpointError(
@@ -85,6 +85,17 @@ def choose_family(source: Source, override: str | None = None) -> Family:
         f"beside the backbone it has {', '.join(beside[:6]) or 'nothing'}; {_where_heads_get_lost(source)}"
         + (f"; if a row of its LM head is the reward, say --family {LM_ROW.name}" if _is_causal_lm(source) else "")
     )
+
+
+def matching_families(source: Source) -> dict[str, str]:
+    """Return the families that a checkpoint's files fit, and why."""
+    reasons = {family.name: family.matches(source) for family in FAMILIES.values()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _reading(family: Family) -> str:
+    """Say in what the rewards of a family differ from another's over the same tensors."""
+    return f"{family.tap.partition(';')[0]} (end of text: {family.eos})"
 
 
 def _where_heads_get_lost(source: Source) -> str:

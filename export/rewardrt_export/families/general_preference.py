@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rewardrt.errors import CheckpointError
 from rewardrt.spec import Combine, Head, Layer, Tap, TextRule
 from rewardrt_export.families.draft import Draft, Family
+from rewardrt_export.families.openrlhf import is_its_own
 
 if TYPE_CHECKING:
     from rewardrt_export.source import Source
@@ -17,13 +18,19 @@ VALUES, GATE = "value_head.weight", "prompt_head.weight"
 def _matches(source: Source) -> str | None:
     if GATE in source.stored:
         return f"it has {GATE}"
-    if VALUES in source.stored and source.stored[VALUES].shape[0] > 1:
-        return f"it has {VALUES} with several outputs"
-    return None
+    if VALUES not in source.stored or (source.stored[VALUES].shape[:1] == (1,) and is_its_own(source)):
+        return None  # OpenRLHF called its head so too, and wrote into config.json whose it is
+    outputs = source.stored[VALUES].shape[:1]
+    return f"it has {VALUES} with {'one output' if outputs == (1,) else 'several outputs'}"
 
 
 def _describe(source: Source) -> Draft:
     gated = GATE in source.stored
+    if not gated and VALUES in source.stored and source.stored[VALUES].shape[:1] == (1,):
+        raise CheckpointError(
+            f"{VALUES}: one output, which compares nothing: a Bradley-Terry model of this trainer is described with "
+            "--spec (its text has the tokenizer's special tokens), one of OpenRLHF's exported with --family openrlhf"
+        )
     end, values = Tap("last"), Head((Layer(VALUES),))
     return Draft(
         input="pairwise",

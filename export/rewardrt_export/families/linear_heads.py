@@ -33,8 +33,12 @@ def _token(source: Source, name: str) -> str:
     return str(token)
 
 
-def _before_first(token_id: int | None, skip: int = 0) -> Tap:
-    """Make the tap before a padding token that stands in the text; one that the tokenizer has not stands in none."""
+def _before_first(source: Source, trained: int | None, skip: int = 0) -> Tap:
+    """Make the tap before a padding token that stands in the text; one that the tokenizer has not stands in none.
+
+    `trained` is the id that the family's own code pads with, whatever config.json says; --pad-token goes before it.
+    """
+    token_id = trained if source.padding.given is None else source.pad_id
     return Tap("last", "last_mask") if token_id is None else Tap("last", "before_first_id", (token_id,), skip=skip)
 
 
@@ -105,7 +109,7 @@ def _describe_starling(source: Source) -> Draft:
     return Draft(
         heads=_linear(source, "v_head"),
         text=text,
-        taps=(_before_first(source.tokenizer.unk_token_id),),
+        taps=(_before_first(source, source.tokenizer.unk_token_id),),
         backbone_prefix="transformer.",
         reasons={
             "heads": "GPTRewardModel calls its head v_head, and the backbone transformer",
@@ -358,7 +362,7 @@ def _describe_deepspeed(source: Source) -> Draft:
     return Draft(
         heads=_linear(source, "v_head"),
         text=TextRule("format", f"{{prompt}}{{response}}{END_OF_CONVERSATION}", add_special_tokens=True),
-        taps=(_before_first(pad, skip=int(starts_padded)),),
+        taps=(_before_first(source, pad, skip=int(starts_padded)),),
         backbone_prefix="rwtransformer.",
         reasons={
             "heads": "RewardModel calls its head v_head, and the backbone rwtransformer",
@@ -393,7 +397,7 @@ def _describe_trlx(source: Source) -> Draft:
     return Draft(
         heads=_linear(source, "v_head"),
         text=TextRule("format", form, add_special_tokens=True),
-        taps=(_before_first(source.tokenizer.eos_token_id),),
+        taps=(_before_first(source, source.tokenizer.eos_token_id),),
         backbone_prefix="transformer.",
         reasons={
             "heads": "GPTRewardModel calls its head v_head, and the backbone transformer",

@@ -12,19 +12,34 @@ if TYPE_CHECKING:
     from rewardrt_export.source import Source
 
 
+# The classes that it made at run time, now and before.
+ARCHITECTURES = ("RewardModel", "LLMForSequenceRegression")
+
+
+def is_its_own(source: Source) -> bool:
+    """Whether config.json says that OpenRLHF wrote it."""
+    return "value_head_prefix" in source.raw or source.architecture in ARCHITECTURES
+
+
 def _matches(source: Source) -> str | None:
     if "prompt_head.weight" in source.stored:
         return None
+    if source.architecture == "CriticModel":
+        return None  # scores the tokens of a policy in training, not texts
     if "value_head_prefix" in source.raw:
         return "config.json has value_head_prefix"
-    if source.architecture == "RewardModel":
-        return "its architecture is RewardModel"
-    if "value_head.weight" in source.stored and source.stored["value_head.weight"].shape[0] == 1:
+    if source.architecture in ARCHITECTURES:
+        return f"its architecture is {source.architecture}"
+    if _has_plain_head(source, "value_head"):
         return "it has value_head.weight with one output"
-    bare = type(source.config).__name__.replace("Config", "Model")
-    if "score.weight" in source.stored and source.architecture in (bare, bare.replace("Model", "ForCausalLM")):
-        return "it has score.weight, and its architecture is a base model's"
+    if _has_plain_head(source, "score") and source.says_base_model:
+        return f"it has score.weight with one output, and config.json says {source.architecture}"
     return None
+
+
+def _has_plain_head(source: Source, name: str) -> bool:
+    head = source.stored.get(f"{name}.weight")
+    return head is not None and head.shape[:1] == (1,) and f"{name}.bias" not in source.stored
 
 
 def _describe(source: Source) -> Draft:

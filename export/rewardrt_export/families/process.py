@@ -14,6 +14,7 @@ from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.encoder import ENCODERS
 from rewardrt_export.families.language_model_head import NAME as LM_HEAD
 from rewardrt_export.families.language_model_head import token_rows
+from rewardrt_export.families.objectives import label_names
 
 if TYPE_CHECKING:
     from rewardrt_export.source import Source
@@ -57,9 +58,16 @@ def _matches_trl(source: Source) -> str | None:
     head = next((source.stored[name] for name in ("score.weight", "classifier.weight") if name in source.stored), None)
     if source.config.model_type in ENCODERS or head is None or head.shape[:1] != (2,):
         return None
-    if source.architecture.endswith("ForTokenClassification"):
+    if source.architecture.endswith("ForTokenClassification") and not _names_labels(source):
         return f"its architecture is {source.architecture}, with two labels"
+    if source.says_base_model and "score.weight" in source.stored:
+        return f"its head has two labels, and config.json says {source.architecture}"
     return None
+
+
+def _names_labels(source: Source) -> bool:
+    """Whether somebody named the two labels, which PRMTrainer leaves as transformers makes them."""
+    return label_names(source.raw, 2) != label_names({}, 2)
 
 
 def _describe_trl(source: Source) -> Draft:

@@ -10,6 +10,7 @@ from rewardrt.spec import Combine, Head, Layer, Output, PoolingRule, Tap, TextRu
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.encoder import ENCODERS
 from rewardrt_export.families.objectives import label_names
+from rewardrt_export.families.openrlhf import is_its_own
 
 if TYPE_CHECKING:
     from rewardrt_export.source import Source
@@ -22,8 +23,13 @@ def _matches(source: Source) -> str | None:
     # Decoders' classes call the head score, encoders' call it classifier.
     is_encoder = source.config.model_type in ENCODERS or any(name.startswith("classifier.") for name in source.stored)
     other = is_encoder or source.stored.keys() & set(OTHER_HEADS)
-    if source.architecture.endswith("ForSequenceClassification") and not other:
+    if other:
+        return None
+    if source.architecture.endswith("ForSequenceClassification"):
         return f"its architecture is {source.architecture}"
+    # The base's config.json beside trained weights: this name is OpenRLHF's too.
+    if "score.weight" in source.stored and source.says_base_model and not is_its_own(source):
+        return f"it has score.weight, the name of its head, and config.json says {source.architecture}"
     return None
 
 
@@ -45,7 +51,7 @@ def _describe(source: Source) -> Draft:
         reasons={
             "heads": "transformers' name for the head of this architecture",
             "text": "TRL's RewardTrainer: a template brings its own special tokens, so that BOS is not doubled",
-            "taps": f"transformers reads {tap.rule} with config.json's pad_token_id {source.config.pad_token_id}",
+            "taps": f"transformers reads {tap.rule}, pad id {source.pad_id}",
         },
     )
 
@@ -63,8 +69,8 @@ def pad_tap(source: Source, rule: PoolingRule = "last_not_id") -> Tap:
 
     Code that was copied from transformers before its pull request 35911 still reads at `before_first_id`.
     """
-    pad = source.config.pad_token_id
-    return Tap("last", "last_mask") if pad is None else Tap("last", rule, (int(pad),))
+    pad = source.pad_id
+    return Tap("last", "last_mask") if pad is None else Tap("last", rule, (pad,))
 
 
 def text_rule(source: Source) -> TextRule:
