@@ -653,5 +653,9 @@ def _normalised(values: Values, affine: Affine | None) -> Values | InferenceErro
 def _read_template(bundle: Bundle) -> ChatTemplate | None:
     if bundle.manifest.spec.text.source != "chat_template":
         return None
-    source = bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")
+    path = bundle.file(CHAT_TEMPLATE)
+    try:
+        source = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path}: expected UTF-8 ({error.reason}); mend the template and export again") from error
     return ChatTemplate(source, bundle.manifest.spec.special_tokens)

@@ -320,6 +320,8 @@ def _decode(kind: Any, data: Any, where: str, complete: bool) -> Any:
         return float(data)
     if kind is Any:
         return data
+    if type(data) is int and kind is int and abs(data) >= 2**63:
+        raise BundleError(f"{where}: expected a whole number of 64 bits, found one of {data.bit_length()}")
     if type(data) is kind:  # exact: a JSON true is not the number 1
         return data
     raise BundleError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {type(data).__name__}")

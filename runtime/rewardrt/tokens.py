@@ -52,16 +52,18 @@ class Tokenizer:
     def __init__(self, path: Path, spec: Spec) -> None:
         try:
             self._backend = Backend.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception for every unreadable file
+            # A saved tokenizer may pad or cut by itself; both are the spec's business here.
+            self._backend.no_padding()
+            self._backend.no_truncation()
+            self._backend.encode_special_tokens = spec.text.split_special_tokens
+            # What the tokenizer itself puts before a text, such as BOS; -1 where it puts nothing.
+            self._first_special = next(iter(self._backend.encode("", add_special_tokens=True).ids), -1)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # for an unreadable file a bare Exception, for some a panic, which is none
             raise BundleError(f"{path}: not a tokenizer that this tokenizers version reads ({error})") from error
-        # A saved tokenizer may pad or cut by itself; both are the spec's business here.
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        self._backend.encode_special_tokens = spec.text.split_special_tokens
         self._spec = spec
         self._cuts = spec.text.source in ("pair", "segments")
-        # What the tokenizer itself puts before a text, such as BOS; -1 where it puts nothing.
-        self._first_special = next(iter(self._backend.encode("", add_special_tokens=True).ids), -1)
 
     def encode(self, text: RenderedText, *, max_length: int | None = None) -> EncodedText:
         """Encode one text; see `encode_many`."""
@@ -79,13 +81,13 @@ class Tokenizer:
 
     def encode_ids(self, ids: Sequence[int], *, max_length: int | None = None) -> EncodedText:
         """Take token ids as they are, cut to the limit. Raises RowError for an id that the tokenizer does not have."""
-        whole = np.array(ids, dtype=np.int64)
-        if len(whole) == 0:
+        if len(ids) == 0:
             raise RowError("the text has no tokens; expected at least one")
         known = min(self._backend.get_vocab_size(), self._spec.vocabulary or sys.maxsize)
-        if whole.min() < 0 or whole.max() >= known:
-            wrong = int(whole[(whole < 0) | (whole >= known)][0])
+        if min(ids) < 0 or max(ids) >= known:  # of any size: before they are numbers of 64 bits
+            wrong = next(number for number in ids if not 0 <= number < known)
             raise RowError(f"token id {wrong}: expected 0 to {known - 1}")
+        whole = np.array(ids, dtype=np.int64)
         if self._spec.input == "steps" or self._spec.reads_prompt_end:
             raise RowError("this model reads more of a text than its token ids say; send the text")
         kept = whole[: min(self._spec.max_length, max_length or self._spec.max_length)]
