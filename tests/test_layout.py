@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of one group may not import each other unless the order inside the group says so.
 ORDER = {
     "rewardrt": [
-        "errors", "spec", "processor", "bundle", "providers", "kernels", "session", "text", "tokens", "batching", "prefix", "rows", "pairwise", "reward_model",
+        "errors", "strict_json", "spec", "processor", "bundle", "providers", "kernels", "session", "text", "tokens", "batching", "prefix", "rows", "pairwise", "reward_model",
         "verify", "files", "workers", "bench", "doctor", "server", "cli",
     ],
     "rewardrt_export": [
