@@ -1,8 +1,8 @@
 """The one reader of JSON that comes from outside: lines of files and bodies of requests.
 
 Python's own reader takes numbers that JSON does not have, and recurses for every level. What is allowed is decided
-here, before anything is built: levels, and for a server how many values there may be, because each costs far more memory
-and time than its bytes.
+here, before anything is built: levels, and for a server how many values there may be, because each costs far more
+memory and time than its bytes.
 """
 
 from __future__ import annotations
