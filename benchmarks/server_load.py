@@ -36,9 +36,9 @@ class Client:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
-    async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
+    async def post(self, path: str, body: bytes, headers: str = "") -> tuple[int, bytes]:
         """Return the status and body of the answer."""
-        await self.send(path, body)
+        await self.send(path, body, headers)
         assert self._reader is not None
         head = await self._reader.readuntil(b"\r\n\r\n")
         size = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
@@ -47,11 +47,11 @@ class Client:
             await self.close()
         return int(head[9:12]), answer
 
-    async def send(self, path: str, body: bytes) -> None:
+    async def send(self, path: str, body: bytes, headers: str = "") -> None:
         """Post and do not wait for the answer."""
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
-        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n{headers}\r\n"
         self._writer.write(head.encode() + body)
         await self._writer.drain()
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,6 +23,16 @@ class Running:
     log: list[str] = field(default_factory=list)
     url: str = ""
 
+    def wait_for(self, text: str, seconds: float = 10.0) -> str:
+        """Return the first line of the log that holds this text; lines are written a little after the answer."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for line in list(self.log):
+                if text in line:
+                    return line
+            time.sleep(0.01)
+        raise AssertionError(f"no line of the log has {text!r}: {self.log}")
+
     def stop(self, sig: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""
         self.process.send_signal(sig)
@@ -30,13 +40,19 @@ class Running:
 
 
 @contextmanager
-def serving(*arguments: object, port: int = 0) -> Iterator[Running]:
-    """Serve until the block ends."""
+def serving(
+    *arguments: object, port: int = 0, limit: Callable[[], None] | None = None, **variables: str
+) -> Iterator[Running]:
+    """Serve until the block ends; `limit` is called in the new process, `variables` are of its environment."""
     command = [sys.executable, "-c", "from rewardrt.cli import main; main()", "serve"]
     environment = os.environ | {"PYTHONUTF8": "1"}
     environment.pop("REWARDRT_API_KEY", None)
     process = subprocess.Popen(
-        [*command, *map(str, arguments), "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment
+        [*command, *map(str, arguments), "--port", str(port)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | variables,
+        preexec_fn=limit,  # noqa: PLW1509 - set limits before there are threads
     )
     running = Running(process)
     reader = threading.Thread(target=_read, args=(running,), daemon=True)

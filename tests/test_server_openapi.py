@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rewardrt.server.routes import ROUTES
+from rewardrt.server.routes import RELOAD, ROUTES
 from rewardrt.server.views import VIEWS
 from server_process import Running, serving
 
@@ -26,7 +26,7 @@ def server(tiny_bundle: Path) -> Iterator[Running]:
 
 def test_every_route_is_in_the_document(server: Running) -> None:
     paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
-    assert set(paths) == {route.path for route in ROUTES} | {view.path for view in VIEWS}
+    assert set(paths) == {route.path for route in ROUTES} | {view.path for view in VIEWS} | {RELOAD}
 
 
 def test_the_page_of_routes_names_every_one_and_asks_nobody(server: Running) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import errno
 import json
-import math
 import queue
 import secrets
 import sys
@@ -25,6 +24,7 @@ from rewardrt.fields import unread
 from rewardrt.formats import LINE_BYTES
 from rewardrt.pairwise import settle
 from rewardrt.rows import Row, Scored, error_row, fill_row, parse_row
+from rewardrt.strict_json import read_json
 from rewardrt.text import Item
 
 WINDOW_ROWS = 4096
@@ -205,36 +205,12 @@ def open_output(path: str | Path | None) -> Iterator[Output]:
 
 def _read_row(data: bytes) -> dict[str, Any]:
     """Return the object on one line, or raise RowError."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise RowError(f"expected UTF-8, found the byte 0x{data[error.start]:02x} at byte {error.start + 1}") from None
-    if not text.strip():
+    if not data.strip():
         raise RowError("blank line; expected a JSON object")
-    try:
-        row = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
-    except RowError:
-        raise
-    except json.JSONDecodeError as error:
-        raise RowError(f"not JSON ({error.msg} at character {error.pos + 1}); expected a JSON object") from None
-    except ValueError:  # Python's limit on the digits of an integer
-        raise RowError("holds an integer of too many digits; write it as a string") from None
-    except RecursionError:
-        raise RowError(_TOO_DEEP) from None
+    row = read_json(data)
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, found {type(row).__name__}")
     return row
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        _refuse_number(text)
-    return value
-
-
-def _refuse_number(text: str) -> NoReturn:
-    raise RowError(f"holds {text[:40]}, which is no number that JSON can carry; write null or a string")
 
 
 _Some = TypeVar("_Some")

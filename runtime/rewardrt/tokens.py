@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,15 @@ class Tokenizer:
         if len(ids) == 0:
             raise RowError("the text has no tokens; expected at least one")
         known = min(self._backend.get_vocab_size(), self._spec.vocabulary or sys.maxsize)
-        if min(ids) < 0 or max(ids) >= known:  # of any size: before they are numbers of 64 bits
-            wrong = next(number for number in ids if not 0 <= number < known)
-            raise RowError(f"token id {wrong}: expected 0 to {known - 1}")
-        whole = np.array(ids, dtype=np.int64)
+        if min(ids) < 0 or max(ids) >= known:  # before numpy sees them: they may be of any size
+            wrong = str(next(each for each in ids if not 0 <= each < known))
+            raise RowError(f"token id {wrong[:40]}: expected 0 to {known - 1}")
         if self._spec.input == "steps" or self._spec.reads_prompt_end:
             raise RowError("this model reads more of a text than its token ids say; send the text")
-        kept = whole[: min(self._spec.max_length, max_length or self._spec.max_length)]
+        limit = min(self._spec.max_length, max_length or self._spec.max_length)
+        kept = np.array(ids[:limit], dtype=np.int64)
         type_ids = np.zeros_like(kept) if self._spec.text.type_ids else None
-        return EncodedText(kept, len(whole) - len(kept), tap_positions(kept, self._spec.taps), type_ids)
+        return EncodedText(kept, len(ids) - len(kept), tap_positions(kept, self._spec.taps), type_ids)
 
     def pieces(self, text: RenderedText) -> list[str]:
         """Return the part of the text that each token ends, for people: together they are the text.
@@ -123,14 +124,16 @@ class Tokenizer:
     ) -> list[EncodedText | RowError]:
         """Encode texts in order; a text that cannot be read at every tap gives a RowError in its place.
 
-        `max_length` lowers the spec's limit, never raises it.
+        So does one at which the tokenizer itself fails, and no other. `max_length` lowers the spec's limit, never
+        raises it.
         """
         limit = min(self._spec.max_length, max_length or self._spec.max_length)
         results: list[EncodedText | RowError | None] = [None] * len(texts)
         for i, text in enumerate(texts):
             try:
                 if text.pieces:
-                    results[i] = self._finish_pieces(text, limit)
+                    with _at_this_text():
+                        results[i] = self._finish_pieces(text, limit)
             except RowError as error:
                 results[i] = error
         for add_special_tokens in (False, True):
@@ -140,11 +143,14 @@ class Tokenizer:
                 if not text.pieces and self.adds_special_tokens(text) == add_special_tokens
             ]
             inputs = [texts[i].text if texts[i].pair is None else (texts[i].text, texts[i].pair) for i in chosen]
-            encodings = self._backend.encode_batch_fast(inputs, add_special_tokens=add_special_tokens)
-            for i, encoding in zip(chosen, encodings, strict=True):
+            for i, encoding in zip(chosen, self._encode_batch(inputs, add_special_tokens), strict=True):
+                if isinstance(encoding, RowError):
+                    results[i] = encoding
+                    continue
                 try:
                     cut = self._cut(encoding, limit)
-                    results[i] = self._finish(cut, len(encoding.ids) - len(cut.ids), texts[i], limit)
+                    with _at_this_text():
+                        results[i] = self._finish(cut, len(encoding.ids) - len(cut.ids), texts[i], limit)
                 except RowError as error:
                     results[i] = error
         return [self._known(result) for result in results if result is not None]
@@ -159,6 +165,21 @@ class Tokenizer:
             f"the text holds {self._backend.id_to_token(wrong)!r} (token id {wrong}), and the model knows the ids 0 to "
             f"{rows - 1}: its tokenizer has tokens that it was never trained on; leave them out of the text"
         )
+
+    def _encode_batch(self, inputs: Sequence[Any], add_special_tokens: bool) -> list[Any]:
+        """Return an encoding for each text, or a RowError for one at which the library fails."""
+        try:
+            with _at_this_text():
+                return list(self._backend.encode_batch_fast(inputs, add_special_tokens=add_special_tokens))
+        except RowError as error:
+            if len(inputs) == 1:
+                return [error]
+        half = len(inputs) // 2
+        return [
+            encoding
+            for part in (inputs[:half], inputs[half:])
+            for encoding in self._encode_batch(part, add_special_tokens)
+        ]
 
     def adds_special_tokens(self, text: RenderedText) -> bool:
         """Whether the tokenizer's own special tokens come in.
@@ -273,6 +294,21 @@ class Tokenizer:
                 "a reward for the rest would not be one for the answer: shorten it"
             )
         return positions
+
+
+@contextmanager
+def _at_this_text() -> Iterator[None]:
+    """Make what the library does at one text that text's error.
+
+    A panic in its Rust code is a BaseException, which no `except Exception` stops: it would end the thread, or the run.
+    """
+    try:
+        yield
+    except (RowError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RowError(f"the tokenizer failed at this text ({type(error).__name__}: {reason})") from error
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

@@ -11,13 +11,16 @@ import numpy as np
 from rewardrt.errors import InferenceError, RewardRTError, RowError
 from rewardrt.pairwise import settle
 from rewardrt.rows import Row, Scored
-from rewardrt.server.engine import Job, TokenIds, TokenReward, Work
 from rewardrt.server.models import Models, Served
 from rewardrt.server.options import Overflow, ServerOptions
-from rewardrt.server.problem import Kind, Problem
+from rewardrt.server.problem import Kind, Problem, shortened
 from rewardrt.server.schema import Schema
+from rewardrt.server.turns import Job, TokenIds, TokenReward, Work, characters
 from rewardrt.spec import AggregateRule
-from rewardrt.text import RawText
+from rewardrt.text import Item, RawText
+
+# Rewards of tokens make long answers: so many fewer texts may be in a request.
+TOKEN_REWARDS = 16
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,14 @@ class Call:
         items: list[Any] = []
         for row in self.rows:
             if isinstance(row, Row):
-                items += row.items
+                items += [self._bounded(item, options) for item in row.items]
             elif isinstance(row, TokenIds):
                 items.append(row)
         if len(items) > options.max_items:
-            raise Problem("validation", f"{len(items)} texts in one request; expected at most {options.max_items}")
+            raise _too_many(len(items), options.max_items)
+        if self.every_token and len(items) > options.max_items // TOKEN_REWARDS:
+            most = max(1, options.max_items // TOKEN_REWARDS)
+            raise Problem("validation", f"{len(items)} texts with rewards of tokens; expected at most {most}")
         limits = [limit for limit in (self.max_length, options.max_length) if limit is not None]
         normalize = options.normalize if self.normalize is None else self.normalize
         try:
@@ -86,6 +92,13 @@ class Call:
             every_token=self.every_token,
         )
 
+    def _bounded(self, item: Item, options: ServerOptions) -> Item | RowError:
+        """Refuse a text that would take long to read before anything of it could be cut."""
+        limit, found = options.characters(self.served.model.spec.max_length), characters(item)
+        if found <= limit:
+            return item
+        return RowError(f"the text has {found} characters; expected at most {limit}: shorten it")
+
     def outcome(self, job: Job | None) -> Outcome:
         """Put the engine's results back into rows; there is no job where nothing was to be scored."""
         results = iter(job.results if job is not None else ())
@@ -99,7 +112,7 @@ class Call:
             if failed:
                 kind = InferenceError if isinstance(failed[0][1], InferenceError) else RowError
                 label = row.label if isinstance(row, Row) else _no_label
-                rows.append(kind("; ".join(f"{label(index)}{error}" for index, error in failed)))
+                rows.append(kind(shortened("; ".join(f"{label(index)}{error}" for index, error in failed))))
                 continue
             scores = [result for result in own if isinstance(result, Scored)]
             rows.append(tuple(settle(row, scores) if isinstance(row, Row) else scores))
@@ -115,15 +128,20 @@ class Incoming:
     path: Mapping[str, str] = field(default_factory=dict)
     route: str = ""
     binary: bytes = b""  # what came behind the JSON, in KServe's protocol
+    options: ServerOptions = ServerOptions()
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a protocol refuses: the status of each kind of problem that is not the common one, and the body."""
+    """How a protocol refuses: the status of each kind of problem that is not the common one, and the body.
+
+    `patience` is for how many seconds its clients are better served by waiting for a full queue than by a refusal.
+    """
 
     name: str
     body: Callable[[int, Problem], Any]
     statuses: Mapping[Kind, int] = field(default_factory=dict)
+    patience: float = 30.0
 
     def status(self, problem: Problem) -> int:
         """Return the HTTP status of a problem."""
@@ -140,8 +158,15 @@ class Scoring:
     answer: Schema  # of the JSON body of a 200
 
 
+# The fields of a request that make the text of a conversation.
+CONVERSATION = ("messages", "tools", "documents", "chat_template_kwargs")
 COMMON_STATUS: dict[Kind, int] = {
     "unauthorized": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "method": 405,
+    "timeout": 408,
+    "media_type": 415,
     "validation": 400,
     "empty": 400,
     "unknown_model": 404,
@@ -173,12 +198,31 @@ def answers(served: Served, pairs: Sequence[tuple[str, str]]) -> tuple[Row, ...]
 
 def ranking(served: Served, query: str, documents: Sequence[str]) -> tuple[Row, ...]:
     """Return the one row of a query and its documents; () for no documents."""
-    return (_parse(served, {"prompt": query, "responses": list(documents)}, ""),) if documents else ()
+    if not documents:
+        return ()
+    row = {"prompt": query, "responses": list(documents)}
+    check_texts(served, [row])
+    return (_parse(served, row, ""),)
 
 
-def conversation(served: Served, messages: Sequence[Any]) -> tuple[Row, ...]:
-    """Return the row of a conversation that ends with the assistant."""
-    return (_parse(served, {"messages": list(messages)}, ""),)
+def conversation(served: Served, wanted: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Return the row of a conversation that ends with the assistant, with what its template is given beside it."""
+    return (_parse(served, {name: wanted[name] for name in CONVERSATION if wanted.get(name) is not None}, ""),)
+
+
+def check_texts(served: Served, rows: Sequence[Any]) -> None:
+    """Raise Problem for rows of too many texts, before anything is made of them; a row that is none counts as one."""
+    compared, most, found = served.model.spec.reads_two_answers, served.options.max_items, 0
+    for row in rows:
+        answers = row.get("responses") if isinstance(row, dict) else None
+        count = len(answers) if isinstance(answers, list) else 1
+        found += max(1, count * (count - 1) if compared else count)
+    if found > most:
+        raise _too_many(found, most)
+
+
+def _too_many(found: int, most: int) -> Problem:
+    return Problem("validation", f"{found} texts in one request; expected at most {most}")
 
 
 def single_rewards(served: Served) -> None:

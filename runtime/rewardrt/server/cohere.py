@@ -11,10 +11,18 @@ from typing import Any
 from rewardrt.server import vllm
 from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring
 from rewardrt.server.problem import Problem
-from rewardrt.server.schema import INTEGER, nullable
+from rewardrt.server.schema import INTEGER, STRING, array, nullable, only
 
+DOCUMENT = {"type": "object", "properties": {"text": STRING}, "required": ["text"], "additionalProperties": True}
 RERANK_BODY = vllm.RERANK_BODY | {
-    "properties": vllm.RERANK_BODY["properties"] | {"max_tokens_per_doc": nullable(INTEGER | {"minimum": 1})}
+    "properties": vllm.RERANK_BODY["properties"]
+    | {
+        "documents": array({"anyOf": [STRING, DOCUMENT]}),  # fields beside the text are not ranked by, and come back
+        "rank_fields": nullable({"type": "array", "items": only("text"), "minItems": 1}),
+        "max_tokens_per_doc": nullable(INTEGER | {"minimum": 1}),
+        "max_chunks_per_doc": nullable(INTEGER | {"minimum": 1}),  # a document is one chunk here
+        "truncation": nullable(only(True)),
+    }
 }
 
 
@@ -26,7 +34,7 @@ def refusal(status: int, problem: Problem) -> dict[str, Any]:
 def rerank(incoming: Incoming) -> Call:
     """Rank documents as answers to the query, best first."""
     wanted = incoming.body
-    call = vllm.rerank(incoming)
+    call = vllm.rank(incoming.models.for_hosted_name(wanted.get("model")), wanted)
     limit, least = wanted.get("max_tokens_per_doc"), call.served.model.spec.max_length
     if limit is not None and limit < least:
         # The model's own cut is of the whole text; a document is never cut by itself.

@@ -1,8 +1,11 @@
 """One thread for each bundle that does all its computing, and the queue before it.
 
-Requests of all connections wait in one queue, bounded in tokens. The engine takes what waits, up to a number of tokens,
-scores it together and answers each request as soon as all its texts are scored. A request that is larger than one turn
-is scored over several. What a text's reward is does not depend on its turn.
+Requests of all connections wait in one queue (`turns` says who is next). The engine takes what waits, up to a number of
+tokens, scores it together and answers each request as soon as all its texts are scored. A request that is larger than
+one turn is scored over several. What a text's reward is does not depend on its turn.
+
+Long texts are tokenized by a second thread before they join the queue, so that nobody waits for their characters.
+Whatever goes wrong with a text stays with it: what fails is taken apart until the text at fault is alone.
 """
 
 from __future__ import annotations
@@ -10,28 +13,34 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from rewardrt.errors import InferenceError, RewardRTError, RowError
-from rewardrt.reward_model import RewardModel
+from rewardrt.reward_model import RewardModel, Values
 from rewardrt.rows import Scored
-from rewardrt.server.options import Overflow
 from rewardrt.server.problem import Problem
-from rewardrt.spec import AggregateRule
-from rewardrt.text import Conversation, Item, Pair, RawText, Steps, as_turns
+from rewardrt.server.turns import (
+    SLICE_TOKENS,
+    Job,
+    Slice,
+    TokenIds,
+    TokenReward,
+    Turns,
+    Work,
+)
+from rewardrt.text import Item
 from rewardrt.tokens import EncodedText
 
 TURN_TOKENS = 8192  # what is scored together: more makes larger batches, and longer waits for those who come next
-# A text's tokens are counted when its turn comes; until then it is taken for so many characters a token, and some
-# more for the template.
-CHARACTERS_A_TOKEN = 3
-TEMPLATE_TOKENS = 16
+RESTARTS = 3  # of an engine's thread in RESTART_SECONDS; after one more the engine is dead
+RESTART_SECONDS = 60.0
 
-TokenReward = tuple[str, float]  # the part of the text that a token ends, and the reward after it
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
 
 
 class OverflowRowError(RowError):
@@ -39,46 +48,11 @@ class OverflowRowError(RowError):
 
 
 @dataclass(frozen=True)
-class TokenIds:
-    """A text that comes as token ids."""
-
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a request wants of an engine."""
-
-    items: tuple[Item | TokenIds, ...]
-    normalize: bool | None = None
-    aggregate: AggregateRule | None = None
-    max_length: int | None = None
-    overflow: Overflow = "cut"
-    every_token: bool = False
-
-
-@dataclass
-class Job:
-    """A request's work in the queue, and what became of it; `deliver` is called once, by the engine's thread."""
-
-    work: Work
-    costs: list[int]  # estimated tokens of each item
-    deliver: Callable[[Job], None]
-    submitted: float
-    results: list[Scored | RewardRTError] = field(default_factory=list)
-    token_rewards: dict[int, list[TokenReward]] = field(default_factory=dict)
-    gone: bool = False  # set when nobody waits for it any more: what is not computed yet never is
-    taken: int = 0  # items that a turn has taken
-    queue_seconds: float | None = None
-    compute_seconds: float = 0.0
-    failure: str = ""
-
-
-@dataclass(frozen=True)
 class Turn:
-    """What one turn of the engine did, for the metrics."""
+    """What one turn of the engine did, for the metrics. Texts and tokens are of those that got a reward."""
 
     texts: int
+    failed: int  # texts that got none
     tokens: int
     computed: int  # of these tokens; the others were shared
     truncated: int
@@ -87,7 +61,10 @@ class Turn:
 
 
 class Engine:
-    """The thread, the queue and the health of one loaded bundle. `fault` says why it cannot score, or is None."""
+    """The threads, the queue and the health of one loaded bundle. `fault` says why it cannot score, or is None.
+
+    A thread that dies is started again. An engine that died too often is `dead`, and takes no more work.
+    """
 
     def __init__(
         self,
@@ -95,185 +72,290 @@ class Engine:
         *,
         max_queue_tokens: int,
         turn_tokens: int = TURN_TOKENS,
+        slice_tokens: int = SLICE_TOKENS,
         observe: Callable[[Turn], None] = lambda turn: None,
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model = model
         self.fault: str | None = None
+        self.dead = False
         self.waiting_tokens = 0  # estimated, of accepted requests that are not answered
         self._max_queue_tokens = max_queue_tokens
         self._turn_tokens = turn_tokens
+        self._slice_tokens = slice_tokens
         self._observe = observe
-        self._jobs: deque[Job] = deque()
+        self._report = report
+        self._turns = Turns(slice_tokens)
+        self._long = Turns()  # jobs with texts to be tokenized first, one text of each client at a time
+        self._open: set[Job] = set()
+        self._at: dict[str, list[Job]] = {}  # what each thread is at
         self._changed = threading.Condition()
         self._closed = False
+        self._deaths: list[float] = []
         self._rate = 0.0  # estimated tokens a second of the last turns
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._threads: dict[str, threading.Thread] = {}
+        self._start("engine", self._score_turns)
 
-    def submit(self, work: Work, deliver: Callable[[Job], None]) -> Job:
-        """Put work into the queue, or raise Problem("overloaded") with the seconds after which to try again."""
+    def submit(self, work: Work, deliver: Callable[[Job], None], *, client: str = "", patience: float = 0.0) -> Job:
+        """Put work into the queue.
+
+        Of a queue that is full: with patience the job may be withdrawn after so many seconds, if it did not begin;
+        without, Problem("overloaded") is raised with the seconds after which to try again.
+        """
         limit = min(self.model.spec.max_length, work.max_length or self.model.spec.max_length)
-        costs = [min(limit, estimated_tokens(item)) for item in work.items]
-        total = sum(costs)
+        costs = [min(limit, tokens) for tokens in work.tokens]
+        job = Job(work, costs, deliver, time.perf_counter(), client)
+        job.booked = job.left = sum(costs)
+        job.long = list(reversed(work.long))
         with self._changed:
             if self._closed:
                 raise Problem("draining", "the server is shutting down", retry_after=1)
-            if self.waiting_tokens and self.waiting_tokens + total > self._max_queue_tokens:
-                seconds = self.waiting_tokens / self._rate if self._rate else 1.0
-                raise Problem(
-                    "overloaded",
-                    f"the queue holds {self.waiting_tokens} of {self._max_queue_tokens} tokens; try again later",
-                    retry_after=max(1, min(60, round(seconds))),
-                )
-            job = Job(work, costs, deliver, time.perf_counter())
-            self.waiting_tokens += total
-            self._jobs.append(job)
-            self._changed.notify()
+            if self._is_full(job.booked):
+                job.may_be_refused = True
+                if patience <= 0:
+                    raise self._overloaded()
+            self.waiting_tokens += job.booked
+            self._open.add(job)
+            (self._long if job.long else self._turns).add(job)
+            if job.long and "long texts" not in self._threads:
+                self._start("long texts", self._encode_long_texts)
+            self._changed.notify_all()
         return job
 
+    def withdraw(self, job: Job) -> Problem | None:
+        """Take a job back that came when the queue was full and did not begin yet; None: it goes on."""
+        with self._changed:
+            if job.taken or job.delivered or not job.may_be_refused:
+                return None
+            job.gone = True
+            self._forget(job)
+            return self._overloaded()
+
     def close(self) -> None:
-        """Take nothing more, fail what waits, and end the thread after its turn."""
+        """Take nothing more, fail what waits, and end the threads after what they are at."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def join(self, timeout: float) -> None:
-        """Wait for the thread to end."""
-        self._thread.join(timeout)
+        """Wait for the threads to end."""
+        end = time.monotonic() + timeout
+        for thread in list(self._threads.values()):
+            thread.join(max(0.0, end - time.monotonic()))
 
-    def _run(self) -> None:
+    def _is_full(self, cost: int) -> bool:
+        """Whether a request of this cost would wait for more than the queue may hold.
+
+        Of what is larger only a slice comes before it, as `turns` shares out; and one that is larger than the queue
+        is taken where half of it is free, or it never would be.
+        """
+        if not self.waiting_tokens or self.waiting_tokens + cost <= self._max_queue_tokens:
+            return False
+        size = max(cost, self._slice_tokens)
+        before = sum(min(job.left, size) for job in self._open if not job.gone)
+        return before > 0 and before + min(cost, self._max_queue_tokens // 2) > self._max_queue_tokens
+
+    def _overloaded(self) -> Problem:
+        seconds = self.waiting_tokens / self._rate if self._rate else 1.0
+        return Problem(
+            "overloaded",
+            f"the queue holds {self.waiting_tokens} of {self._max_queue_tokens} tokens; try again later",
+            retry_after=max(1, min(60, round(seconds))),
+        )
+
+    def _start(self, name: str, work: Callable[[], None]) -> None:
+        """Start a thread, or start it anew."""
+        self._threads[name] = threading.Thread(target=self._keep, args=(name, work), name=name, daemon=True)
+        self._threads[name].start()
+
+    def _keep(self, name: str, work: Callable[[], None]) -> None:
+        """Do a thread's work until the engine is closed; when it dies of something, see to what follows."""
         try:
-            while turn := self._take():
-                self._score_turn(turn)
-        finally:
+            work()
+        except BaseException as error:  # a bug of ours, or the interpreter's end
+            self._died(name, work, f"{type(error).__name__} at {place(error)}")
+        else:
+            if name == "engine":
+                self._abandon("the server is shutting down")
+
+    def _died(self, name: str, work: Callable[[], None], reason: str) -> None:
+        now = time.monotonic()
+        self._deaths = [*(then for then in self._deaths if now - then < RESTART_SECONDS), now]
+        for job in self._at.pop(name, []):
+            job.failure = f"the engine failed ({reason})"
+            self._deliver(job)
+        if len(self._deaths) <= RESTARTS and not self._closed:
+            self._report(f"error: a thread of the engine died ({reason}); it is started again")
+            with contextlib.suppress(RuntimeError):  # no thread can be started
+                self._start(name, work)
+                return
+        self.dead = True
+        self.fault = f"the engine has stopped ({reason})"
+        self._abandon(self.fault)
+
+    def _abandon(self, reason: str) -> None:
+        with self._changed:
             self._closed = True
             self.fault = self.fault or "the engine has stopped"
-            self._abandon()
-
-    def _abandon(self) -> None:
-        with self._changed:
-            left = list(self._jobs)
-            self._jobs.clear()
+            left = list(self._open)
+            self._turns.clear()
+            self._long.clear()
+            self._changed.notify_all()
         for job in left:
-            job.failure = "the server is shutting down"
+            job.failure = reason
             self._deliver(job)
 
-    def _take(self) -> list[tuple[Job, int, int]]:
-        """Wait for work and return the items of the next turn: jobs, with the range of their items; [] at the end."""
-        with self._changed:
-            while True:
-                while not self._jobs and not self._closed:
+    def _score_turns(self) -> None:
+        while slices := self._take():
+            self._score_turn(slices)
+
+    def _take(self) -> list[Slice]:
+        """Wait for work and return the next turn; [] at the end."""
+        while True:
+            with self._changed:
+                while not self._turns and not self._closed:
                     self._changed.wait()
                 if self._closed:
                     return []
-                if turn := self._plan():
-                    return turn
+                slices, dropped = self._turns.plan(self._turn_tokens)
+                self._at["engine"] = [each.job for each in slices]
+                for job in dropped:
+                    self._forget(job)
+            if slices:
+                return slices
 
-    def _plan(self) -> list[tuple[Job, int, int]]:
-        turn = []
-        room = self._turn_tokens
-        while self._jobs and room > 0:
-            job = self._jobs[0]
-            if job.gone:
-                self._jobs.popleft()
-                self.waiting_tokens -= sum(job.costs)
-                continue
-            start = job.taken
-            while job.taken < len(job.costs) and room > 0:
-                room -= job.costs[job.taken]
-                job.taken += 1
-            turn.append((job, start, job.taken))
-            if job.taken == len(job.costs):
-                self._jobs.popleft()
-        return turn
+    def _forget(self, job: Job) -> None:
+        self._open.discard(job)
+        self.waiting_tokens -= job.booked
+        job.booked = 0
 
-    def _score_turn(self, turn: Sequence[tuple[Job, int, int]]) -> None:
+    def _score_turn(self, slices: Sequence[Slice]) -> None:
         started = time.perf_counter()
         before = self.model.statistics.computed
         waits = []
-        for job, _, _ in turn:
-            if job.queue_seconds is None:
-                job.queue_seconds = started - job.submitted
-                waits.append(job.queue_seconds)
-        try:
-            scored = self._score(turn)
-        except Exception as error:  # a bug, or out of memory: this turn's requests fail, and the engine goes on
-            for job, _, _ in turn:
-                job.failure = f"the engine failed ({type(error).__name__})"
-            scored = []
-            self._probe()
+        for each in slices:
+            if each.job.queue_seconds is None:
+                each.job.queue_seconds = started - each.job.submitted
+                waits.append(each.job.queue_seconds)
+        cost = sum(sum(each.job.costs[each.start : each.stop]) for each in slices)
+        scored = self._score(slices)
         seconds = time.perf_counter() - started
-        if scored and not any(isinstance(result, Scored) for result in scored):
-            if any(isinstance(result, InferenceError) for result in scored):
-                self._probe()
-        elif scored:
-            self.fault = None
         good = [result for result in scored if isinstance(result, Scored)]
-        cost = sum(sum(job.costs[start:stop]) for job, start, stop in turn)
+        if good:
+            self.fault = None
+        elif any(isinstance(result, InferenceError) for result in scored):
+            self._probe()
         self._rate = 0.5 * self._rate + 0.5 * cost / max(seconds, 1e-6)
-        self._observe(
-            Turn(
-                len(scored),
-                sum(result.tokens for result in good),
-                self.model.statistics.computed - before,
-                sum(result.truncated > 0 for result in good),
-                seconds,
-                tuple(waits),
-            )
+        turn = Turn(
+            len(good),
+            len(scored) - len(good),
+            sum(result.tokens for result in good),
+            self.model.statistics.computed - before,
+            sum(result.truncated > 0 for result in good),
+            seconds,
+            tuple(waits),
         )
-        for job, _, _ in turn:
-            job.compute_seconds += seconds
-            if job.failure or job.taken == len(job.costs):
-                self._deliver(job)
+        with contextlib.suppress(Exception):  # what is counted must not stop what is scored
+            self._observe(turn)
+        for each in slices:
+            each.job.compute_seconds += seconds
+            if each.job.taken == len(each.job.costs):
+                self._deliver(each.job)
 
     def _deliver(self, job: Job) -> None:
         with self._changed:
-            if job.failure and self._jobs and self._jobs[0] is job:
-                self._jobs.popleft()
-            self.waiting_tokens -= sum(job.costs)
-        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            if job.delivered:
+                return
+            job.delivered = job.gone = True  # what is left of one that failed is not for another turn
+            self._forget(job)
+        with contextlib.suppress(Exception):  # the event loop has ended
             job.deliver(job)
 
-    def _score(self, turn: Sequence[tuple[Job, int, int]]) -> list[Scored | RewardRTError]:
+    def _score(self, slices: Sequence[Slice]) -> list[Scored | RewardRTError]:
         """Score the items of a turn in one call, and put each job's results where they belong."""
         encoded: list[EncodedText | RewardRTError] = []
-        for job, start, stop in turn:
-            encoded += self._encode(job, start, stop)
+        for each in slices:
+            encoded += self._encode(each.job, range(each.start, each.stop))
         good = [text for text in encoded if isinstance(text, EncodedText)]
-        values = iter(self.model.score_encoded(good))
+        values = iter(apart(self.model.score_encoded, good, _failed))
         results: list[Scored | RewardRTError] = []
         texts = iter(encoded)
-        for job, start, stop in turn:
-            for index in range(start, stop):
+        for each in slices:
+            for index in range(each.start, each.stop):
                 text = next(texts)
-                result: Scored | RewardRTError
-                if isinstance(text, EncodedText):
-                    result = self.model.finish(
-                        text, next(values), normalize=job.work.normalize, aggregate=job.work.aggregate
-                    )
-                    if job.work.every_token and isinstance(result, Scored):
-                        job.token_rewards[index] = self._token_rewards(job, index, text)
-                else:
-                    result = text
-                job.results.append(result)
+                result = self._finish(each.job, index, text, next(values)) if isinstance(text, EncodedText) else text
+                each.job.results.append(result)
                 results.append(result)
         return results
 
-    def _encode(self, job: Job, start: int, stop: int) -> list[EncodedText | RewardRTError]:
-        work, items = job.work, job.work.items[start:stop]
-        found: list[EncodedText | RewardRTError]
-        plain = [item for item in items if not isinstance(item, TokenIds)]
-        rendered = iter(self.model.encode(plain, max_length=work.max_length)) if plain else iter(())
-        found = [self._take_ids(item, work) if isinstance(item, TokenIds) else next(rendered) for item in items]
-        if work.overflow == "cut":
-            return found
-        return [_too_long(text) if isinstance(text, EncodedText) and text.truncated else text for text in found]
+    def _finish(
+        self, job: Job, index: int, text: EncodedText, values: Values | InferenceError
+    ) -> Scored | RewardRTError:
+        def finish(_: Sequence[int]) -> list[Scored | RewardRTError]:
+            result = self.model.finish(text, values, normalize=job.work.normalize, aggregate=job.work.aggregate)
+            if job.work.every_token and isinstance(result, Scored):
+                job.token_rewards[index] = self._token_rewards(job, index, text)
+            return [result]
+
+        return apart(finish, [index], _failed)[0]
+
+    def _encode(self, job: Job, indices: Sequence[int]) -> list[EncodedText | RewardRTError]:
+        """Return each item's token ids, or its error, where they were not made beforehand."""
+        found = {index: job.encoded.pop(index) for index in indices if index in job.encoded}
+        plain: list[tuple[int, Item]] = []
+        for index in indices:
+            item = job.work.items[index]
+            if isinstance(item, RowError):
+                found[index] = item
+            elif isinstance(item, TokenIds):
+                found[index] = self._take_ids(item, job.work)
+            elif index not in found:
+                plain.append((index, item))
+
+        def encode(some: Sequence[tuple[int, Item]]) -> list[EncodedText | RewardRTError]:
+            return self.model.encode([item for _, item in some], max_length=job.work.max_length)
+
+        made = apart(encode, plain, _failed) if plain else []
+        found |= {index: text for (index, _), text in zip(plain, made, strict=True)}
+        return [self._fitting(found[index], job.work) for index in indices]
 
     def _take_ids(self, item: TokenIds, work: Work) -> EncodedText | RewardRTError:
         try:
             return self.model.tokenizer.encode_ids(item.ids, max_length=work.max_length)
         except RowError as error:
             return error
+
+    @staticmethod
+    def _fitting(text: EncodedText | RewardRTError, work: Work) -> EncodedText | RewardRTError:
+        if work.overflow == "cut" or isinstance(text, RewardRTError) or not text.truncated:
+            return text
+        whole = len(text.ids) + text.truncated
+        return OverflowRowError(f"{whole} tokens are more than the limit of {len(text.ids)}; shorten the text")
+
+    def _encode_long_texts(self) -> None:
+        """Tokenize long texts, one at a time, and let their jobs join the queue when all theirs are done."""
+        while True:
+            with self._changed:
+                while not self._long and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                self._at["long texts"] = []
+                job = self._long.first()
+                if job is None or job.gone:
+                    if job is not None:
+                        self._forget(job)
+                    continue
+                self._at["long texts"] = [job]
+            index = job.long.pop()
+            text = self._encode(job, [index])[0]
+            cost = len(text.ids) if isinstance(text, EncodedText) else 1
+            with self._changed:
+                job.encoded[index] = text
+                job.left += cost - job.costs[index]
+                job.costs[index] = cost
+                (self._long if job.long else self._turns).add(job)
+                self._changed.notify_all()
 
     def _token_rewards(self, job: Job, index: int, text: EncodedText) -> list[TokenReward]:
         item = job.work.items[index]
@@ -282,7 +364,7 @@ class Engine:
         except RewardRTError:
             return []
         names = [""] * len(rewards)
-        if not isinstance(item, TokenIds):
+        if not isinstance(item, TokenIds | RowError):
             rendered = self.model.renderer.render(item)
             if rendered.pair is None and not rendered.pieces:
                 shown = self.model.tokenizer.pieces(rendered)[: len(names)]
@@ -302,23 +384,35 @@ class Engine:
             self.fault = str(found) if isinstance(found, InferenceError) else None
 
 
-def estimated_tokens(item: Item | TokenIds) -> int:
-    """Return about how many tokens an item has, without reading it."""
-    if isinstance(item, TokenIds):
-        return max(1, len(item.ids))
-    if isinstance(item, RawText):
-        return 1 + len(item.text) // CHARACTERS_A_TOKEN
-    if isinstance(item, Pair):
-        return estimated_tokens(item.first) + estimated_tokens(item.second)
-    if isinstance(item, Steps):
-        answer = sum(map(len, item.steps))
-    else:
-        assert isinstance(item, Conversation)
-        answer = len(item.answer["content"])
-    size = answer + sum(len(turn["content"]) for turn in as_turns(item.prompt))
-    return TEMPLATE_TOKENS + size // CHARACTERS_A_TOKEN
+def apart(
+    work: Callable[[Sequence[_Given]], Sequence[_Made]],
+    things: Sequence[_Given],
+    failed: Callable[[BaseException], _Made],
+) -> list[_Made]:
+    """Do something with things together; if that fails, with halves of them, down to the one that it fails for.
+
+    A panic in a library's Rust code is a BaseException.
+    """
+    try:
+        return list(work(things)) if things else []
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if len(things) == 1:
+            return [failed(error)]
+    half = len(things) // 2
+    return apart(work, things[:half], failed) + apart(work, things[half:], failed)
 
 
-def _too_long(text: EncodedText) -> OverflowRowError:
-    whole = len(text.ids) + text.truncated
-    return OverflowRowError(f"{whole} tokens are more than the limit of {len(text.ids)}; shorten the text")
+def _failed(error: BaseException) -> InferenceError:
+    return InferenceError(f"the engine failed at this text ({type(error).__name__} at {place(error)})")
+
+
+def place(error: BaseException) -> str:
+    """Return the file and line that an error comes from, for a log."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return "?"
+    return f"{traceback.tb_frame.f_code.co_filename.rpartition('/')[2]}:{traceback.tb_lineno}"

@@ -1,4 +1,5 @@
-"""KServe's Open Inference Protocol, version 2, over HTTP: `/v2/models/{model}/infer`, with and without binary data.
+"""KServe's Open Inference Protocol, version 2, over HTTP: `/v2/models/{model}/infer`, with and without binary data
+and a version.
 
 The input `text` is scored as sent; `prompt` and `response` together are a conversation. Outputs are `score` [n, 1],
 and when they are asked for `tokens` and `truncated` [n, 1].
@@ -28,24 +29,27 @@ from rewardrt.server.schema import BOOLEAN, INTEGER, STRING, array, body, only
 
 LENGTH_HEADER = "inference-header-content-length"
 TENSORS = {"score": "FP32", "tokens": "INT64", "truncated": "INT64"}
-PARAMETERS = {"type": "object", "additionalProperties": True}
+VERSION = "1"
+MAX_DIMENSIONS, MAX_EXTENT = 4, 2**31
 BODY = body(
     {
         "inputs": array(
             body(
                 {
                     "name": only("text", "prompt", "response"),
-                    "shape": array(INTEGER | {"minimum": 0}),
+                    "shape": array(INTEGER | {"minimum": 0, "maximum": MAX_EXTENT}, maxItems=MAX_DIMENSIONS),
                     "datatype": only("BYTES"),
                 },
                 data=array({"anyOf": [STRING, array(STRING)]}),
                 parameters=body(binary_data_size=INTEGER | {"minimum": 0}),
-            )
+            ),
+            maxItems=2,
         )
     },
     id=STRING,
-    outputs=array(body({"name": only(*TENSORS)}, parameters=body(binary_data=BOOLEAN))),
-    parameters=body(binary_data_output=BOOLEAN),
+    outputs=array(body({"name": only(*TENSORS)}, parameters=body(binary_data=BOOLEAN)), maxItems=len(TENSORS)),
+    # What Triton's clients say of scheduling, which no score depends on.
+    parameters=body(binary_data_output=BOOLEAN, priority=INTEGER, timeout=INTEGER),
 )
 ANSWER = {
     "type": "object",
@@ -64,20 +68,29 @@ def split(data: bytes, headers: Mapping[str, str]) -> tuple[bytes, bytes]:
     size = headers.get(LENGTH_HEADER)
     if size is None:
         return data, b""
-    if not size.isdigit() or int(size) > len(data):
+    if not (size.isascii() and size.isdigit() and len(size) < 20) or int(size) > len(data):
         raise Problem("validation", f"{LENGTH_HEADER}: expected at most the {len(data)} bytes of the body")
     return data[: int(size)], data[int(size) :]
+
+
+def check_version(path: Mapping[str, str]) -> None:
+    """Raise Problem for another version of a model than the one that there is."""
+    if path.get("version", VERSION) != VERSION:
+        raise Problem(
+            "unknown_model", f"version {path['version'][:80]!r} of the model is not served; expected {VERSION}"
+        )
 
 
 def infer(incoming: Incoming) -> Call:
     """Score the texts of the tensors."""
     wanted = incoming.body
     served = incoming.models.choose(incoming.path["model"])
+    check_version(incoming.path)
     single_rewards(served)
     tensors: dict[str, list[str]] = {}
     rest = incoming.binary
     for tensor in wanted["inputs"]:
-        values, rest = _values(tensor, rest)
+        values, rest = _values(tensor, rest, served.options.max_items)
         if tensor["name"] in tensors:
             raise Problem("validation", f"inputs: {tensor['name']} is there twice")
         tensors[tensor["name"]] = values
@@ -110,7 +123,7 @@ def infer(incoming: Incoming) -> Call:
                 found.append(tensor | {"parameters": {"binary_data_size": len(blobs[-1])}})
             else:
                 found.append(tensor | {"data": columns[name]})
-        answer = {"model_name": served.name, "model_version": "1", "outputs": found}
+        answer = {"model_name": served.name, "model_version": VERSION, "outputs": found}
         if wanted.get("id") is not None:
             answer["id"] = wanted["id"]
         if not blobs:
@@ -122,8 +135,8 @@ def infer(incoming: Incoming) -> Call:
     return Call(served, rows, render)
 
 
-def _values(tensor: dict[str, Any], rest: bytes) -> tuple[list[str], bytes]:
-    """Return the strings of a tensor, and the binary data that is left for the next."""
+def _values(tensor: dict[str, Any], rest: bytes, most: int) -> tuple[list[str], bytes]:
+    """Return the strings of a tensor, at most so many, and the binary data that is left for the next."""
     name = tensor["name"]
     size = (tensor.get("parameters") or {}).get("binary_data_size")
     if (size is None) == (tensor.get("data") is None):
@@ -131,19 +144,21 @@ def _values(tensor: dict[str, Any], rest: bytes) -> tuple[list[str], bytes]:
     count = 1
     for extent in tensor["shape"]:
         count *= int(extent)
+    if count > most:
+        raise Problem("validation", f"inputs: {name} has {count} elements; expected at most {most}")
     if size is None:
         values = [each for item in tensor["data"] for each in (item if isinstance(item, list) else [item])]
     else:
-        values, rest = _unpack(rest[: int(size)], name), rest[int(size) :]
+        values, rest = _unpack(rest[: int(size)], name, count), rest[int(size) :]
     if len(values) != count:
         raise Problem("validation", f"inputs: {name} has shape {tensor['shape']} and {len(values)} elements")
     return values, rest
 
 
-def _unpack(data: bytes, name: str) -> list[str]:
-    values = []
+def _unpack(data: bytes, name: str, count: int) -> list[str]:
+    values: list[str] = []
     at = 0
-    while at < len(data):
+    while at < len(data) and len(values) <= count:
         size = int.from_bytes(data[at : at + 4], "little")
         part = data[at + 4 : at + 4 + size]
         at += 4 + size

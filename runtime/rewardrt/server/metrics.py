@@ -1,50 +1,21 @@
-"""What Prometheus reads at `/metrics`, and the one line that the log has for a request."""
+"""What Prometheus reads at `/metrics`."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from rewardrt.server.connection import Connections
 from rewardrt.server.engine import Turn
+from rewardrt.server.log import Record
 from rewardrt.server.models import Models
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
+_LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 1, 5)
 _TOKENS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768)
-
-
-@dataclass
-class Record:
-    """One request, for its line in the log."""
-
-    method: str
-    path: str
-    client: str
-    protocol: str = "-"
-    model: str = "-"
-    status: int = 0
-    texts: int = 0
-    tokens: int = 0
-    truncated: int = 0
-    queue_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    seconds: float = 0.0
-    error: str = ""
-
-    def line(self) -> str:
-        """Return the line; it holds nothing of what was scored, but the error may name a field."""
-        error = f" error={self.error!r}" if self.error else ""
-        return (
-            f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {self.method} {self.path} {self.status} "
-            f"protocol={self.protocol} model={self.model} texts={self.texts} tokens={self.tokens} "
-            f"truncated={self.truncated} queue_ms={self.queue_seconds * 1e3:.1f} "
-            f"compute_ms={self.compute_seconds * 1e3:.1f} total_ms={self.seconds * 1e3:.1f} client={self.client}{error}"
-        )
 
 
 class Metrics:
@@ -70,6 +41,14 @@ class Metrics:
         )
         self._gone = Counter("rewardrt_clients_gone", "Requests whose client did not wait.", registry=self.registry)
         self._texts = Counter("rewardrt_texts", "Texts scored.", ("model",), registry=self.registry)
+        self._failed = Counter("rewardrt_failed_texts", "Texts that got no reward.", ("model",), registry=self.registry)
+        self._reloads = Counter("rewardrt_reloads", "Bundles loaded anew, or not.", ("result",), registry=self.registry)
+        self._lag = Histogram(
+            "rewardrt_loop_lag_seconds",
+            "How much later than planned the event loop woke up, looked at 50 times a second.",
+            buckets=_LAG,
+            registry=self.registry,
+        )
         self._tokens = Counter("rewardrt_tokens", "Tokens scored.", ("model",), registry=self.registry)
         self._computed = Counter(
             "rewardrt_computed_tokens",
@@ -98,13 +77,14 @@ class Metrics:
             registry=self.registry,
         )
 
-    def watch(self, models: Models) -> None:
-        """Read the queues of these models whenever the metrics are asked for."""
-        self.registry.register(_Queues(models))
+    def watch(self, models: Models, connections: Connections) -> None:
+        """Read the queues of these models, and the connections, whenever the metrics are asked for."""
+        self.registry.register(_State(models, connections))
 
     def turn(self, model: str, turn: Turn) -> None:
         """Count one turn of an engine."""
         self._texts.labels(model).inc(turn.texts)
+        self._failed.labels(model).inc(turn.failed)
         self._tokens.labels(model).inc(turn.tokens)
         self._computed.labels(model).inc(turn.computed)
         self._truncated.labels(model).inc(turn.truncated)
@@ -122,16 +102,25 @@ class Metrics:
         elif kind:
             self._errors.labels(record.protocol, kind).inc()
 
+    def lag(self, seconds: float) -> None:
+        """Count how late the event loop was."""
+        self._lag.observe(seconds)
+
+    def reload(self, result: str) -> None:
+        """Count a bundle that was loaded anew, or was not."""
+        self._reloads.labels(result).inc()
+
     def page(self) -> bytes:
         """Return what Prometheus reads."""
         return generate_latest(self.registry)
 
 
-class _Queues:
-    """The queues' state at the moment of asking."""
+class _State:
+    """The queues and connections at the moment of asking."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, connections: Connections) -> None:
         self._models = models
+        self._connections = connections
 
     def collect(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily(
@@ -142,8 +131,9 @@ class _Queues:
             waiting.add_metric((served.name,), served.engine.waiting_tokens)
             healthy.add_metric((served.name,), float(served.engine.fault is None))
         yield from (waiting, healthy)
-
-
-def log(line: str) -> None:
-    """Write one line to standard error."""
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+        yield GaugeMetricFamily("rewardrt_connections", "Open connections.", value=len(self._connections.open))
+        yield CounterMetricFamily(
+            "rewardrt_connections_closed_for_others",
+            "Connections that were closed because there were too many.",
+            value=self._connections.closed_for_others,
+        )

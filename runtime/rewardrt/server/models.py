@@ -12,14 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewardrt.bundle import MANIFEST
-from rewardrt.errors import BundleError, RewardRTError
+import numpy as np
+
+from rewardrt.bundle import GOLDEN, MANIFEST
+from rewardrt.errors import BundleError, InferenceError, RewardRTError
 from rewardrt.providers import ProviderChoice
 from rewardrt.reward_model import RewardModel
 from rewardrt.server.engine import Engine, Turn
 from rewardrt.server.options import ServerOptions
 from rewardrt.server.problem import Problem
 from rewardrt.text import Conversation
+from rewardrt.verify import TOLERANCES, read_golden
+
+
+@dataclass
+class Uses:
+    """How many requests may still use the bundles of a time; counted on the event loop alone."""
+
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,8 +37,10 @@ class Served:
     """One loaded bundle and its engine; `sha256` is that of the manifest that was loaded, which names all files'."""
 
     name: str
+    path: Path
     model: RewardModel
     engine: Engine
+    options: ServerOptions
     sha256: str
     created: int  # when it was loaded, Unix time
     files: Mapping[Path, tuple[int, int, int]]  # inode, size and time of change of each file when it was loaded
@@ -66,6 +78,7 @@ class Models:
 
     def __init__(self, served: Mapping[str, Served]) -> None:
         self._served = dict(served)
+        self.uses = Uses()  # of the requests that began since a bundle was last replaced
 
     def choose(self, name: str | None) -> Served:
         """Return the bundle of this name, or raise Problem("unknown_model")."""
@@ -75,6 +88,22 @@ class Models:
             known = ", ".join(self._served)
             raise Problem("unknown_model", f"model {name[:80]!r} is not served here; expected {known}")
         return self._served[name]
+
+    def for_hosted_name(self, name: str | None) -> Served:
+        """As `choose`, but the only bundle, if the operator did not name it, answers to any name.
+
+        Clients of rerankers that are hosted somewhere bring a hosted model's name of their own.
+        """
+        first = next(iter(self._served.values()))
+        if name in self._served or first.options.named or len(self.each) > 1:
+            return self.choose(name)
+        return first
+
+    def replace(self, new: Mapping[str, Served]) -> Uses:
+        """Put other bundles in the place of those called so; returns what may still use those."""
+        before, self.uses = self.uses, Uses()
+        self._served = {name: new.get(served.name, served) for name, served in self._served.items()}
+        return before
 
     @property
     def names(self) -> list[str]:
@@ -87,51 +116,75 @@ class Models:
         return list({id(served): served for served in self._served.values()}.values())
 
 
-def load_models(
-    bundles: Sequence[tuple[tuple[str, ...], Path]],
-    options: ServerOptions,
-    *,
-    provider: ProviderChoice,
-    precision: str,
-    threads: int | None,
-    observe: Callable[[str, Turn], None],
-) -> Models:
-    """Load bundles, each under its names, and start their engines."""
-    served: dict[str, Served] = {}
-    for names, path in bundles:
-        one = _load(names[0], path, options, provider, precision, threads, observe)
-        for name in names:
-            if name in served:
-                raise RewardRTError(f"two bundles are called {name!r}; name each by --bundle name=path")
-            served[name] = one
-    return Models(served)
+@dataclass(frozen=True)
+class Loader:
+    """How bundles are loaded: at the start, and anew."""
+
+    options: ServerOptions
+    provider: ProviderChoice
+    precision: str
+    threads: int | None
+    observe: Callable[[str, Turn], None]
+    report: Callable[[str], None]
+
+    def load_all(self, bundles: Sequence[tuple[tuple[str, ...], Path]]) -> Models:
+        """Load bundles, each under its names, and start their engines."""
+        served: dict[str, Served] = {}
+        for names, path in bundles:
+            one = self.load(names[0], path)
+            for name in names:
+                if name in served:
+                    raise RewardRTError(f"two bundles are called {name!r}; name each by --bundle name=path")
+                served[name] = one
+        return Models(served)
+
+    def load(self, name: str, path: Path, *, check: bool = False) -> Served:
+        """Load one bundle and start its engine; with `check`, only if it gives a golden text its reward here."""
+        digest = _manifest_sha256(path)
+        model = RewardModel.load(
+            path,
+            provider=self.provider,
+            precision=self.precision,
+            threads=self.threads,
+            prefix_cache_mb=self.options.prefix_cache_mb,
+        )
+        if _manifest_sha256(path) != digest:
+            raise BundleError(f"{path}: changed while it was loaded; start again once it is whole")
+        try:
+            model.check_options(normalize=self.options.normalize)
+        except RewardRTError as error:
+            raise type(error)(f"{path}: {error}") from error
+        # What is imported and set up by the first text (templates, kernels) is not for the first client to wait for.
+        model.score_items([Conversation("a", {"role": "assistant", "content": "b"})])
+        if check:
+            check_golden_text(model)
+        engine = Engine(
+            model,
+            max_queue_tokens=self.options.max_queue_tokens,
+            observe=lambda turn: self.observe(name, turn),
+            report=lambda line: self.report(f"{line}: {name}"),
+        )
+        files = [path / MANIFEST, *(path / record.path for record in model.bundle.manifest.files)]
+        stamps = {file: stamp for file in files if (stamp := _stamp(file)) is not None}
+        return Served(name, path, model, engine, self.options, digest, int(time.time()), stamps)
 
 
-def _load(
-    name: str,
-    path: Path,
-    options: ServerOptions,
-    provider: ProviderChoice,
-    precision: str,
-    threads: int | None,
-    observe: Callable[[str, Turn], None],
-) -> Served:
-    digest = _manifest_sha256(path)
-    model = RewardModel.load(
-        path, provider=provider, precision=precision, threads=threads, prefix_cache_mb=options.prefix_cache_mb
-    )
-    if _manifest_sha256(path) != digest:
-        raise BundleError(f"{path}: changed while it was loaded; start again once it is whole")
-    try:
-        model.check_options(normalize=options.normalize)
-    except RewardRTError as error:
-        raise type(error)(f"{path}: {error}") from error
-    # What is imported and set up by the first text (templates, kernels) is not for the first client to wait for.
-    model.score_items([Conversation("a", {"role": "assistant", "content": "b"})])
-    engine = Engine(model, max_queue_tokens=options.max_queue_tokens, observe=lambda turn: observe(name, turn))
-    files = [path / MANIFEST, *(path / record.path for record in model.bundle.manifest.files)]
-    stamps = {file: stamp for file in files if (stamp := _stamp(file)) is not None}
-    return Served(name, model, engine, digest, int(time.time()), stamps)
+def check_golden_text(model: RewardModel) -> None:
+    """Raise BundleError unless the shortest golden text gets torch's reward here, as near as `verify` wants it."""
+    path = model.bundle.path
+    if model.bundle.manifest.uncertified or model.precision not in TOLERANCES:
+        return
+    texts = read_golden(model.bundle.file(GOLDEN))
+    std = float(np.std([reward for text in texts for reward in text.rewards]))
+    text = min(texts, key=lambda each: len(each.ids))
+    found = model.score_encoded([text.encoded])[0]
+    if isinstance(found, InferenceError):
+        raise BundleError(f"{path}: a golden text cannot be scored: {found}")
+    worst = float(np.abs(found[: len(text.rewards)] - np.array(text.rewards)).max())
+    if not worst <= TOLERANCES[model.precision] * std:
+        raise BundleError(
+            f"{path}: a golden text's reward is {worst:.2g} off torch's; run `rewardrt verify` on the bundle"
+        )
 
 
 def _manifest_sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from rewardrt.server.call import COMMON_STATUS, Scoring
-from rewardrt.server.routes import ROUTES, ScoringRoute
+from rewardrt.server.routes import RELOAD, ROUTES, ScoringRoute
 from rewardrt.server.views import JSON, VERSION, VIEWS, View
 
 _PROBLEM = {"description": "Refused or failed, with the reason in the protocol's own body."}
@@ -16,6 +16,7 @@ _PROBLEM = {"description": "Refused or failed, with the reason in the protocol's
 def document() -> dict[str, Any]:
     """Return the document; it is the same for every server of this version."""
     paths: dict[str, Any] = {route.path: {"post": _post(route)} for route in ROUTES}
+    paths[RELOAD] = {"post": _reload()}
     for view in VIEWS:
         paths.setdefault(view.path, {})["get"] = _get(view)
     return {
@@ -88,8 +89,15 @@ def _post(route: ScoringRoute) -> dict[str, Any]:
     }
 
 
+def _reload() -> dict[str, Any]:
+    summary = "Load the bundles anew, beside those that are served, and swap them. Needs a server with a key."
+    responses: dict[str, Any] = {"200": {"description": "Loaded.", "content": {JSON: {"schema": {"type": "object"}}}}}
+    responses |= {str(status): _PROBLEM | {"content": {JSON: {}}} for status in (401, 403, 405, 500, 503)}
+    return _operation(RELOAD, "post", summary, True) | {"responses": responses}
+
+
 def _get(view: View) -> dict[str, Any]:
-    statuses = {*view.statuses, *((401,) if view.guarded else ())}
+    statuses = {*view.statuses, 403, *((401,) if view.guarded else ())}
     responses = {}
     for status in sorted(statuses):
         kind = view.content_type if status == 200 else JSON if view.content_type else ""
@@ -101,8 +109,11 @@ def _get(view: View) -> dict[str, Any]:
 def _operation(path: str, method: str, summary: str, guarded: bool) -> dict[str, Any]:
     name = path.strip("/").replace("/", "_").replace("{", "").replace("}", "") or "page"
     found: dict[str, Any] = {"operationId": f"{method}_{name}", "summary": summary}
-    if "{model}" in path:
-        found["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    names = [name for name in ("model", "version") if f"{{{name}}}" in path]
+    if names:
+        found["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     return found | {"security": [{"bearer": []}, {"key": []}, {}] if guarded else []}
 
 

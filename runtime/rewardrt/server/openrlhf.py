@@ -43,4 +43,5 @@ def prepare(incoming: Incoming) -> Call:
     return Call(served, texts(served, incoming.body["query"]), render)
 
 
-GET_REWARD = Scoring(Dialect("openrlhf", refusal), BODY, prepare, ANSWER)
+# Its clients wait 180 seconds for an answer, and no longer than 5 for five refusals.
+GET_REWARD = Scoring(Dialect("openrlhf", refusal, patience=120.0), BODY, prepare, ANSWER)

@@ -6,8 +6,8 @@ from typing import Any
 
 from rewardrt.errors import RewardRTError, RowError
 from rewardrt.rows import Row, error_row, fill_row
-from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring, number
-from rewardrt.server.problem import Problem
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring, check_texts, number
+from rewardrt.server.problem import Problem, shortened
 from rewardrt.server.schema import BOOLEAN, INTEGER, STRING, array, body, only
 from rewardrt.spec import AGGREGATE_RULES
 
@@ -43,12 +43,13 @@ def prepare(incoming: Incoming) -> Call:
         raise Problem("validation", f"objectives: model {served.name!r} has none; its reward is not made of several")
     if wanted.get("token_rewards") and not served.model.session.has_token_rewards:
         raise Problem("validation", f"token_rewards: the bundle of model {served.name!r} has none")
+    check_texts(served, wanted["rows"])
     rows: list[Row | RewardRTError] = []
     for row in wanted["rows"]:
         try:
             rows.append(served.model.parse(row))
         except RowError as error:
-            rows.append(error)
+            rows.append(RowError(shortened(str(error))))
 
     def render(outcome: Outcome) -> dict[str, Any]:
         filled: list[dict[str, Any]] = []

@@ -6,14 +6,20 @@ from typing import Literal
 
 Kind = Literal[
     "unauthorized",
+    "forbidden",  # another site's page asks, or a name that is not this server's
+    "not_found",
+    "method",  # a path that takes another method
+    "media_type",  # the body is of another kind than is understood
+    "timeout",  # the body did not come in time
     "validation",  # the body is not one of the protocol
     "empty",  # nothing to score where the protocol wants something
     "unknown_model",
     "too_large",  # over the body limit
-    "overloaded",  # the queue is full
+    "overloaded",  # the queue is full, or the memory for bodies
     "draining",  # the server is going away
     "backend",  # the graph failed, or gave no number
 ]
+MESSAGE_CHARACTERS = 1000
 
 
 class Problem(Exception):
@@ -22,5 +28,10 @@ class Problem(Exception):
     def __init__(self, kind: Kind, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.kind: Kind = kind
-        self.message = message
+        self.message = shortened(message)
         self.retry_after = retry_after
+
+
+def shortened(message: str) -> str:
+    """Return a message of bounded length: what it quotes is the client's."""
+    return message if len(message) <= MESSAGE_CHARACTERS else message[: MESSAGE_CHARACTERS - 1] + "…"

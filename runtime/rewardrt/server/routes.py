@@ -9,6 +9,8 @@ from typing import Any
 from rewardrt.server import cohere, kserve, openrlhf, own, sglang, tei, vllm
 from rewardrt.server.call import Scoring
 
+RELOAD = "/v1/reload"  # POST, without a body
+
 
 @dataclass(frozen=True)
 class ScoringRoute:
@@ -38,6 +40,7 @@ ROUTES: tuple[ScoringRoute, ...] = (
     ScoringRoute("/v1/reward", (own.REWARD,), "Score rows as `rewardrt score` does."),
     ScoringRoute("/get_reward", (openrlhf.GET_REWARD,), "OpenRLHF's remote reward model."),
     ScoringRoute("/classify", (vllm.CLASSIFY, sglang.CLASSIFY), "vLLM; SGLang with `text`.", _has("text")),
+    ScoringRoute("/v1/classify", (vllm.CLASSIFY, sglang.CLASSIFY), "vLLM; SGLang with `text`.", _has("text")),
     ScoringRoute("/pooling", (vllm.POOLING,), "vLLM."),
     ScoringRoute("/score", (vllm.SCORE,), "vLLM."),
     ScoringRoute("/v1/score", (vllm.SCORE,), "vLLM."),
@@ -49,4 +52,5 @@ ROUTES: tuple[ScoringRoute, ...] = (
     ScoringRoute("/v1/embeddings", (sglang.EMBEDDINGS,), "SGLang, as verl reads it: the reward is the embedding."),
     ScoringRoute("/predict", (tei.PREDICT,), "text-embeddings-inference."),
     ScoringRoute("/v2/models/{model}/infer", (kserve.INFER,), "KServe's Open Inference Protocol."),
+    ScoringRoute("/v2/models/{model}/versions/{version}/infer", (kserve.INFER,), "KServe, with the version 1."),
 )

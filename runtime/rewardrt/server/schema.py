@@ -17,12 +17,18 @@ BOOLEAN: Schema = {"type": "boolean"}
 INTEGER: Schema = {"type": "integer"}
 NUMBER: Schema = {"type": "number"}
 STRINGS: Schema = {"type": "array", "items": STRING}
+OBJECT: Schema = {"type": "object", "additionalProperties": True}
+NOTHING: Schema = {"type": "null"}
+# What a message may hold beside its role is the row's business, as it is offline.
 MESSAGES: Schema = {
     "type": "array",
     "items": {
         "type": "object",
-        "properties": {"role": STRING, "content": STRING},
-        "required": ["role", "content"],
+        "properties": {
+            "role": STRING,
+            "content": {"anyOf": [STRING, {"type": "null"}, {"type": "array", "items": OBJECT}]},
+        },
+        "required": ["role"],
         "additionalProperties": True,
     },
 }
@@ -33,6 +39,8 @@ _NAMES = {
     "object": dict,
     "null": type(None),
 }
+
+_PLAIN = {"string": str, "integer": int, "boolean": bool}
 
 
 def body(required: dict[str, Schema] | None = None, **optional: Schema) -> Schema:
@@ -77,18 +85,29 @@ def check(value: Any, schema: Schema, where: str = "body") -> None:
     if kind == "object":
         _check_object(value, schema, where)
     elif kind == "array":
-        _check_limit(len(value), schema.get("minItems"), where, "items")
+        _check_limits(len(value), schema.get("minItems"), schema.get("maxItems"), where, "items")
+        if _all_are(value, schema.get("items", {})):
+            return
         for index, item in enumerate(value):
             check(item, schema.get("items", {}), f"{where}[{index}]")
     elif kind in ("integer", "number"):
-        _check_limit(value, schema.get("minimum"), where, "")
+        _check_limits(value, schema.get("minimum"), schema.get("maximum"), where, "")
     elif kind == "string":
-        _check_limit(len(value), schema.get("minLength"), where, "characters")
+        _check_limits(len(value), schema.get("minLength"), schema.get("maxLength"), where, "characters")
 
 
-def _check_limit(value: float, least: float | None, where: str, unit: str) -> None:
+def _all_are(values: list[Any], schema: Schema) -> bool:
+    """Whether all values are plainly of a type without further rules; found out without a look at each."""
+    if schema not in (STRING, INTEGER, BOOLEAN):
+        return False
+    return set(map(type, values)) <= {_PLAIN[schema["type"]]}
+
+
+def _check_limits(value: float, least: float | None, most: float | None, where: str, unit: str) -> None:
     if least is not None and value < least:
         _refuse(where, f"at least {least} {unit}".rstrip(), str(value)[:40])
+    if most is not None and value > most:
+        _refuse(where, f"at most {most} {unit}".rstrip(), str(value)[:40])
 
 
 def _check_object(value: dict[str, Any], schema: Schema, where: str) -> None:

@@ -92,18 +92,23 @@ def _info(server: Server, path: Mapping[str, str]) -> ViewAnswer:
 
 
 def _models(server: Server, path: Mapping[str, str]) -> ViewAnswer:
-    data = [
-        {
-            "id": name,
-            "object": "model",
-            "created": server.models.choose(name).created,
-            "owned_by": "rewardrt",
-            "root": server.models.choose(name).name,
-            "max_model_len": server.models.choose(name).model.spec.max_length,
-        }
-        for name in server.models.names
-    ]
-    return _json({"object": "list", "data": data})
+    return _json({"object": "list", "data": [_described(server, name) for name in server.models.names]})
+
+
+def _model(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    return _json(_described(server, path["model"]))
+
+
+def _described(server: Server, name: str) -> dict[str, Any]:
+    served = server.models.choose(name)
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "rewardrt",
+        "root": served.name,
+        "max_model_len": served.model.spec.max_length,
+    }
 
 
 def _metrics(server: Server, path: Mapping[str, str]) -> ViewAnswer:
@@ -125,13 +130,23 @@ def _kserve_server(server: Server, path: Mapping[str, str]) -> ViewAnswer:
 
 def _kserve_model(server: Server, path: Mapping[str, str]) -> ViewAnswer:
     served = server.models.choose(path["model"])
+    kserve.check_version(path)
     inputs = [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in ("text", "prompt", "response")]
     outputs = [{"name": name, "datatype": kind, "shape": [-1, 1]} for name, kind in kserve.TENSORS.items()]
-    return _json({"name": served.name, "versions": ["1"], "platform": "rewardrt", "inputs": inputs, "outputs": outputs})
+    return _json(
+        {
+            "name": served.name,
+            "versions": [kserve.VERSION],
+            "platform": "rewardrt",
+            "inputs": inputs,
+            "outputs": outputs,
+        }
+    )
 
 
 def _kserve_model_ready(server: Server, path: Mapping[str, str]) -> ViewAnswer:
     served = server.models.choose(path["model"])
+    kserve.check_version(path)
     ready = served.engine.fault is None and not server.draining
     return _json({"name": served.name, "ready": ready}, 200 if ready else 503)
 
@@ -156,10 +171,19 @@ VIEWS: tuple[View, ...] = (
     View("/ping", _ping, "As /health, without a body.", False, True, statuses=(200, 503), content_type=""),
     View("/info", _info, "What is served: the first model as text-embeddings-inference says it, and each as we do."),
     View("/v1/models", _models, "The names that `model` may have."),
+    View("/v1/models/{model}", _model, "One of them.", statuses=(200, 404)),
     View("/v2", _kserve_server, "KServe: the server.", dialect=KSERVE),
     View("/v2/health/live", _kserve_live, "KServe.", False, True, KSERVE),
     View("/v2/health/ready", _kserve_ready, "KServe.", False, True, KSERVE, (200, 503)),
     View("/v2/models/{model}", _kserve_model, "KServe: the model's tensors.", dialect=KSERVE, statuses=(200, 404)),
     View("/v2/models/{model}/ready", _kserve_model_ready, "KServe.", dialect=KSERVE, statuses=(200, 404, 503)),
+    View("/v2/models/{model}/versions/{version}", _kserve_model, "KServe.", dialect=KSERVE, statuses=(200, 404)),
+    View(
+        "/v2/models/{model}/versions/{version}/ready",
+        _kserve_model_ready,
+        "KServe.",
+        dialect=KSERVE,
+        statuses=(200, 404, 503),
+    ),
     View("/metrics", _metrics, "For Prometheus.", quiet=True, content_type="text/plain"),
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 from rewardrt.rows import Row, Scored
 from rewardrt.server.call import (
+    CONVERSATION,
     Call,
     Dialect,
     Incoming,
@@ -28,14 +29,33 @@ from rewardrt.server.call import (
     single_rewards,
     texts,
 )
-from rewardrt.server.engine import TokenIds
 from rewardrt.server.models import Served
 from rewardrt.server.problem import Problem
-from rewardrt.server.schema import BOOLEAN, INTEGER, MESSAGES, NUMBER, STRING, STRINGS, array, body, only
+from rewardrt.server.schema import (
+    BOOLEAN,
+    INTEGER,
+    MESSAGES,
+    NOTHING,
+    NUMBER,
+    OBJECT,
+    STRING,
+    STRINGS,
+    array,
+    body,
+    only,
+)
+from rewardrt.server.turns import TokenIds
 
 INPUT = {"anyOf": [STRING, STRINGS, array(INTEGER), array(array(INTEGER))]}
 # What vLLM takes everywhere and no score depends on.
-NEUTRAL = {"model": STRING, "user": STRING, "request_id": STRING, "priority": INTEGER}
+NEUTRAL = {
+    "model": STRING,
+    "user": STRING,
+    "request_id": STRING,
+    "priority": INTEGER,
+    "cache_salt": STRING,
+    "encoding_format": only("float"),
+}
 SHARED: dict[str, Any] = NEUTRAL | {
     "use_activation": BOOLEAN,
     "activation": BOOLEAN,
@@ -46,13 +66,16 @@ CHAT = {
     "messages": MESSAGES,
     "add_generation_prompt": only(False),
     "continue_final_message": only(False),
+    "chat_template": NOTHING,  # the bundle's own is what the model was trained on
+    "chat_template_kwargs": OBJECT,
+    "tools": array(OBJECT),
+    "documents": array(OBJECT),
 }
 CLASSIFY_BODY = body(input=INPUT, add_special_tokens=BOOLEAN, **SHARED, **CHAT)
 POOLING_BODY = body(
     input=INPUT,
     add_special_tokens=BOOLEAN,
     task=only("classify", "token_classify"),
-    encoding_format=only("float"),
     **SHARED,
     **CHAT,
 )
@@ -130,11 +153,13 @@ def input_rows(served: Served, wanted: dict[str, Any]) -> tuple[Row | TokenIds, 
         raise Problem("validation", "body: expected either input or messages")
     special = wanted.get("add_special_tokens")
     if messages is None:
+        if given := [name for name in CONVERSATION if wanted.get(name) is not None]:
+            raise Problem("validation", f"{given[0]}: expected this field only beside messages")
         return text_rows(served, value, special_tokens=special is not False)
     if special:
         raise Problem("validation", "add_special_tokens: expected false with messages; the template writes them")
     single_rewards(served)
-    return conversation(served, messages)
+    return conversation(served, wanted)
 
 
 def limits(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +256,12 @@ def _texts(wanted: dict[str, Any], new: str, old: str) -> list[str]:
 def rerank(incoming: Incoming) -> Call:
     """Rank documents as answers to the query, best first."""
     wanted = incoming.body
-    served, squash = incoming.models.choose(wanted.get("model")), sigmoid(wanted)
+    return rank(incoming.models.choose(wanted.get("model")), wanted)
+
+
+def rank(served: Served, wanted: dict[str, Any]) -> Call:
+    """Rank documents with one model; what an object holds beside its `text` comes back with it."""
+    squash = sigmoid(wanted)
     documents = [value if isinstance(value, str) else value["text"] for value in wanted["documents"]]
     shown = wanted.get("return_documents") is not False
 
@@ -239,7 +269,7 @@ def rerank(incoming: Incoming) -> Call:
         scores = outcome.scores
         results = [
             {"index": index}
-            | ({"document": {"text": documents[index]}} if shown else {})
+            | ({"document": _shown(wanted["documents"][index])} if shown else {})
             | {"relevance_score": reward_of(scores[index], sigmoid=squash)}
             | cut(scores[index])
             for index in best_first(scores, wanted.get("top_n"))
@@ -248,6 +278,10 @@ def rerank(incoming: Incoming) -> Call:
         return {"id": name, "model": served.name, "usage": usage(scores), "results": results}
 
     return Call(served, ranking(served, wanted["query"], documents), render, **limits(wanted))
+
+
+def _shown(document: Any) -> dict[str, Any]:
+    return {"text": document} if isinstance(document, str) else dict(document)
 
 
 def best_first(scores: Sequence[Scored], top_n: int | None) -> list[int]:
