@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from rewardrt.chat_template import TemplateInputs
 from rewardrt.errors import RewardRTError, RowError
 from rewardrt.rows import Scored
 from rewardrt.server.options import Overflow
@@ -178,16 +179,20 @@ def _amount(item: object, measure: Callable[[str], int], message: int) -> int:
     if isinstance(item, RawText):
         return measure(item.text)
     if isinstance(item, Conversation):
-        return _amount((*as_turns(item.prompt), item.answer), measure, message)
+        return _amount((*as_turns(item.prompt), item.answer, *_given(item.inputs)), measure, message)
     if isinstance(item, Pair):
         return _amount(item.first, measure, message) + _amount(item.second, measure, message)
     if isinstance(item, Steps):
-        return _amount((*as_turns(item.prompt), *item.steps), measure, message)
+        return _amount((*as_turns(item.prompt), *item.steps, *_given(item.inputs)), measure, message)
     if isinstance(item, dict):
         return message + sum(_amount(value, measure, message) for value in item.values())
     if isinstance(item, list | tuple):
         return sum(_amount(value, measure, message) for value in item)
     return 0
+
+
+def _given(inputs: TemplateInputs) -> tuple[object, ...]:
+    return (inputs.tools, inputs.documents, dict(inputs.options))
 
 
 def _bytes(text: str) -> int:
