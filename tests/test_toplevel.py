@@ -219,7 +219,7 @@ def raised_by(call: Callable[[], object]) -> BaseException:
     [
         (lambda: None.nothing, "AttributeError: 'NoneType' object has no attribute 'nothing'"),  # type: ignore[attr-defined]
         (lambda: int(input_text()), "ValueError: invalid literal for int() with base 10: ..."),
-        (lambda: [].pop(), "IndexError: pop from empty list"),
+        ([].pop, "IndexError: pop from empty list"),
         (lambda: raise_(ValueError("it's /home/me/rows.jsonl")), "ValueError: it..."),
         (lambda: raise_(ValueError("cannot map /home/me/rows.jsonl now")), "ValueError: cannot map ... now"),
         (lambda: raise_(ValueError("\x1b[31m\n" + "x " * 500)), "ValueError: \\x1b[31m x x x"),
