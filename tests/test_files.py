@@ -369,7 +369,8 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path: Path, name: str, re
     path = f"{tmp_path}/{name}"
     with pytest.raises(RewardRTError) as caught, open_output(path):
         raise AssertionError("never reached")
-    assert str(caught.value) == f"{path}: cannot be written ({reason}); name a file in a writable folder"
+    shown = str(path).replace("\0", r"\x00")
+    assert str(caught.value) == f"{shown}: cannot be written ({reason}); name a file in a writable folder"
     assert os.listdir(tmp_path) == ["file"]
 
 
