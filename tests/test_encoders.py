@@ -271,6 +271,7 @@ def test_encoder_decoders_stay_refused(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     config = {"model_type": "t5", "architectures": ["T5ForSequenceClassification"], "is_encoder_decoder": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"score.weight": torch.ones(1, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="t5: encoder-decoder and vision models cannot be exported"):
         read_checkpoint(tmp_path)
 

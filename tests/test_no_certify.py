@@ -19,6 +19,7 @@ from rewardrt.tokens import EncodedText
 from rewardrt.verify import verify
 from rewardrt_export import backbone, certify, pipeline
 from rewardrt_export.backbone import bind, load, meta_backbone
+from rewardrt_export.certify import PROBES_BY_LAYER
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.golden import MIN_TEXTS
 from rewardrt_export.source import read_source
@@ -101,10 +102,10 @@ def test_a_model_that_only_torch_has_no_memory_for_is_certified_layer_by_layer(
     assert "scoring the golden texts with torch, layer by layer" in steps
     whole = {row["ids"]: row["rewards"] for row in golden_rows(tiny_bundle)}
     found = golden_rows(made.path)
-    assert len(found) == MIN_TEXTS
+    assert len(found) == MIN_TEXTS + PROBES_BY_LAYER
     assert all(whole[row["ids"]] == row["rewards"] for row in found)  # the same bits
     (certificate,) = made.manifest.certificates
-    assert certificate.texts == MIN_TEXTS
+    assert certificate.texts == MIN_TEXTS + PROBES_BY_LAYER
     assert certificate.reference.endswith("float32, eager attention, layer by layer")
     assert certificate.fidelity is not None
     assert certificate.fidelity.texts == MIN_TEXTS  # nothing was calibrated on any of them

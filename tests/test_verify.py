@@ -33,7 +33,7 @@ def test_a_copied_bundle_passes(copied: Path) -> None:
     result = run("verify", copied, "--provider", "cpu")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == f"{copied}: 29 texts, fp32 on cpu, against torch at export"
+    assert lines[0] == f"{copied}: 37 texts, fp32 on cpu, against torch at export"
     assert lines[-1] == "passed"
 
 
@@ -80,4 +80,4 @@ def test_a_golden_file_with_a_damaged_line_is_refused(copied: Path) -> None:
     fix_hash(copied, "golden.jsonl")
     result = run("verify", copied)
     assert result.returncode == 2
-    assert "golden.jsonl, line 30: no field 'row'" in result.stderr
+    assert "golden.jsonl, line 38: no field 'row'" in result.stderr

@@ -49,6 +49,7 @@ TOOLS = [
         },
     }
 ]
+OTHER = {"role": "assistant", "content": "There is nothing to say."}  # beside a probe's answer, where two are read
 DOCUMENTS = [{"title": "Oslo", "text": "It was four degrees at noon."}]
 
 
@@ -126,7 +127,10 @@ def probe_texts(
         rows = [_split_into_steps(row) if renderer.rewards_steps and "text" not in row else row for row in rows]
         texts = [Candidate(row, limit) for row in rows]
         if spec.reads_two_answers:
-            texts = _pair_up(texts)
+            answered = [item for text in texts if isinstance(item := text.item, Conversation)]
+            both = [(item, Conversation(item.prompt, OTHER, item.inputs)) for item in answered]
+            pairs = [Pair(*order) for item, other in both for order in ((item, other), (other, item))]
+            texts = [Candidate(_row_of(pair), limit) for pair in pairs]
         elif spec.input == "pairwise":
             texts = [text for text in texts if not isinstance(text.item, RawText)]
         return [text for text in texts if _takes(renderer, tokenizer, text, refused)]

@@ -343,7 +343,6 @@ def _read_layout(folder: Path, raw: dict[str, Any], layout: Layout) -> Pretraine
 
 def _read_tokenizer(folder: Path, config: PretrainedConfig | None, choice: TokenizerChoice | None) -> TrainedTokenizer:
     """Read the tokenizer of a folder, whose config transformers is given where it was read already."""
-    check_tokenizer_files(folder)
     own_code = (folder / TOKENIZER_CONFIG).is_file() and "auto_map" in read_json(folder / TOKENIZER_CONFIG)
     if own_code and not (folder / "tokenizer.json").is_file():
         # transformers would guess at a class for the other files, and so at the ids.
@@ -351,6 +350,7 @@ def _read_tokenizer(folder: Path, config: PretrainedConfig | None, choice: Token
             f"{folder}: no tokenizer.json, and a tokenizer with code of its own, which is never run; make one with "
             "AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(folder)"
         )
+    check_tokenizer_files(folder)
     for name in ("tokenization_utils_base", "configuration_utils"):
         logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
     try:

@@ -94,7 +94,9 @@ class ChatTemplate:
             tried = dict(zip(words, kinds, strict=True))
             try:
                 text = self.apply([_said(role, kind, words[role]) for role, kind in tried.items()], NO_INPUTS)
-            except RowError:
+            except RowError as error:
+                if isinstance(error.__cause__, _security_error()):  # the sandbox ends it, whatever it is given
+                    raise
                 continue
             for role, kind in tried.items():
                 if words[role] in text and (kind == "string" or not _PRINTED_PART.search(text)):
@@ -258,6 +260,12 @@ def _without_none(message: Message) -> Message:
         if name in message:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}
     return message
+
+
+def _security_error() -> type[Exception]:
+    from jinja2.exceptions import SecurityError
+
+    return SecurityError
 
 
 def _one_line(error: BaseException) -> str:
