@@ -6,6 +6,7 @@ Right values are transformers' classes on the ids of the checkpoint's own tokeni
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from checkpoints_encoders import make_encoder_tokenizer, write_encoder
 from rewardrt import RewardModel
 from rewardrt.bundle import read_bundle
 from rewardrt.cli import app
-from rewardrt.errors import CertificateError, RowError, TraceError
+from rewardrt.errors import CertificateError, RewardRTError, RowError, TraceError
 from rewardrt.spec import Head, Layer, Tap
 from rewardrt_export import attention_masks, pipeline, trace
 from rewardrt_export.families import FAMILIES, sequence_classification
@@ -321,3 +322,14 @@ def test_a_family_that_is_not_what_the_class_computes_fails(
         monkeypatch.setitem(FAMILIES, "sequence-classification", family)
     with pytest.raises(CertificateError, match=r"^LlamaForSequenceClassification of transformers gives "):
         export(tmp_path / "rm", tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("option", ["golden", "calibrate"])
+def test_golden_and_calibration_texts_that_are_no_jsonl_are_named(option: str, tmp_path: Path) -> None:
+    write_sequence_classification(tmp_path / "rm")
+    rows = "\n".join(json.dumps({"prompt": "Hi", "response": str(number)}) for number in range(20))
+    (tmp_path / "rows.jsonl").write_bytes(gzip.compress(rows.encode()))
+    precisions = ("fp32",) if option == "golden" else ("int8",)
+    with pytest.raises(RewardRTError, match=r"rows\.jsonl: .*gzip"):
+        export(tmp_path / "rm", tmp_path / "bundle", precisions=precisions, **{option: tmp_path / "rows.jsonl"})
+    assert not (tmp_path / "bundle").exists()

@@ -20,6 +20,7 @@ from typing import Any
 
 from rewardrt.errors import CertificateError, RowError
 from rewardrt.files import read_lines
+from rewardrt.formats import jsonl_lines
 from rewardrt.pairwise import plan, text_of
 from rewardrt.rows import parse_row
 from rewardrt.spec import Spec
@@ -201,7 +202,7 @@ def _read_file(file: Path, renderer: Renderer, tokenizer: Tokenizer, spec: Spec)
     texts = []
     try:
         with file.open("rb") as stream:
-            for line in read_lines(stream):
+            for line in read_lines(jsonl_lines(stream, str(file))):
                 if isinstance(line.row, RowError):
                     raise line.row
                 for item in plan(parse_row(line.row), spec).items:
