@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import commands
-from rewardrt import RewardModel
 from conftest import ROOT
+from rewardrt import RewardModel
 from rewardrt.server.routes import RELOAD, ROUTES
 from rewardrt.server.views import VIEWS
 from server_process import Running, serving

@@ -45,10 +45,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": ((lambda f: (f / "reward.json").unlink()), "reward.json: no such file"),
     "manifest not JSON": ((lambda f: (f / "reward.json").write_text("{")), "reward.json: not readable as JSON"),
     "manifest not UTF-8": ((lambda f: (f / "reward.json").write_bytes(b"\xff")), "reward.json: not readable as JSON"),
-    "manifest a list": (
-        (lambda f: (f / "reward.json").write_text("[]")),
-        "format version None, this runtime reads 1 to 2",
-    ),
+    "manifest a list": ((lambda f: (f / "reward.json").write_text("[]")), "format version None, this runtime reads 1 to 2"),
     "newer format version": (
         lambda f: edit(f, lambda m: m.update(format_version=3)),
         "format version 3, this runtime reads up to 2; upgrade rewardrt: `pip install -U rewardrt`",
