@@ -185,6 +185,83 @@ def test_vllm_and_jina_rank(server: Running, rewards: list[float], path: str) ->
     assert answer["usage"]["total_tokens"] > 0
 
 
+@pytest.mark.parametrize("path", ["/v2/models/m/versions/1/infer", "/v2/models/m/infer"])
+def test_tritonclient_sends_a_version_a_time_limit_a_priority_and_compressed_bodies(
+    server: Running, offline: RewardModel, path: str
+) -> None:
+    http = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+    client = http.InferenceServerClient(server.url.removeprefix("http://"))
+    tensor = http.InferInput("text", [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([b"one text"], dtype=np.object_), binary_data=True)
+    found = client.infer(
+        "m", [tensor], headers={"authorization": "Bearer sesame"}, timeout=10**6, priority=1,
+        model_version="1" if "versions" in path else "",
+        request_compression_algorithm="gzip", response_compression_algorithm="gzip",
+    )  # fmt: skip
+    assert found.as_numpy("score").astype(np.float32)[0, 0] == np.float32(offline.score(text="one text"))
+    with pytest.raises(Exception, match="version '2' of the model is not served; expected 1"):
+        client.infer("m", [tensor], headers={"authorization": "Bearer sesame"}, model_version="2")
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/score", {"queries": QUERY, "documents": DOCUMENTS, "encoding_format": "float"}),
+        ("/score", {"text_1": QUERY, "text_2": DOCUMENTS, "cache_salt": "x", "priority": 0, "user": "u"}),
+        ("/v1/rerank", {"model": "m", "query": QUERY, "documents": [{"text": text, "title": "t", "n": 1} for text in DOCUMENTS], "rank_fields": ["text"], "max_chunks_per_doc": 10}),
+        ("/v2/rerank", {"model": "m", "query": QUERY, "documents": DOCUMENTS, "rank_fields": None, "max_tokens_per_doc": 4096}),
+        ("/v1/classify", {"model": "m", "messages": [{"role": "user", "content": QUERY}, {"role": "assistant", "content": DOCUMENTS[0]}], "cache_salt": "x", "chat_template": None}),
+    ],
+)  # fmt: skip
+def test_what_clients_documentation_shows_is_scored(
+    server: Running, rewards: list[float], path: str, body: dict[str, Any]
+) -> None:
+    answer = call(server, path, body)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    if "rerank" in path:
+        assert {each["index"]: each["relevance_score"] for each in found["results"]} == dict(enumerate(rewards))
+        if "max_chunks_per_doc" in body:
+            assert {"title": "t", "n": 1}.items() <= found["results"][0]["document"].items()
+    else:
+        scores = [item.get("score", item.get("probs", [None])[0]) for item in found["data"]]
+        assert scores == rewards[: len(scores)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/rerank", {"model": "m", "query": "q", "documents": [{"text": "d", "title": "t"}], "rank_fields": ["title"]}),
+        ("/classify", {"input": "a", "chat_template_kwargs": {"a": 1}}),
+        ("/classify", {"messages": [], "chat_template": "{{ messages }}"}),
+        ("/score", {"queries": "q", "documents": ["d"], "encoding_format": "base64"}),
+        ("/v2/models/m/infer", {"inputs": [], "parameters": {"sequence_id": 1}}),
+    ],
+)  # fmt: skip
+def test_a_field_that_would_change_scores_is_refused_by_name(server: Running, path: str, body: dict[str, Any]) -> None:
+    answer = call(server, path, body)
+    name = next(name for name in ("rank_fields", "chat_template", "encoding_format", "parameters") if name in str(body))
+    assert (answer.status_code, name in answer.text) == (400, True)
+
+
+def test_a_rerank_client_brings_a_hosted_models_name_where_the_operator_gave_none(
+    server: Running, tiny_bundle: Path
+) -> None:
+    body = {"model": "jina-reranker-v1-base-en", "query": QUERY, "documents": DOCUMENTS, "top_n": 3}
+    assert call(server, "/v1/rerank", body).status_code == 404
+    with serving(tiny_bundle) as unnamed:
+        assert len(httpx.post(f"{unnamed.url}/v1/rerank", json=body).json()["results"]) == 3
+        refused = httpx.post(f"{unnamed.url}/classify", json={"model": "jina-reranker-v1-base-en", "input": "a"})
+        assert refused.status_code == 404
+
+
+def test_one_model_is_described_as_openai_clients_ask(server: Running) -> None:
+    headers = {"x-api-key": "sesame"}
+    assert httpx.get(f"{server.url}/v1/models/m", headers=headers).json()["id"] == "m"
+    assert httpx.get(f"{server.url}/v1/models/other", headers=headers).status_code == 404
+
+
 def test_vllm_pools(server: Running, offline: RewardModel) -> None:
     answer = call(server, "/pooling", {"model": "m", "input": ["some text"], "task": "classify"}).json()
     assert answer["data"] == [

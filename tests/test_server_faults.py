@@ -1,58 +1,38 @@
-"""What one client, one text or a full disk must not do to a server, and who may reach it."""
+"""What goes wrong with a text stays with it; who is next; and an engine that dies is started again."""
 
 from __future__ import annotations
 
 import base64
-import concurrent.futures
 import hashlib
 import json
-import re
 import shutil
-import signal
-import socket
-import ssl
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
-from commands import run
-from rewardrt import RewardModel
-from rewardrt.server.engine import Engine, Work
-from rewardrt.text import RawText
-from server_process import Running, serving
-
-BUNDLE = Path(__file__).parent / "bundles" / "version-1"
-ROW = {"rows": [{"prompt": "Name a colour.", "response": "Blue."}]}
-
-
-def reward(answer: httpx.Response) -> float:
-    value: float = answer.json()["rows"][0]["reward"]
-    return value
+from rewardrt import RewardModel, RowError, Scored
+from rewardrt.errors import InferenceError
+from rewardrt.server.engine import RESTARTS, Engine
+from rewardrt.server.problem import Problem
+from rewardrt.server.turns import LONG_TEXT, Job, TokenIds, Turns, Work, estimated_tokens
+from rewardrt.text import Conversation, RawText
+from server_process import serving
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with serving(BUNDLE, "--served-name", "m", "--api-key", "secret", "--log-texts") as running:
-        yield running
-
-
-KEY = {"authorization": "Bearer secret"}
-
-
-def make_panicking(target: Path) -> Path:
-    """Copy the bundle with a tokenizer that panics at text which is not ASCII."""
-    shutil.copytree(BUNDLE, target)
+def panicking(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """models/tiny with a normalizer that panics, in Rust, at every byte that is not ASCII."""
+    target = tmp_path_factory.mktemp("panic") / "panicking"
+    shutil.copytree(tiny_bundle, target)
     data = json.loads((target / "tokenizer.json").read_text())
-    table = (128 * 4).to_bytes(4, "little") + bytes(128 * 4)  # empty entries, which SentencePiece looks up by byte
-    data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+    table = base64.b64encode((512).to_bytes(4, "little") + bytes(512)).decode()
+    before = [data["normalizer"]] if data["normalizer"] else []
+    normalizers = [{"type": "Precompiled", "precompiled_charsmap": table}, *before]
+    data["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     written = json.dumps(data).encode()
     (target / "tokenizer.json").write_bytes(written)
     manifest = json.loads((target / "reward.json").read_text())
@@ -63,290 +43,192 @@ def make_panicking(target: Path) -> Path:
     return target
 
 
-def test_a_panic_of_the_tokenizer_is_its_own_texts_error(tmp_path: Path) -> None:
-    bundle = make_panicking(tmp_path / "bundle")
-    offline = RewardModel.load(bundle, provider="cpu")
-    good, bad = offline.score_rows([{"text": "plain"}, {"text": "caf\u00e9"}])
-    assert not isinstance(good, Exception) and isinstance(bad, Exception)
-    rows = [{"text": "plain"}, {"text": "caf\u00e9"}, {"text": "plain"}]
-    done = run("score", bundle, "-", stdin="\n".join(map(json.dumps, rows)).encode())
-    written = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 1 and ["error" in row for row in written] == [False, True, False]
-    with serving(bundle) as running, concurrent.futures.ThreadPoolExecutor(8) as pool:
+@pytest.fixture
+def model(tiny_bundle: Path) -> RewardModel:
+    return RewardModel.load(tiny_bundle, threads=1)
 
-        def post(index: int) -> Any:
-            text = "caf\u00e9" if index % 4 == 0 else "plain"
-            return text, httpx.post(f"{running.url}/v1/reward", json={"rows": [{"text": text}]}, timeout=30).json()
 
-        for text, answer in pool.map(post, range(40)):
-            row = answer["rows"][0]
-            assert ("error" in row) == (text != "plain")
-            assert row.get("reward", good.reward) == pytest.approx(good.reward, rel=1e-6)
+@pytest.fixture
+def make(model: RewardModel) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def engine(**options: Any) -> Engine:
+        engines.append(Engine(model, **({"max_queue_tokens": 100_000} | options)))
+        return engines[-1]
+
+    yield engine
+    for each in engines:
+        each.close()
+        each.join(10)
+
+
+def ask(engine: Engine, *items: Any, **options: Any) -> tuple[Job, threading.Event]:
+    done = threading.Event()
+    work = Work(tuple(RawText(item) if isinstance(item, str) else item for item in items))
+    return engine.submit(work, lambda job: done.set(), **options), done
+
+
+def test_a_panic_in_the_tokenizer_is_the_error_of_its_text_alone(panicking: Path, model: RewardModel) -> None:
+    found = RewardModel.load(panicking).score_rows([{"text": text} for text in ("one", "café", "two", "naïve", "x")])
+    assert [type(each) for each in found] == [Scored, RowError, Scored, RowError, Scored]
+    assert "the tokenizer failed at this text (PanicException: index out of bounds" in str(found[1])
+    assert found[0] == model.score_rows([{"text": "one"}])[0]
+
+
+def test_a_server_outlives_panics_and_others_get_their_rewards(panicking: Path) -> None:
+    with serving(panicking) as running:
+        for _ in range(3):
+            rows = [{"text": "one"}, {"text": "café"}, {"prompt": "é", "response": "two"}, {"text": "é" * 40_000}]
+            found = httpx.post(f"{running.url}/v1/reward", json={"rows": rows}, timeout=60).json()["rows"]
+            assert ["reward" in row for row in found] == [True, False, False, False]
+        refused = httpx.post(f"{running.url}/get_reward", json={"query": ["café"]})
+        assert refused.status_code == 400
         assert httpx.get(f"{running.url}/health").status_code == 200
 
 
-def test_an_engine_that_dies_is_started_again_and_gives_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = RewardModel.load(BUNDLE, provider="cpu", threads=1)
-    engine = Engine(model, max_queue_tokens=100_000)
-    deaths = 0
-    score = engine._score_turn
+def test_a_turn_that_fails_is_taken_apart_until_the_text_at_fault_is_alone(
+    make: Callable[..., Engine], model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicError(BaseException):
+        pass
+
+    (bad,) = model.encode([RawText("bad")])
+    score = model.score_encoded
+
+    def fails(texts: Any, **options: Any) -> Any:
+        if any(text.ids.tolist() == bad.ids.tolist() for text in texts):
+            raise PanicError
+        return score(texts, **options)
+
+    engine = make()
+    monkeypatch.setattr(model, "score_encoded", fails)
+    asked = [ask(engine, *texts) for texts in (["a"], ["b", "bad", "c"], ["d"], [TokenIds((1, 2**63)), TokenIds((5,))])]
+    assert all(done.wait(30) for _, done in asked)
+    kinds = [[type(result) for result in job.results] for job, _ in asked]
+    assert kinds == [[Scored], [Scored, InferenceError, Scored], [Scored], [RowError, Scored]]
+    assert (engine.fault, engine.waiting_tokens) == (None, 0)
+
+
+def test_an_engine_that_dies_is_started_again_and_one_that_dies_too_often_is_dead(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[str] = []
+    engine = make(report=reported.append)
+    real = engine._score_turn
 
     def dies(slices: Any) -> None:
-        nonlocal deaths
-        if deaths < 2:
-            deaths += 1
-            raise SystemError("out of the blue")
-        score(slices)
+        raise SystemExit
 
+    for _ in range(RESTARTS):
+        monkeypatch.setattr(engine, "_score_turn", dies)
+        job, done = ask(engine, "a")
+        assert done.wait(30)
+        assert job.failure.startswith("the engine failed (SystemExit")
+        monkeypatch.setattr(engine, "_score_turn", real)
+        job, done = ask(engine, "a")
+        assert done.wait(30)
+        assert isinstance(job.results[0], Scored)
+    assert len(reported) == RESTARTS
     monkeypatch.setattr(engine, "_score_turn", dies)
-    done = threading.Event()
-    for _ in range(3):
-        done.clear()
-        job = engine.submit(Work((RawText("plain"),)), lambda job: done.set())
-        assert done.wait(20)
-    assert deaths == 2 and not job.failure and engine.fault is None
-    engine.close()
+    _, done = ask(engine, "a")
+    assert done.wait(30)
     engine.join(10)
+    assert engine.dead
+    assert "the engine has stopped" in str(engine.fault)
+    with pytest.raises(Problem):
+        ask(engine, "a")
 
 
-def test_a_log_that_cannot_be_written_stops_no_scoring() -> None:
-    command = [sys.executable, "-c", "from rewardrt.cli import main; main()", "serve", str(BUNDLE), "--port"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with Path("/dev/full").open("wb") as full, subprocess.Popen([*command, str(port)], stderr=full) as process:
-        try:
-            end = time.monotonic() + 60
-            while time.monotonic() < end:
-                try:
-                    if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    time.sleep(0.05)
-            found = {reward(httpx.post(f"http://127.0.0.1:{port}/v1/reward", json=ROW)) for _ in range(5)}
-        finally:
-            process.terminate()
-    assert len(found) == 1 and process.returncode == 0
+def job_of(costs: list[int], client: str = "") -> Job:
+    job = Job(Work(()), costs, lambda job: None, 0.0, client)
+    job.left = sum(costs)
+    return job
 
 
-def test_log_lines_cannot_be_forged_and_hold_refused_bodies_too(server: Running) -> None:
-    paths = ("/v1/x%0A2026-01-01%20GET%20/admin%20200", "/v1/%1B%5B31mred", "/v1/\"quoted'")
-    for path in paths:
-        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=10) as connection:
-            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            while connection.recv(65536):
-                pass
-    answer = httpx.post(f"{server.url}/v1/reward", headers=KEY, json={"rows": [{"marker": "refusedbody"}], "odd": 1})
-    assert answer.status_code == 400
-    server.wait_for("refusedbody")
-    unauthorized = httpx.post(f"{server.url}/v1/reward", json={"rows": [{"text": "nokeybody"}]})
-    assert unauthorized.status_code == 401
-    assert not any(re.match(r"2026-01-01 GET /admin", line) or "\x1b" in line for line in server.log)
+def test_small_requests_are_not_behind_a_large_one_and_the_large_one_is_not_left_out() -> None:
+    turns = Turns(2048)
+    large = job_of([2048] * 1024)
+    small = [job_of([200]) for _ in range(6)]
+    for job in (large, *small):
+        turns.add(job)
+    slices, _ = turns.plan(8192)
+    assert {id(each.job) for each in slices} == {id(job) for job in (large, *small)}
+    assert large.taken >= 1
+    assert [job.taken for job in small] == [1] * 6
 
 
-def test_what_is_not_found_or_not_allowed_is_in_the_log_and_the_metrics(server: Running) -> None:
-    assert httpx.get(f"{server.url}/v1/nothing-there", headers=KEY).status_code == 404
-    assert httpx.get(f"{server.url}/get_reward", headers=KEY).status_code == 405
-    answer = httpx.post(f"{server.url}/v1/reward/", headers=KEY, json=ROW)
-    assert answer.status_code == 404 and "location" not in answer.headers  # no redirect to the client's Host
-    server.wait_for("nothing-there")
-    text = httpx.get(f"{server.url}/metrics", headers=KEY).text
-    for status in ("404", "405"):
-        assert re.search(rf'rewardrt_requests_total{{[^}}]*status="{status}"[^}}]*}} [1-9]', text), status
+def test_each_client_gets_a_share_however_many_requests_another_one_has() -> None:
+    turns = Turns(2048)
+    many = [job_of([2048], "many") for _ in range(500)]
+    one = job_of([2048] * 4, "one")
+    for job in (*many, one):
+        turns.add(job)
+    taken = []
+    for _ in range(2):
+        turns.plan(8192)
+        taken.append((sum(job.taken for job in many), one.taken))
+    assert taken == [(2, 2), (4, 4)]
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({"origin": "https://elsewhere.example"}, 403),
-        ({"content-type": "text/plain"}, 415),
-        ({"content-type": "application/x-www-form-urlencoded"}, 415),
-        ({"x-forwarded-for": "8.8.8.8"}, 200),
-        ({}, 200),
-    ],
-)
-def test_a_page_of_another_site_cannot_post(server: Running, headers: dict[str, str], status: int) -> None:
-    sent = {"content-type": "application/json"} | KEY | headers
-    answer = httpx.post(f"{server.url}/v1/reward", headers=sent, content=json.dumps(ROW).encode())
-    assert answer.status_code == status
-    if "x-forwarded-for" in headers:  # no proxy was named, so nobody is believed
-        time.sleep(0.2)
-        assert not any("8.8.8.8" in line for line in server.log)
+def test_a_text_is_booked_by_its_bytes_and_every_part_of_a_conversation_counts() -> None:
+    assert estimated_tokens(RawText("a" * 300)) == 101
+    assert estimated_tokens(RawText("語" * 300)) == 301
+    parts = [{"type": "text", "text": "b" * 300}]
+    prompt = (
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": [{"x": "c" * 300}]},
+    )
+    assert estimated_tokens(Conversation(prompt, {"role": "assistant", "content": "d" * 300})) >= 300
 
 
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("", "found an empty one, which would guard nothing"),
-        (" secret", "begins or ends with white space"),
-        ("secret\t", "begins or ends with white space"),
-        ("schl\u00fcssel", "expected printable ASCII characters"),
-    ],
-)
-def test_a_key_that_guards_nothing_or_never_matches_is_refused_at_the_start(
-    key: str, message: str, tmp_path: Path
+def test_a_long_text_is_tokenized_beside_the_engine_and_nobody_waits_for_it(
+    make: Callable[..., Engine], model: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = run("serve", BUNDLE, "--api-key", key)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and message in done.stderr
-    file = tmp_path / "keys"
-    file.write_text(f"{key}\n", encoding="utf-8")
-    refused = run("serve", BUNDLE, "--api-key-file", file)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    go, encode, threads = threading.Event(), model.encode, set()
+
+    def slow(items: Any, **options: Any) -> Any:
+        if any(len(item.text) > LONG_TEXT for item in items):
+            threads.add(threading.current_thread().name)
+            assert go.wait(30)
+        return encode(items, **options)
+
+    monkeypatch.setattr(model, "encode", slow)
+    engine = make()
+    long, long_done = ask(engine, "short", "word " * 10_000, "another", client="a")
+    short, short_done = ask(engine, "short", client="a")
+    assert short_done.wait(30)
+    assert not long.results
+    go.set()
+    assert long_done.wait(30)
+    assert threads == {"long texts"}
+    assert long.results[0] == short.results[0]
+    assert isinstance(long.results[1], Scored)
+    assert long.results[1].truncated > 0
+    assert engine.waiting_tokens == 0
 
 
-def test_keys_of_a_file_each_open_the_server(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("first\nsecond\n")
-    with serving(BUNDLE, "--api-key-file", tmp_path / "keys") as running:
-        for key, status in (("first", 200), ("second", 200), ("third", 401), ("", 401)):
-            headers = {"x-api-key": key} if key else {}
-            assert httpx.post(f"{running.url}/v1/reward", headers=headers, json=ROW).status_code == status
-
-
-def test_a_unix_socket_and_tls_serve_the_same_rewards(tmp_path: Path) -> None:
-    expected = float(str(np.float32(RewardModel.load(BUNDLE, provider="cpu").score(**ROW["rows"][0]))))  # type: ignore[arg-type]
-    path = tmp_path / "rewards.sock"
-    command = [sys.executable, "-c", "from rewardrt.cli import main; main()", "serve", str(BUNDLE)]
-    with subprocess.Popen(
-        [*command, "--uds", str(path), "--root-path", "/rewards"], stderr=subprocess.DEVNULL
-    ) as process:
-        try:
-            client = httpx.Client(transport=httpx.HTTPTransport(uds=str(path), retries=3), base_url="http://localhost")
-            end = time.monotonic() + 60
-            while not path.exists() and time.monotonic() < end:
-                time.sleep(0.05)
-            time.sleep(0.2)
-            assert reward(client.post("/v1/reward", json=ROW)) == expected
-            client.close()
-        finally:
-            process.terminate()
-    pem = tmp_path / "cert.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate, and it is not installed")
-    subprocess.run([*made, "-keyout", str(pem) + ".key", "-out", str(pem)], check=True, capture_output=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--tls-cert", str(pem), "--tls-key", f"{pem}.key", "--port", str(port)]
-    with subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL) as process:
-        try:
-            context = ssl.create_default_context()
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            end = time.monotonic() + 60
-            while True:
-                try:
-                    answer = httpx.post(f"https://127.0.0.1:{port}/v1/reward", json=ROW, verify=context)
-                    break
-                except httpx.HTTPError:
-                    assert time.monotonic() < end
-                    time.sleep(0.05)
-            assert reward(answer) == expected
-        finally:
-            process.terminate()
-
-
-def test_a_bundle_is_loaded_anew_under_load_and_every_answer_is_from_one_of_them(
-    tiny_bundle: Path, tmp_path: Path
+def test_a_full_queue_makes_a_request_wait_and_it_may_be_taken_back_until_it_begins(
+    make: Callable[..., Engine], model: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twenty reloads between two bundles while clients post: nothing lost, and header and reward go together."""
-    link = tmp_path / "served"
-    folders = {"version-1": BUNDLE, "tiny": tiny_bundle}
-    hashes = {hashlib.sha256((path / "reward.json").read_bytes()).hexdigest(): name for name, path in folders.items()}
-    wanted = {
-        name: RewardModel.load(path, provider="cpu").score(**ROW["rows"][0])  # type: ignore[arg-type]
-        for name, path in folders.items()
-    }
-    link.symlink_to(BUNDLE)
-    with serving(link, "--served-name", "m", "--api-key", "secret") as running:
-        ended = threading.Event()
-        answers: list[tuple[str, float]] = []
-        lost: list[str] = []
+    begun, go, encode = threading.Event(), threading.Event(), model.encode
 
-        def client() -> None:
-            with httpx.Client(base_url=running.url, headers=KEY, timeout=30) as session:
-                while not ended.is_set():
-                    answer = session.post("/v1/reward", json=ROW)
-                    if answer.status_code != 200:
-                        lost.append(answer.text)
-                        continue
-                    answers.append((hashes[answer.headers["x-rewardrt-bundle"]], reward(answer)))
+    def slow(items: Any, **options: Any) -> Any:
+        begun.set()
+        assert go.wait(30)
+        return encode(items, **options)
 
-        clients = [threading.Thread(target=client) for _ in range(4)]
-        for each in clients:
-            each.start()
-        for index in range(20):
-            fresh = tmp_path / f"link-{index}"
-            fresh.symlink_to(folders["tiny" if index % 2 == 0 else "version-1"])
-            fresh.replace(link)
-            answer = httpx.post(f"{running.url}/v1/reload", headers=KEY, timeout=60)
-            assert answer.status_code == 200, answer.text
-        ended.set()
-        for each in clients:
-            each.join(60)
-        assert httpx.post(f"{running.url}/v1/reload").status_code == 401
-    assert lost == []
-    assert {name for name, _ in answers} == {"version-1", "tiny"}
-    assert all(np.float32(value) == np.float32(wanted[name]) for name, value in answers)
-
-
-def test_a_reload_that_fails_leaves_the_old_bundle(tmp_path: Path) -> None:
-    folder = tmp_path / "bundle"
-    shutil.copytree(BUNDLE, folder)
-    with serving(folder, "--api-key", "secret") as running:
-        before = reward(httpx.post(f"{running.url}/v1/reward", headers=KEY, json=ROW))
-        (folder / "reward.json").write_text("{")
-        answer = httpx.post(f"{running.url}/v1/reload", headers=KEY, timeout=60)
-        assert answer.status_code >= 500 and "the old bundles are served on" in answer.text
-        assert reward(httpx.post(f"{running.url}/v1/reward", headers=KEY, json=ROW)) == before
-        running.process.send_signal(signal.SIGUSR1)
-        running.wait_for("the old ones are served on")
-        assert running.stop(signal.SIGHUP) == 0
-
-
-def test_message_shapes_of_templates_pass_over_http(server: Running) -> None:
-    offline = RewardModel.load(BUNDLE, provider="cpu")
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "Name a colour."}]},
-        {"role": "assistant", "content": "Blue."},
-    ]
-    expected = offline.score(messages=messages)
-    for path, body in (
-        ("/v1/reward", {"rows": [{"messages": messages}]}),
-        ("/classify", {"model": "m", "messages": messages}),
-    ):
-        answer = httpx.post(f"{server.url}{path}", headers=KEY, json=body).json()
-        found = answer["rows"][0]["reward"] if "rows" in answer else answer["data"][0]["probs"][0]
-        assert np.float32(found) == np.float32(expected)
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    for field, value in (
-        ("tools", tools),
-        ("documents", [{"text": "x"}]),
-        ("chat_template_kwargs", {"thinking": True}),
-    ):
-        answer = httpx.post(
-            f"{server.url}/classify", headers=KEY, json={"model": "m", "messages": messages, field: value}
-        )
-        assert answer.status_code == 400  # this template reads none of them
-        assert "does not read" in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/score", {"model": "m", "text_1": "q", "text_2": "d", "encoding_format": "float"}),
-        ("/v1/classify", {"model": "m", "input": "text", "cache_salt": "s", "priority": 1}),
-        ("/v2/rerank", {"model": "m", "query": "q", "documents": [{"text": "d", "title": "t"}], "rank_fields": ["text"]}),
-        ("/v1/rerank", {"model": "m", "query": "q", "documents": ["d"], "max_chunks_per_doc": 10}),
-        ("/v2/models/m/versions/1/infer", {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}]}),
-        ("/v2/models/m/infer", {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}], "parameters": {"priority": 1, "timeout": 100}}),
-    ],
-)  # fmt: skip
-def test_requests_as_the_clients_documentation_shows_them_work(server: Running, path: str, body: Any) -> None:
-    answer = httpx.post(f"{server.url}{path}", headers=KEY, json=body)
-    assert answer.status_code == 200, answer.text
-
-
-def test_kserve_errors_are_a_string_and_a_model_is_described(server: Running) -> None:
-    answer = httpx.post(f"{server.url}/v2/models/m/infer", headers=KEY, json={"inputs": []})
-    assert answer.status_code == 400 and isinstance(answer.json()["error"], str)
-    assert httpx.get(f"{server.url}/v1/models/m", headers=KEY).status_code == 200
+    monkeypatch.setattr(model, "encode", slow)
+    engine = make(max_queue_tokens=100)
+    _, first = ask(engine, "word " * 100)
+    assert begun.wait(30)
+    _, second = ask(engine, *["word " * 60] * 3)  # taken although it is too much: nothing else waits
+    with pytest.raises(Problem, match="the queue holds"):
+        ask(engine, *["word " * 60] * 3)
+    waits, done = ask(engine, *["word " * 60] * 3, patience=10)
+    taken_back, _ = ask(engine, *["word " * 60] * 3, patience=10)
+    assert waits.may_be_refused
+    assert isinstance(engine.withdraw(taken_back), Problem)
+    go.set()
+    assert all(each.wait(30) for each in (first, second, done))
+    assert engine.withdraw(waits) is None
+    assert (len(waits.results), taken_back.results, engine.waiting_tokens) == (3, [], 0)

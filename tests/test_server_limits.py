@@ -12,16 +12,29 @@ import signal
 import socket
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from rewardrt import RewardModel
 from rewardrt.errors import RowError
 from rewardrt.strict_json import Bounds, read_json
 from server_process import Running, serving
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[Running], socket.socket]]:
+    """Opens connections, which are closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def open_one(server: Running) -> socket.socket:
+            host, port = server.url.removeprefix("http://").split(":")
+            return stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+
+        yield open_one
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +49,7 @@ def post(server: Running, path: str, body: object, **headers: str) -> httpx.Resp
     return httpx.post(f"{server.url}{path}", content=data, headers=headers, timeout=60)
 
 
-def connect(server: Running) -> socket.socket:
-    host, port = server.url.removeprefix("http://").split(":")
-    OPENED.append(socket.create_connection((host, int(port)), timeout=30))
-    return OPENED[-1]
-
-
-OPENED: list[socket.socket] = []
-
-
-@pytest.fixture(autouse=True)
-def no_connection_is_left_open() -> Iterator[None]:
-    yield
-    while OPENED:
-        OPENED.pop().close()
+Connect = Callable[[Running], socket.socket]
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -175,7 +175,7 @@ def test_a_long_text_is_cut_as_it_is_offline(server: Running, tiny_bundle: Path)
     text = "words and more " * 15_000
     (scored,) = RewardModel.load(tiny_bundle).score_rows([{"text": text}])
     (found,) = post(server, "/v1/reward", {"rows": [{"text": text}]}).json()["rows"]
-    assert (found["reward"], found["truncated"]) == (pytest.approx(scored.reward, rel=1e-6), scored.truncated)  # type: ignore[union-attr]
+    assert (found["reward"], found["truncated"]) == (float(str(np.float32(scored.reward))), scored.truncated)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "x-gzip"])
@@ -205,7 +205,7 @@ def test_a_compressed_body_is_unpacked_up_to_the_limit(
     assert resident(server) - before < 60
 
 
-def test_half_a_header_and_half_a_body_are_ended_in_time(server: Running) -> None:
+def test_half_a_header_and_half_a_body_are_ended_in_time(server: Running, connect: Connect) -> None:
     halves = {
         b"POST /get_reward HTTP/1.1\r\nhost: a\r\n": b"408",
         b"": b"",
@@ -222,41 +222,36 @@ def test_half_a_header_and_half_a_body_are_ended_in_time(server: Running) -> Non
     assert "within 1 seconds" in server.wait_for("POST /get_reward 408 protocol=openrlhf")
 
 
-def test_a_client_that_does_not_read_is_cut_off_and_its_memory_is_free(server: Running) -> None:
+def test_a_client_that_does_not_read_is_cut_off_and_its_memory_is_free(server: Running, connect: Connect) -> None:
     rows = json.dumps({"rows": [{"text": "a", "more": "x" * 7000}] * 1000}).encode()
     head = f"POST /v1/reward HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(rows)}\r\n\r\n".encode()
     before = resident(server)
     opened = [connect(server) for _ in range(6)]
     for connection in opened:
-        with contextlib.suppress(ConnectionError):  # the server may cut it off before it has sent everything
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # so many at once are too many of one client
             connection.sendall(head + rows)
     time.sleep(2.5)
     assert post(server, "/get_reward", {"query": ["a"]}).status_code == 200
     assert post(server, "/v1/reward", rows).status_code == 200  # a large one, too: nothing is held any more
     assert resident(server) - before < 250
-    for connection in opened:
-        connection.close()
 
 
-def test_small_chunks_and_long_headers_are_refused(server: Running) -> None:
+def test_small_chunks_and_long_headers_are_refused(server: Running, connect: Connect) -> None:
     head = b"POST /get_reward HTTP/1.1\r\nhost: 127.0.0.1\r\n"
     for data in (
         head + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 40_000,
         head + b"a: b\r\n" * 40_000 + b"\r\n",
         b"\x16\x03\x01 no http\r\n\r\n",
     ):
-        with connect(server) as connection:
-            answer = b""
-            try:
-                connection.sendall(data)
-                answer = read_all(connection)
-            except (ConnectionResetError, BrokenPipeError):
-                continue
+        connection = connect(server)
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            connection.sendall(data)
+            answer = read_all(connection)
             assert b" 400 " in answer.split(b"\r\n")[0]
     assert "error='malformed HTTP'" in server.wait_for("- - 400 protocol=-")
 
 
-def test_forty_four_half_open_connections_lock_nobody_out_at_48_files(tiny_bundle: Path) -> None:
+def test_forty_four_half_open_connections_lock_nobody_out_at_48_files(tiny_bundle: Path, connect: Connect) -> None:
     def few_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 
@@ -265,20 +260,19 @@ def test_forty_four_half_open_connections_lock_nobody_out_at_48_files(tiny_bundl
         for number in range(44):
             opened.append(connect(running))
             opened[-1].sendall(b"POST /get_reward HTTP/1.1\r\n" if number % 2 else b"G")
-        started = time.monotonic()
-        for _ in range(10):
-            assert post(running, "/get_reward", {"query": ["a"]}).status_code == 200
-        assert time.monotonic() - started < 5
+        with httpx.Client(headers={"connection": "close"}) as client:
+            for _ in range(10):
+                started = time.monotonic()
+                assert client.post(f"{running.url}/get_reward", json={"query": ["a"]}).status_code == 200
+                assert time.monotonic() - started < 3
         assert running.wait_for("connections: this process may open few files")
         started = time.monotonic()
         assert running.stop() == 0  # although they are all still open
         assert time.monotonic() - started < 5
-        for connection in opened:
-            connection.close()
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_server_drains_within_its_deadline_whatever_clients_do(tiny_bundle: Path, sig: int) -> None:
+def test_a_server_drains_within_its_deadline_whatever_clients_do(tiny_bundle: Path, sig: int, connect: Connect) -> None:
     rows = json.dumps({"rows": [{"text": "a", "more": "x" * 7000}] * 1000}).encode()
     head = f"POST /v1/reward HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(rows)}\r\n\r\n".encode()
     with serving(tiny_bundle, "--drain-seconds", 2) as running:
@@ -292,5 +286,3 @@ def test_a_server_drains_within_its_deadline_whatever_clients_do(tiny_bundle: Pa
         started = time.monotonic()
         assert running.stop(sig) == 0
         assert time.monotonic() - started < 5
-        for connection in opened:
-            connection.close()

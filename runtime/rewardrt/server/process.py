@@ -33,7 +33,7 @@ from rewardrt.server.reload import Reloader
 
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
-ACCEPTED_AT_ONCE = 16  # connections taken before one that is too many is closed
+ACCEPTED_AT_ONCE = 4  # connections taken in one turn of the event loop; what is too many is closed two turns later
 SPARE_FILES = 8  # descriptors for what is opened now and then, such as a bundle's files
 TICK_SECONDS = 0.02
 SWEEP_SECONDS = 0.5
@@ -200,7 +200,7 @@ def connection_limit(wanted: int) -> int:
         used = len(os.listdir("/proc/self/fd"))
     except OSError:
         used = 64
-    return max(1, min(wanted, soft - used - ACCEPTED_AT_ONCE - SPARE_FILES))
+    return max(1, min(wanted, soft - used - 3 * ACCEPTED_AT_ONCE - SPARE_FILES))
 
 
 def shown(address: Address, listener: socket.socket) -> str:
