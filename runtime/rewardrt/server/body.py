@@ -162,21 +162,28 @@ def unpack(data: bytes, headers: Mapping[str, str], limit: int) -> bytes:
         return data
     parts: list[bytes] = []
     size = 0
-    while data:
-        unpacker = zlib.decompressobj(ENCODINGS[encoding])
-        try:
-            while data and not unpacker.eof:
-                part = unpacker.decompress(data, CHUNK)
-                data = unpacker.unconsumed_tail
+    unpacker = zlib.decompressobj(ENCODINGS[encoding])
+    try:
+        for start in range(0, len(data), CHUNK):  # in pieces: what is left over is copied each time
+            some = data[start : start + CHUNK]
+            while some:
+                if unpacker.eof:  # gzip files may follow each other
+                    unpacker = zlib.decompressobj(ENCODINGS[encoding])
+                part = unpacker.decompress(some, CHUNK)
+                some = unpacker.unused_data if unpacker.eof else unpacker.unconsumed_tail
                 size += len(part)
                 if size > limit:
                     raise too_large(limit)
                 parts.append(part)
-        except zlib.error:
-            raise Problem("validation", f"content-encoding: the body is not {encoding}") from None
-        if not unpacker.eof:
-            raise Problem("validation", f"content-encoding: the {encoding} data ends too early")
-        data = unpacker.unused_data  # gzip files may follow each other
+        while not unpacker.eof and (part := unpacker.decompress(b"", CHUNK)):
+            size += len(part)
+            if size > limit:
+                raise too_large(limit)
+            parts.append(part)
+    except zlib.error:
+        raise Problem("validation", f"content-encoding: the body is not {encoding}") from None
+    if not unpacker.eof:
+        raise Problem("validation", f"content-encoding: the {encoding} data ends too early")
     return b"".join(parts)
 
 
