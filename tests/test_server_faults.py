@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from panicking_bundle import make_panicking
 from rewardrt import RewardModel, RowError, Scored
 from rewardrt.errors import InferenceError
 from rewardrt.server.engine import RESTARTS, Engine
@@ -26,21 +23,7 @@ from server_process import serving
 @pytest.fixture(scope="module")
 def panicking(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """models/tiny with a normalizer that panics, in Rust, at every byte that is not ASCII."""
-    target = tmp_path_factory.mktemp("panic") / "panicking"
-    shutil.copytree(tiny_bundle, target)
-    data = json.loads((target / "tokenizer.json").read_text())
-    table = base64.b64encode((512).to_bytes(4, "little") + bytes(512)).decode()
-    before = [data["normalizer"]] if data["normalizer"] else []
-    normalizers = [{"type": "Precompiled", "precompiled_charsmap": table}, *before]
-    data["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
-    written = json.dumps(data).encode()
-    (target / "tokenizer.json").write_bytes(written)
-    manifest = json.loads((target / "reward.json").read_text())
-    for record in manifest["files"]:
-        if record["path"] == "tokenizer.json":
-            record |= {"sha256": hashlib.sha256(written).hexdigest(), "bytes": len(written)}
-    (target / "reward.json").write_text(json.dumps(manifest))
-    return target
+    return make_panicking(tiny_bundle, tmp_path_factory.mktemp("panic") / "panicking")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import concurrent.futures
 import hashlib
 import json
@@ -24,6 +23,7 @@ import numpy as np
 import pytest
 
 from commands import run
+from panicking_bundle import make_panicking
 from rewardrt import RewardModel
 from rewardrt.server.engine import Engine, Work
 from rewardrt.text import RawText
@@ -47,24 +47,8 @@ def server() -> Iterator[Running]:
 KEY = {"authorization": "Bearer secret"}
 
 
-def make_panicking(target: Path) -> Path:
-    """Copy the bundle with a tokenizer that panics at text which is not ASCII."""
-    shutil.copytree(BUNDLE, target)
-    data = json.loads((target / "tokenizer.json").read_text())
-    table = (128 * 4).to_bytes(4, "little") + bytes(128 * 4)  # empty entries, which SentencePiece looks up by byte
-    data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
-    written = json.dumps(data).encode()
-    (target / "tokenizer.json").write_bytes(written)
-    manifest = json.loads((target / "reward.json").read_text())
-    for record in manifest["files"]:
-        if record["path"] == "tokenizer.json":
-            record |= {"sha256": hashlib.sha256(written).hexdigest(), "bytes": len(written)}
-    (target / "reward.json").write_text(json.dumps(manifest))
-    return target
-
-
 def test_a_panic_of_the_tokenizer_is_its_own_texts_error(tmp_path: Path) -> None:
-    bundle = make_panicking(tmp_path / "bundle")
+    bundle = make_panicking(BUNDLE, tmp_path / "bundle")
     offline = RewardModel.load(bundle, provider="cpu")
     good, bad = offline.score_rows([{"text": "plain"}, {"text": "caf\u00e9"}])
     assert not isinstance(good, Exception) and isinstance(bad, Exception)

@@ -121,8 +121,9 @@ def encode_texts(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> tup
 
     Raises CertificateError.
     """
-    candidates = golden_texts(*_reader(checkpoint, bundle)[:2], checkpoint.spec, file)
-    return candidates, _encode_all(checkpoint, bundle, candidates)
+    renderer, tokenizer, template = _reader(checkpoint, bundle)
+    candidates = golden_texts(renderer, tokenizer, checkpoint.spec, file)
+    return candidates, [_encode(checkpoint, renderer, tokenizer, template, candidate) for candidate in candidates]
 
 
 def encode_probes(
@@ -141,7 +142,7 @@ def encode_probes(
         variables=template.variables if template is not None and spec.text.source == "chat_template" else (),
         lengths=lengths,
     )
-    return candidates, _encode_all(checkpoint, bundle, candidates)
+    return candidates, [_encode(checkpoint, renderer, tokenizer, template, candidate) for candidate in candidates]
 
 
 def certified_lengths(checkpoint: Checkpoint) -> list[int]:
@@ -163,11 +164,6 @@ def _reader(checkpoint: Checkpoint, bundle: Path) -> tuple[Renderer, Tokenizer, 
     template = ChatTemplate(source, spec.special_tokens) if source else None
     renderer = Renderer(spec.text, template, with_prompt=spec.reads_prompt_end)
     return renderer, Tokenizer(bundle / TOKENIZER, spec), template
-
-
-def _encode_all(checkpoint: Checkpoint, bundle: Path, candidates: Sequence[Candidate]) -> list[EncodedText]:
-    renderer, tokenizer, template = _reader(checkpoint, bundle)
-    return [_encode(checkpoint, renderer, tokenizer, template, candidate) for candidate in candidates]
 
 
 def spread(rewards: Sequence[tuple[float, ...]]) -> float:
