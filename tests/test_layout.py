@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of one group may not import each other unless the order inside the group says so.
 ORDER = {
     "rewardrt": [
-        "telemetry", "display", "errors", "strict_json", "spec", "processor", "graph_file", "bundle", "providers", "kernels", "session", "template_limits", "chat_template", "text", "tokens", "batching", "prefix", "fields", "rows", "pairwise", "reward_model",
+        "telemetry", "display", "errors", "strict_json", "spec", "processor", "graph_file", "bundle", "providers", "kernels", "denormals", "session", "template_limits", "chat_template", "text", "tokens", "batching", "prefix", "fields", "rows", "pairwise", "reward_model",
         "verify", "formats", "files", "workers", "bench", "doctor", "server", "toplevel", "cli",
     ],
     "rewardrt_export": [

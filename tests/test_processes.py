@@ -301,3 +301,26 @@ def test_a_pickle_of_a_bundle_that_is_gone_names_it(tmp_path: Path) -> None:
     (tmp_path / "bundle").rename(tmp_path / "moved")
     with pytest.raises(BundleError, match=r"^the bundle of a loaded model cannot be opened again: .*bundle: expected"):
         pickle.loads(pickled)
+
+
+def test_loading_and_scoring_leave_the_users_own_arithmetic_as_it_was() -> None:
+    """onnxruntime's option for denormal numbers also sets the thread that opens a session, and those it then starts."""
+    found = run("""
+from rewardrt import denormals
+tiny, half, seen = np.full(8, 1e-44, np.float32), np.float32(0.5), []
+def look():
+    seen.append(bool((tiny * half).any()))
+look()
+model = RewardModel.load(BUNDLE)
+look()
+bits(model)
+look()
+thread = threading.Thread(target=lambda: (look(), bits(model), look()))
+thread.start(); thread.join()
+with denormals.as_zero():
+    inside = bool((tiny * half).any())
+look()
+print(json.dumps([seen, inside, denormals.CAN_BE_ZERO]))
+""")
+    assert found[0] == [True] * 6
+    assert found[1] is not found[2]

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from rewardrt import denormals
 from rewardrt.errors import BundleError, InferenceError, ProviderError
 from rewardrt.graph_file import resolve
 from rewardrt.kernels import register
@@ -218,7 +219,8 @@ class GraphSession:
             feeds |= {item.name: array for item, array in zip(self.past, past.arrays, strict=True)}
         session = self._live()
         try:
-            found = session.run(outputs, feeds)
+            with denormals.as_zero():
+                found = session.run(outputs, feeds)
         except Exception as error:  # onnxruntime's exceptions share no base class
             batch = f"{len(input_ids)} x {input_ids.shape[1]} tokens"
             raise InferenceError(f"the graph failed on {batch} ({one_line(error)})") from error
@@ -269,7 +271,8 @@ def _open(graph: Path, provider: Provider, threads: int | None) -> Any:
     try:
         if provider == "cpu":
             register(options)
-        return open_session(model if isinstance(model, bytes) else str(model), provider, options)
+        with denormals.unchanged():  # onnxruntime sets the thread that opens a process's first session
+            return open_session(model if isinstance(model, bytes) else str(model), provider, options)
     except ProviderError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base class
@@ -294,9 +297,8 @@ def _session_options(threads: int | None) -> Any:
     # the largest one takes (420 MB). Without it memory goes back after each run (200 MB) for 18% more CPU time; with
     # the arena shrunk after each run (200 MB), 6%.
     options.enable_mem_pattern = False
-    # The softmax of masked scores makes denormal numbers, which the processor computes with very slowly: attention over
-    # 512 tokens of a 135M model took 220 ms with them and 136 ms without.
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if denormals.CAN_BE_ZERO:  # onnxruntime's threads; `run` sets the calling one
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return options
 
 
