@@ -18,7 +18,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-LIBRARY = Path("runtime/rewardrt/librewardrt_kernels.so")
+LIBRARY = Path("runtime/rewardrt/machine/librewardrt_kernels.so")
 SOURCES = Path("runtime/kernels")
 FLAGS = ["-O3", "-std=c11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # operators.c asks the processor before it calls one of the others.

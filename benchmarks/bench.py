@@ -29,11 +29,11 @@ from systems import ENVIRONMENTS, System, lean_command, list_own, list_peers
 from tokenizers import Tokenizer
 from workloads import DEFAULT, FULL, QUICK, Sizes, write_workloads
 
-from rewardrt.bench import LATENCY_TOKENS, LENGTHS, Workload, compare, read_workload, texts_of_length
-from rewardrt.bundle import Bundle, read_bundle
+from rewardrt.bundle.manifest import Bundle, read_bundle
+from rewardrt.checks.bench import LATENCY_TOKENS, LENGTHS, Workload, compare, read_workload, texts_of_length
+from rewardrt.checks.workers import Outputs, Worker
 from rewardrt.errors import WorkerError
-from rewardrt.tokens import EncodedText
-from rewardrt.workers import Outputs, Worker
+from rewardrt.text.tokens import EncodedText
 
 ROOT = Path(__file__).parent.parent
 MAX_LENGTH = 1024
@@ -264,7 +264,7 @@ def export(checkpoint: Path, bundle: Path, precisions: list[str], golden: Path |
     shutil.rmtree(bundle, ignore_errors=True)
     asked = [argument for precision in precisions for argument in ("--precision", precision)]
     asked += [] if golden is None else ["--golden", str(golden)]
-    start = [sys.executable, "-c", "from rewardrt.cli import main; main()"]
+    start = [sys.executable, "-c", "from rewardrt.cli.app import main; main()"]
     command = [*start, "export", str(checkpoint), str(bundle), *asked]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 SHARD_BYTES = 4 * 10**9
-START = [sys.executable, "-c", "from rewardrt.cli import main; main()"]
+START = [sys.executable, "-c", "from rewardrt.cli.app import main; main()"]
 
 
 @dataclass(frozen=True)

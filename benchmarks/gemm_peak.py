@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from rewardrt.providers import import_onnxruntime  # with what it would send of itself switched off
+from rewardrt.machine.providers import import_onnxruntime  # with what it would send of itself switched off
 
 onnxruntime = import_onnxruntime()
 

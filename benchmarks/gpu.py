@@ -22,7 +22,8 @@ from systems import PEERS
 from tokenizers import Tokenizer
 from workloads import Sizes, write_workloads
 
-from rewardrt.bench import (
+from rewardrt.bundle.manifest import Bundle, read_bundle
+from rewardrt.checks.bench import (
     LATENCY_TOKENS,
     Workload,
     compare,
@@ -31,8 +32,7 @@ from rewardrt.bench import (
     read_workload,
     texts_of_length,
 )
-from rewardrt.bundle import Bundle, read_bundle
-from rewardrt.workers import Outputs, Worker
+from rewardrt.checks.workers import Outputs, Worker
 
 MAX_LENGTH = 1024
 PAD = 3  # an id that no text of the reference model ends with

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.files import read_lines
-from rewardrt.rows import parse_row
-from rewardrt.tokens import EncodedText
-from rewardrt_export.certify import score_with_torch
+from rewardrt.data.files import read_lines
+from rewardrt.text.rows import parse_row
+from rewardrt.text.tokens import EncodedText
+from rewardrt_export.certificate.certify import score_with_torch
 from rewardrt_export.checkpoint import read_checkpoint
 
 

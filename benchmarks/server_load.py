@@ -25,7 +25,7 @@ import numpy as np
 
 from rewardrt import RewardModel, RowError, Scored
 
-COMMAND = [sys.executable, "-c", "from rewardrt.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from rewardrt.cli.app import main; main()"]
 
 
 class Client:

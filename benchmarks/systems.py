@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rewardrt.bench import list_candidates, model_command
-from rewardrt.bundle import Bundle
+from rewardrt.bundle.manifest import Bundle
+from rewardrt.checks.bench import list_candidates, model_command
 
 PEERS = Path(__file__).parent / "peers"
 

@@ -44,7 +44,7 @@ def serving(
     *arguments: object, port: int = 0, limit: Callable[[], None] | None = None, **variables: str
 ) -> Iterator[Running]:
     """Serve until the block ends; `limit` is called in the new process, `variables` are of its environment."""
-    command = [sys.executable, "-c", "from rewardrt.cli import main; main()", "serve"]
+    command = [sys.executable, "-c", "from rewardrt.cli.app import main; main()", "serve"]
     environment = os.environ | {"PYTHONUTF8": "1"}
     environment.pop("REWARDRT_API_KEY", None)
     process = subprocess.Popen(

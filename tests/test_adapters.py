@@ -27,12 +27,12 @@ from checkpoints_value_head import (
     write_language_model,
 )
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.cli import app
-from rewardrt_export.adapters import KNOWN_FIELDS, find_adapter, merge_adapter
+from rewardrt.cli.app import app
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.pipeline import export
-from rewardrt_export.source import read_source
-from rewardrt_export.weights import read_tensors
+from rewardrt_export.source.adapters import KNOWN_FIELDS, find_adapter, merge_adapter
+from rewardrt_export.source.folder import read_source
+from rewardrt_export.source.weights import read_tensors
 from texts import make_conversations
 
 TOLERANCE = 1e-4  # standard deviations of the reward

@@ -23,12 +23,12 @@ from checkpoints import (
 from checkpoints_process import write_trl_prm
 from checkpoints_value_head import randomize_adapter, write_language_model
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.cli import app
+from rewardrt.cli.app import app
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.families import choose_family
-from rewardrt_export.padding import Padding
 from rewardrt_export.pipeline import export
-from rewardrt_export.source import read_source
+from rewardrt_export.source.folder import read_source
+from rewardrt_export.source.padding import Padding
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
 

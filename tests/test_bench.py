@@ -13,12 +13,12 @@ import pytest
 from commands import run
 from conftest import ROOT
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.bench import Workload, compare, list_candidates, model_command, texts_of_length
-from rewardrt.bundle import read_bundle
+from rewardrt.bundle.manifest import read_bundle
+from rewardrt.checks.bench import Workload, compare, list_candidates, model_command, texts_of_length
+from rewardrt.checks.workers import Worker
 from rewardrt.errors import WorkerError
-from rewardrt.rows import parse_row
-from rewardrt.tokens import EncodedText
-from rewardrt.workers import Worker
+from rewardrt.text.rows import parse_row
+from rewardrt.text.tokens import EncodedText
 
 ANSWERS = ROOT / "examples" / "answers.jsonl"
 ROWS = [

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from rewardrt.checks.workers import Worker
 from rewardrt.errors import WorkerError
-from rewardrt.tokens import EncodedText
-from rewardrt.workers import Worker
+from rewardrt.text.tokens import EncodedText
 
 PEERS = ROOT / "benchmarks" / "peers"
 SCRIPT = """

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from rewardrt import RewardModel
-from rewardrt.processor import read_processor
-from rewardrt.providers import import_onnxruntime
-from rewardrt.verify import verify
+from rewardrt.checks.verify import verify
+from rewardrt.machine.processor import read_processor
+from rewardrt.machine.providers import import_onnxruntime
 from texts import make_conversations, make_texts
 
 BUNDLES = Path(__file__).parent / "bundles"

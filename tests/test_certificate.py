@@ -21,14 +21,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from checkpoints import BASE, GQA, edit_json, make_tokenizer, randomize, write_sequence_classification
 from checkpoints_encoders import make_encoder_tokenizer, write_encoder
 from rewardrt import RewardModel
-from rewardrt.bundle import read_bundle
-from rewardrt.cli import app
+from rewardrt.bundle.manifest import read_bundle
+from rewardrt.bundle.spec import Head, Layer, Tap
+from rewardrt.cli.app import app
 from rewardrt.errors import CertificateError, RewardRTError, RowError, TraceError
-from rewardrt.spec import Head, Layer, Tap
-from rewardrt_export import attention_masks, pipeline, trace
+from rewardrt_export import pipeline
 from rewardrt_export.families import FAMILIES, sequence_classification
 from rewardrt_export.pipeline import export
-from rewardrt_export.source import read_source
+from rewardrt_export.source.folder import read_source
+from rewardrt_export.tracing import attention_masks, trace
 
 TEXTS = [" leading", "<s>[INST] Hi [/INST]", "two  spaces and a tab\t", "e\u0301 ＡＢＣ 12345", "plain words", "a\nb"]
 
@@ -237,7 +238,7 @@ def test_golden_texts_go_past_every_window_and_the_manifest_says_how_far(tmp_pat
 
 def test_a_window_that_no_golden_text_can_pass_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sequence_classification(tmp_path / "rm", "mistral", sliding_window=700, max_position_embeddings=1024)
-    monkeypatch.setattr("rewardrt_export.certify.LONGEST_PROBE", 600)
+    monkeypatch.setattr("rewardrt_export.certificate.certify.LONGEST_PROBE", 600)
     bundle = export(tmp_path / "rm", tmp_path / "bundle")
     (certificate,) = bundle.manifest.certificates
     assert certificate.longest == 512

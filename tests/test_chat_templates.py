@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from chat_templates import CHATML, CHATML_ONE_LINE, CONVERSATIONS, FAMILIES, GEMMA, LLAMA_2, LLAMA_3_1, QWEN_3
-from rewardrt.chat_template import ChatTemplate
+from rewardrt.bundle.spec import TextRule
 from rewardrt.errors import BundleError, RowError
-from rewardrt.spec import TextRule
-from rewardrt.text import Conversation, RawText, RenderedText, Renderer, check_messages
+from rewardrt.text.chat_template import ChatTemplate
+from rewardrt.text.rendering import Conversation, RawText, RenderedText, Renderer, check_messages
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]

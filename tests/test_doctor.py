@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from rewardrt import doctor, processor
-from rewardrt.doctor import Package, ProviderReport, Report, examine, format_report
+from rewardrt.bundle.spec import from_json, to_json
+from rewardrt.checks import doctor
+from rewardrt.checks.doctor import Package, ProviderReport, Report, examine, format_report
 from rewardrt.errors import ProviderError
-from rewardrt.processor import Processor
-from rewardrt.spec import from_json, to_json
+from rewardrt.machine import processor
+from rewardrt.machine.processor import Processor
 
 CPU = Processor("A CPU", ("avx2", "avx512f"), 8, 8, None)
 WORKS = (ProviderReport("cpu", True, None),)
@@ -37,7 +38,7 @@ def test_the_report_is_json() -> None:
 
 def test_torch_is_looked_up_and_never_imported() -> None:
     code = (
-        "import sys; from rewardrt.doctor import examine; names = [item.name for item in examine().packages]; "
+        "import sys; from rewardrt.checks.doctor import examine; names = [item.name for item in examine().packages]; "
         "print('torch' in names, [name for name in ('torch', 'transformers', 'rewardrt_export') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

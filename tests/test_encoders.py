@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from checkpoints import add_tensors, edit_json, make_tokenizer, read_tensors, write_sequence_classification
 from checkpoints_encoders import ENCODERS, POSITIONS, make_encoder_tokenizer, write_encoder
 from rewardrt import RewardModel
+from rewardrt.bundle.spec import Tap, TextRule
 from rewardrt.errors import BundleError, CheckpointError, RowError
-from rewardrt.rows import parse_row
-from rewardrt.spec import Tap, TextRule
-from rewardrt.text import Renderer
-from rewardrt.tokens import EncodedText, longest_first
+from rewardrt.text.rendering import Renderer
+from rewardrt.text.rows import parse_row
+from rewardrt.text.tokens import EncodedText, longest_first
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.pipeline import export
 from texts import make_texts

@@ -24,7 +24,7 @@ if temporary == "none":
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp', '/usr/tmp']")
     tempfile.tempdir = None
     tempfile._get_default_tempdir = none
-from rewardrt.cli import main
+from rewardrt.cli.app import main
 sys.argv[0] = "rewardrt"
 main()
 """

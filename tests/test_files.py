@@ -16,11 +16,11 @@ from typing import BinaryIO
 
 import pytest
 
-from rewardrt import files
+from rewardrt.data import files
+from rewardrt.data.files import Line, Summary, open_output, read_lines, score_file
 from rewardrt.errors import InferenceError, RewardRTError, RowError
-from rewardrt.files import Line, Summary, open_output, read_lines, score_file
-from rewardrt.rows import Scored
-from rewardrt.text import Conversation, Item, RawText
+from rewardrt.text.rendering import Conversation, Item, RawText
+from rewardrt.text.rows import Scored
 
 
 def score(items: list[Item]) -> list[Scored | RewardRTError]:
@@ -247,7 +247,7 @@ def test_a_stop_iteration_of_the_preparation_does_not_end_the_file_early() -> No
 def test_a_process_that_is_interrupted_does_not_wait_for_its_input() -> None:
     code = """
 import sys
-from rewardrt.files import read_lines, score_file
+from rewardrt.data.files import read_lines, score_file
 def score(items):
     print("scoring", file=sys.stderr, flush=True)
     raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from checkpoints import edit_json, read_tensors, write_openrlhf, write_sequence_
 from checkpoints_value_head import make_head, write_head_file, write_value_head
 from rewardrt import RewardRTError
 from rewardrt_export.checkpoint import read_checkpoint
-from rewardrt_export.weights import read_file
+from rewardrt_export.source.weights import read_file
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commands import run
-from rewardrt import formats
+from rewardrt.data import formats
+from rewardrt.data.files import read_lines, score_file
+from rewardrt.data.formats import jsonl_lines
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.fields import NAMES
-from rewardrt.files import read_lines, score_file
-from rewardrt.formats import jsonl_lines
-from rewardrt.rows import Scored, parse_row
+from rewardrt.text.fields import NAMES
+from rewardrt.text.rows import Scored, parse_row
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
 ROWS = [{"text": "a"}, {"prompt": "b", "response": "c"}]
@@ -151,7 +151,7 @@ def test_any_bytes_are_lines_or_a_refusal(data: bytes) -> None:
 
 def test_a_line_without_an_end_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "LINE_BYTES", 10_000)
-    monkeypatch.setattr("rewardrt.files.LINE_BYTES", 10_000)
+    monkeypatch.setattr("rewardrt.data.files.LINE_BYTES", 10_000)
     for long in (10_001, 25_000, 100_000):
         for first in (b"", LINES):
             data = first + b'{"text": "' + b"a" * long + b'"}\n' + LINES
@@ -267,5 +267,5 @@ def test_fields_that_nothing_reads_are_counted_once_at_the_end() -> None:
 
 
 def test_importing_the_command_reads_no_format_library() -> None:
-    code = "import rewardrt.formats, sys; assert not {'pandas', 'pyarrow', 'zstandard'} & set(sys.modules)"
+    code = "import rewardrt.data.formats, sys; assert not {'pandas', 'pyarrow', 'zstandard'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -21,7 +21,7 @@ from checkpoints_gated import (
 )
 from parity import assert_parity, hidden_states
 from rewardrt import RewardModel, RewardRTError, RowError
-from rewardrt.spec import Tap
+from rewardrt.bundle.spec import Tap
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.pipeline import export
 from texts import make_conversations

@@ -14,11 +14,11 @@ import torch
 from checkpoints import CHATML, add_tensors, edit_json, make_tokenizer, write_openrlhf
 from checkpoints_pairwise import write_general_preference
 from rewardrt import RewardModel, RowError
+from rewardrt.data.files import read_lines, score_file
 from rewardrt.errors import CheckpointError
-from rewardrt.files import read_lines, score_file
 from rewardrt_export.families import choose_family
 from rewardrt_export.pipeline import export
-from rewardrt_export.source import read_source
+from rewardrt_export.source.folder import read_source
 from texts import make_texts
 
 TOLERANCE = 1e-4  # standard deviations of the comparisons

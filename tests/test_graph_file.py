@@ -18,11 +18,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from rewardrt import RewardModel
-from rewardrt.bundle import read_bundle
+from rewardrt.bundle.manifest import read_bundle
 from rewardrt.errors import BundleError
-from rewardrt.graph_file import _FIELDS, external_files, resolve
-from rewardrt.processor import read_processor
-from rewardrt.session import GraphSession
+from rewardrt.graph.graph_file import _FIELDS, external_files, resolve
+from rewardrt.graph.session import GraphSession
+from rewardrt.machine.processor import read_processor
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
 GRAPHS = ("model.onnx", "model.half.onnx", "model.int8.onnx")
@@ -309,7 +309,7 @@ def test_weights_behind_links_are_in_memory_once(tmp_path: Path) -> None:
     (tmp_path / "plain" / "w.data").hardlink_to(tmp_path / "store" / "blob")
     (tmp_path / "links" / "w.data").symlink_to("../store/blob")
     code = (
-        "import re, sys; from pathlib import Path; from rewardrt.session import GraphSession\n"
+        "import re, sys; from pathlib import Path; from rewardrt.graph.session import GraphSession\n"
         "session = GraphSession.open(Path(sys.argv[1]), 'cpu')\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
     )

@@ -12,11 +12,12 @@ import onnx_ir as ir
 import pytest
 
 from checkpoints import write_sequence_classification
-from rewardrt import RewardModel, bundle, reward_model
-from rewardrt.bundle import Bundle, Fidelity, Variant
+from rewardrt import RewardModel, reward_model
+from rewardrt.bundle import manifest as bundle
+from rewardrt.bundle.manifest import Bundle, Fidelity, Variant
 from rewardrt.errors import InferenceError, ProviderError
-from rewardrt.processor import Processor
-from rewardrt.providers import Selection
+from rewardrt.machine.processor import Processor
+from rewardrt.machine.providers import Selection
 from rewardrt_export.pipeline import export
 from texts import make_conversations
 

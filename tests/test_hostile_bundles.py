@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from commands import run
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.bundle import read_bundle
-from rewardrt.cli import describe_manifest
+from rewardrt.bundle.manifest import read_bundle
+from rewardrt.cli.app import describe_manifest
 from rewardrt.errors import BundleError
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardrt import RewardModel, RewardRTError
+from rewardrt.data.files import read_lines, score_file
 from rewardrt.errors import RowError
-from rewardrt.files import read_lines, score_file
-from rewardrt.rows import INPUT_FIELDS, Row, Scored, parse_row
-from rewardrt.tokens import EncodedText
+from rewardrt.text.rows import INPUT_FIELDS, Row, Scored, parse_row
+from rewardrt.text.tokens import EncodedText
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
 NAMES = st.sampled_from(

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rewardrt.errors import BundleError, RewardRTError, RowError
-from rewardrt.template_limits import LimitedEnvironment
-from rewardrt.text import ChatTemplate
+from rewardrt.text.rendering import ChatTemplate
+from rewardrt.text.template_limits import LimitedEnvironment
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -127,7 +127,7 @@ def test_a_template_that_is_none_is_refused_when_it_is_loaded(name: str) -> None
 def test_a_template_stops_in_a_process_that_may_take_little() -> None:
     """What takes memory, one after the other."""
     code = (
-        "import json, sys\nfrom rewardrt.errors import RowError\nfrom rewardrt.text import ChatTemplate\n"
+        "import json, sys\nfrom rewardrt.errors import RowError\nfrom rewardrt.text.rendering import ChatTemplate\n"
         "for source in json.load(sys.stdin):\n"
         "    try:\n        ChatTemplate(source, {}).render([{'role': 'user', 'content': 'Hi'}])\n"
         "    except RowError: continue\n"

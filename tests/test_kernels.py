@@ -15,9 +15,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from rewardrt import kernels
 from rewardrt.errors import ProviderError
-from rewardrt_export.operators import DOMAIN, define, pack, rounded_product
+from rewardrt.machine import kernels
+from rewardrt_export.precisions.operators import DOMAIN, define, pack, rounded_product
 
 ROOT = Path(__file__).parent.parent
 RUNS = kernels.describe()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rewardrt import kernels
+from rewardrt.machine import kernels
 
 ROOT = Path(__file__).parent.parent
 # The runtime's own dependencies, and what tokenizers and onnxruntime bring along.
@@ -42,7 +42,7 @@ def test_score_and_verify_work_and_nothing_heavy_is_installed(lean: Path, tiny_b
     scored = command(lean, lean / "rewardrt", "score", tiny_bundle, tmp_path / "in.jsonl")
     assert scored.returncode == 0, scored.stderr
     here = subprocess.run(
-        [sys.executable, "-c", "from rewardrt.cli import main; main()", "score", tiny_bundle, tmp_path / "in.jsonl"],
+        [sys.executable, "-c", "from rewardrt.cli.app import main; main()", "score", tiny_bundle, tmp_path / "in.jsonl"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert scored.stdout == here.stdout

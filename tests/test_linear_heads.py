@@ -24,10 +24,10 @@ from checkpoints_linear import (
     write_linear,
 )
 from rewardrt import RewardModel, RewardRTError, RowError, TruncationWarning
-from rewardrt.cli import app
-from rewardrt.rows import parse_row
-from rewardrt.spec import Affine, Tap
-from rewardrt.text import Renderer
+from rewardrt.bundle.spec import Affine, Tap
+from rewardrt.cli.app import app
+from rewardrt.text.rendering import Renderer
+from rewardrt.text.rows import parse_row
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.families import FAMILIES
 from rewardrt_export.pipeline import export

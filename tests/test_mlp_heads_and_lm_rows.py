@@ -11,11 +11,11 @@ from checkpoints import add_tensors, edit_json, make_tokenizer, read_tensors
 from checkpoints_gated import mlp_head, write_language_model, write_with_head
 from parity import assert_parity, hidden_states
 from rewardrt import RewardRTError
-from rewardrt.spec import Tap
+from rewardrt.bundle.spec import Tap
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.families import FAMILIES
 from rewardrt_export.pipeline import export
-from rewardrt_export.source import read_source
+from rewardrt_export.source.folder import read_source
 from texts import make_conversations, make_texts
 
 EOS = 2

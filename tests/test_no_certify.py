@@ -13,17 +13,19 @@ import torch
 from checkpoints_encoders import write_encoder
 from commands import run
 from rewardrt import RewardModel
+from rewardrt.checks.verify import verify
 from rewardrt.errors import BundleError, CertificateError
-from rewardrt.processor import read_processor
-from rewardrt.tokens import EncodedText
-from rewardrt.verify import verify
-from rewardrt_export import backbone, certify, pipeline
-from rewardrt_export.backbone import bind, load, meta_backbone
-from rewardrt_export.certify import PROBES_BY_LAYER
+from rewardrt.machine.processor import read_processor
+from rewardrt.text.tokens import EncodedText
+from rewardrt_export import pipeline
+from rewardrt_export.certificate import certify
+from rewardrt_export.certificate.certify import PROBES_BY_LAYER
+from rewardrt_export.certificate.golden import MIN_TEXTS
 from rewardrt_export.checkpoint import read_checkpoint
-from rewardrt_export.golden import MIN_TEXTS
-from rewardrt_export.source import read_source
-from rewardrt_export.weights import read_tensors
+from rewardrt_export.model import backbone
+from rewardrt_export.model.backbone import bind, load, meta_backbone
+from rewardrt_export.source.folder import read_source
+from rewardrt_export.source.weights import read_tensors
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 GOOD = bool({"avx512_vnni", "avx_vnni", "dotprod"} & set(read_processor().instruction_sets or ()))

@@ -23,7 +23,7 @@ from rewardrt import telemetry
 
 ROOT = Path(__file__).parent.parent
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
-COMMAND = "from rewardrt.cli import main; main()"
+COMMAND = "from rewardrt.cli.app import main; main()"
 # The library that is not ours speaks 5 to 15 seconds after its import; a server lives that long while the others run.
 SERVER_SECONDS = 16
 
@@ -107,7 +107,7 @@ model.score(text="some words")
 
 
 @pytest.mark.parametrize(
-    "entry", ["rewardrt", "rewardrt.bench", "rewardrt.cli", "rewardrt_export", "rewardrt_export.cli"]
+    "entry", ["rewardrt", "rewardrt.checks.bench", "rewardrt.cli.app", "rewardrt_export", "rewardrt_export.cli"]
 )
 def test_whichever_entry_is_imported_first_the_library_after_it_leaves_no_file(tmp_path: Path, entry: str) -> None:
     found = isolated(
@@ -160,7 +160,7 @@ def test_control_what_is_switched_off_leaves_files_where_the_user_switches_it_on
 def test_the_doctor_says_whether_anything_is_sent_and_the_users_variable_stays(
     tmp_path: Path, before: str, value: str | None, said: str
 ) -> None:
-    program = f"{before}\nimport rewardrt.doctor as d, os\nprint(d.examine().telemetry)\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
+    program = f"{before}\nimport rewardrt.checks.doctor as d, os\nprint(d.examine().telemetry)\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
     found = isolated(tmp_path, program, ORT_DISABLE_TELEMETRY=value)
     assert found["output"].splitlines() == [said, value or "1"]
 

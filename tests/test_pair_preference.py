@@ -12,11 +12,11 @@ import torch
 from checkpoints import CHATML, make_tokenizer
 from checkpoints_pairwise import write_pair_preference
 from rewardrt import RewardModel
+from rewardrt.checks.verify import read_golden
 from rewardrt.errors import CheckpointError
-from rewardrt.verify import read_golden
 from rewardrt_export.families import choose_family
 from rewardrt_export.pipeline import export
-from rewardrt_export.source import read_source
+from rewardrt_export.source.folder import read_source
 from test_general_preference import make_pairs, score
 from texts import make_texts
 

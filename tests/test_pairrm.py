@@ -15,7 +15,7 @@ from rewardrt import RewardModel
 from rewardrt.errors import CheckpointError
 from rewardrt_export.families import choose_family
 from rewardrt_export.pipeline import export
-from rewardrt_export.source import read_source
+from rewardrt_export.source.folder import read_source
 from test_general_preference import make_pairs, score
 from texts import make_texts
 

@@ -17,9 +17,9 @@ from tokenizers.models import BPE, Unigram, WordPiece
 from tokenizers.normalizers import BertNormalizer, Lowercase, Prepend, Replace, Sequence, StripAccents
 from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 
-from rewardrt.bundle import read_bundle
-from rewardrt.text import RenderedText
-from rewardrt.tokens import Tokenizer
+from rewardrt.bundle.manifest import read_bundle
+from rewardrt.text.rendering import RenderedText
+from rewardrt.text.tokens import Tokenizer
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
 CORPUS = [

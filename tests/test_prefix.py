@@ -11,9 +11,10 @@ import onnx
 import pytest
 
 from checkpoints_process import write_qwen_prm
-from rewardrt import RewardModel, prefix
-from rewardrt.session import KeyValues
-from rewardrt.tokens import EncodedText
+from rewardrt import RewardModel
+from rewardrt.graph.session import KeyValues
+from rewardrt.scoring import prefix
+from rewardrt.text.tokens import EncodedText
 from rewardrt_export.pipeline import export
 
 

@@ -27,11 +27,11 @@ from checkpoints_process import (
 )
 from commands import run
 from rewardrt import RewardModel, RewardRTError, RowError, Scored, TruncationWarning
+from rewardrt.bundle.spec import Spec, Tap, from_json, to_json
+from rewardrt.checks.verify import verify
 from rewardrt.errors import BundleError, CheckpointError
-from rewardrt.rows import fill_row, parse_row
-from rewardrt.spec import Spec, Tap, from_json, to_json
-from rewardrt.text import Steps
-from rewardrt.verify import verify
+from rewardrt.text.rendering import Steps
+from rewardrt.text.rows import fill_row, parse_row
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.families.language_model_head import token_rows
 from rewardrt_export.pipeline import export

@@ -306,7 +306,7 @@ def test_a_pickle_of_a_bundle_that_is_gone_names_it(tmp_path: Path) -> None:
 def test_loading_and_scoring_leave_the_users_own_arithmetic_as_it_was() -> None:
     """onnxruntime's option for denormal numbers also sets the thread that opens a session, and those it then starts."""
     found = run("""
-from rewardrt import denormals
+from rewardrt.machine import denormals
 tiny, half, seen = np.full(8, 1e-44, np.float32), np.float32(0.5), []
 def look():
     seen.append(bool((tiny * half).any()))

@@ -14,9 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewardrt import providers
 from rewardrt.errors import ProviderError
-from rewardrt.providers import Selection, one_line, onnxruntime_distributions, select_provider, why_no_gpu, why_not
+from rewardrt.machine import providers
+from rewardrt.machine.providers import (
+    Selection,
+    one_line,
+    onnxruntime_distributions,
+    select_provider,
+    why_no_gpu,
+    why_not,
+)
 
 RUNTIME = Path(providers.__file__).parent
 cpu_wheel = pytest.mark.skipif("onnxruntime" not in onnxruntime_distributions(), reason="asks what the CPU wheel does")
@@ -34,7 +41,7 @@ package = types.ModuleType("rewardrt")
 package.__path__ = [sys.argv[1]]
 sys.modules["rewardrt"] = package
 from rewardrt.errors import ProviderError
-from rewardrt.providers import select_provider
+from rewardrt.machine.providers import select_provider
 try:
     print(select_provider("auto"))
 except ProviderError as error:

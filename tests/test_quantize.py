@@ -14,17 +14,20 @@ import pytest
 import torch
 
 from checkpoints_encoders import write_encoder
-from rewardrt import RewardModel, bundle, kernels, prefix, reward_model
-from rewardrt.bundle import Bundle, Fidelity, read_bundle
+from rewardrt import RewardModel, reward_model
+from rewardrt.bundle import manifest as bundle
+from rewardrt.bundle.manifest import Bundle, Fidelity, read_bundle
 from rewardrt.errors import BundleError, ExportError
-from rewardrt.processor import Processor, read_processor
-from rewardrt_export import fuse
-from rewardrt_export import quantize as quantize_module
-from rewardrt_export.calibrate import Calibration
+from rewardrt.machine import kernels
+from rewardrt.machine.processor import Processor, read_processor
+from rewardrt.scoring import prefix
 from rewardrt_export.pipeline import export
-from rewardrt_export.quantize import quantize, quantize_weights
-from rewardrt_export.rounding import column_steps, make_factor, round_weight
-from rewardrt_export.smoothing import MIXED, Plan, Smoothing, hadamard
+from rewardrt_export.precisions import fuse
+from rewardrt_export.precisions import quantize as quantize_module
+from rewardrt_export.precisions.calibrate import Calibration
+from rewardrt_export.precisions.quantize import quantize, quantize_weights
+from rewardrt_export.precisions.rounding import column_steps, make_factor, round_weight
+from rewardrt_export.precisions.smoothing import MIXED, Plan, Smoothing, hadamard
 from test_prefix import awkward_texts, rewards
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"

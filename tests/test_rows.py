@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rewardrt.errors import RowError
-from rewardrt.rows import Row, Scored, error_row, fill_row, parse_row
-from rewardrt.text import Conversation, RawText
+from rewardrt.text.rendering import Conversation, RawText
+from rewardrt.text.rows import Row, Scored, error_row, fill_row, parse_row
 
 USER, YES, NO = (
     {"role": "user", "content": "Q"},

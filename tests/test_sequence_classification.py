@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from checkpoints import BACKBONES, CHATML, edit_json, make_tokenizer, write_sequence_classification
 from rewardrt import RewardModel
-from rewardrt.spec import Tap
+from rewardrt.bundle.spec import Tap
 from rewardrt_export.pipeline import export
 from texts import make_conversations, make_texts
 

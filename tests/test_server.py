@@ -19,8 +19,7 @@ import pytest
 import commands
 from conftest import ROOT
 from rewardrt import RewardModel
-from rewardrt.server.routes import RELOAD, ROUTES
-from rewardrt.server.views import VIEWS
+from rewardrt.server.openapi import document
 from server_process import Running, serving
 
 TEXTS = [f"text {index} of several " * (1 + index % 7) for index in range(64)]
@@ -132,9 +131,11 @@ def test_health_tells_what_was_loaded_and_what_runs(server: Running, tiny_bundle
 
 def test_every_route_but_these_wants_the_key(tiny_bundle: Path) -> None:
     with serving(tiny_bundle, "--api-key", "sesame") as running:
-        paths = [("POST", route.path) for route in ROUTES] + [("GET", view.path) for view in VIEWS]
-        paths += [("POST", RELOAD), ("GET", "/docs"), ("GET", "/openapi.json")]
-        paths = [(method, path.format(model="tiny", version="1")) for method, path in paths]
+        paths = [
+            (method.upper(), path.format(model="tiny", version="1"))
+            for path, methods in document()["paths"].items()
+            for method in methods
+        ]
         found = {
             (method, path): httpx.request(method, running.url + path, headers=headers).status_code
             for method, path in paths
@@ -255,7 +256,7 @@ def test_without_the_extra_the_command_that_installs_it_is_named(
 ) -> None:
     from click.testing import CliRunner
 
-    from rewardrt.cli import app
+    from rewardrt.cli.app import app
     from rewardrt.errors import MissingExtraError
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -53,7 +53,7 @@ def test_a_key_that_guards_nothing_or_that_no_client_can_send_is_refused_at_the_
         commands.run("serve", tiny_bundle, "--api-key-file", tmp_path / "keys"),
     ]
     environment = os.environ | {"REWARDRT_API_KEY": key, "PYTHONUTF8": "1"}
-    program = [sys.executable, "-c", "from rewardrt.cli import main; main()", "serve", str(tiny_bundle)]
+    program = [sys.executable, "-c", "from rewardrt.cli.app import main; main()", "serve", str(tiny_bundle)]
     done.append(subprocess.run(program, capture_output=True, text=True, env=environment, check=False, timeout=60))
     assert [each.returncode for each in done] == [2, 2, 2]
     assert all(each.stderr.startswith("error: ") and each.stderr.count("\n") == 1 for each in done)
@@ -160,7 +160,7 @@ def test_texts_are_logged_of_refused_bodies_as_well(server: Running, data: bytes
 
 
 def test_a_log_that_cannot_be_written_or_is_not_read_stops_no_scoring(tiny_bundle: Path) -> None:
-    program = [sys.executable, "-c", "from rewardrt.cli import main; main()", "serve", str(tiny_bundle)]
+    program = [sys.executable, "-c", "from rewardrt.cli.app import main; main()", "serve", str(tiny_bundle)]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     reader, writer = os.pipe()
@@ -200,7 +200,7 @@ def test_a_unix_socket_is_taken_over_from_nobody_and_left_to_who_listens(tiny_bu
     program = [
         sys.executable,
         "-c",
-        "from rewardrt.cli import main; main()",
+        "from rewardrt.cli.app import main; main()",
         "serve",
         str(tiny_bundle),
         "--uds",
@@ -235,7 +235,15 @@ def test_https_is_served_with_a_certificate_and_refused_without_a_good_one(tiny_
          "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
         check=True, capture_output=True,
     )  # fmt: skip
-    program = [sys.executable, "-c", "from rewardrt.cli import main; main()", "serve", str(tiny_bundle), "--port", "0"]
+    program = [
+        sys.executable,
+        "-c",
+        "from rewardrt.cli.app import main; main()",
+        "serve",
+        str(tiny_bundle),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(
         [*program, "--tls-cert", str(cert), "--tls-key", str(key)], stderr=subprocess.PIPE, text=True
     )

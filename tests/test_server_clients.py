@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rewardrt import RewardModel, Scored
-from rewardrt.text import Conversation, RawText
+from rewardrt.text.rendering import Conversation, RawText
 from server_process import Running, serving
 
 QUERY = "How do I boil an egg?"

@@ -13,7 +13,7 @@ import pytest
 from rewardrt import RewardModel, Scored
 from rewardrt.errors import InferenceError
 from rewardrt.server.engine import Engine, Job, Work
-from rewardrt.text import RawText
+from rewardrt.text.rendering import RawText
 
 
 @pytest.fixture

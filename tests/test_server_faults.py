@@ -16,7 +16,7 @@ from rewardrt.errors import InferenceError
 from rewardrt.server.engine import RESTARTS, Engine
 from rewardrt.server.problem import Problem
 from rewardrt.server.turns import LONG_TEXT, Job, TokenIds, Turns, Work, estimated_tokens
-from rewardrt.text import Conversation, RawText
+from rewardrt.text.rendering import Conversation, RawText
 from server_process import serving
 
 

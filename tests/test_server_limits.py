@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from rewardrt import RewardModel
+from rewardrt.data.strict_json import Bounds, read_json
 from rewardrt.errors import RowError
-from rewardrt.strict_json import Bounds, read_json
 from server_process import Running, serving
 
 

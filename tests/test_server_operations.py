@@ -26,7 +26,7 @@ from commands import run
 from panicking_bundle import make_panicking
 from rewardrt import RewardModel
 from rewardrt.server.engine import Engine, Work
-from rewardrt.text import RawText
+from rewardrt.text.rendering import RawText
 from server_process import Running, serving
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
@@ -94,7 +94,7 @@ def test_an_engine_that_dies_is_started_again_and_gives_up_in_the_end(monkeypatc
 
 
 def test_a_log_that_cannot_be_written_stops_no_scoring() -> None:
-    command = [sys.executable, "-c", "from rewardrt.cli import main; main()", "serve", str(BUNDLE), "--port"]
+    command = [sys.executable, "-c", "from rewardrt.cli.app import main; main()", "serve", str(BUNDLE), "--port"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -189,7 +189,7 @@ def test_keys_of_a_file_each_open_the_server(tmp_path: Path) -> None:
 def test_a_unix_socket_and_tls_serve_the_same_rewards(tmp_path: Path) -> None:
     expected = float(str(np.float32(RewardModel.load(BUNDLE, provider="cpu").score(**ROW["rows"][0]))))  # type: ignore[arg-type]
     path = tmp_path / "rewards.sock"
-    command = [sys.executable, "-c", "from rewardrt.cli import main; main()", "serve", str(BUNDLE)]
+    command = [sys.executable, "-c", "from rewardrt.cli.app import main; main()", "serve", str(BUNDLE)]
     with subprocess.Popen(
         [*command, "--uds", str(path), "--root-path", "/rewards"], stderr=subprocess.DEVNULL
     ) as process:

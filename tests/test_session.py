@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from rewardrt.errors import BundleError, InferenceError, ProviderError
-from rewardrt.providers import onnxruntime_distributions
-from rewardrt.session import GraphSession, PastInput
+from rewardrt.graph.session import GraphSession, PastInput
+from rewardrt.machine.providers import onnxruntime_distributions
 
 TABLE = [0.0, 1.0, 10.0, 100.0]
 HEADS, HEAD_DIM = 2, 4

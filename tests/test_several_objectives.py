@@ -16,7 +16,7 @@ from checkpoints_gated import HIDDEN, linear, mlp_head, write_language_model, wr
 from commands import run
 from parity import assert_parity, hidden_states
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.cli import app
+from rewardrt.cli.app import app
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.families import FAMILIES
 from rewardrt_export.pipeline import export

@@ -14,11 +14,11 @@ from transformers import AutoModel
 from checkpoints import add_tensors, edit_json, make_config, make_tokenizer, randomize, write_openrlhf
 from commands import run
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.spec import Affine, Head, Layer, Tap, TextRule, from_json
+from rewardrt.bundle.spec import Affine, Head, Layer, Tap, TextRule, from_json
 from rewardrt_export.explain import to_toml
 from rewardrt_export.families import FAMILIES, Draft
 from rewardrt_export.pipeline import export
-from rewardrt_export.source import read_source
+from rewardrt_export.source.folder import read_source
 from texts import make_texts
 
 HEADS = (Head((Layer("score.weight"),)),)

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rewardrt import RewardModel
-from rewardrt.bundle import Bundle
+from rewardrt.bundle.manifest import Bundle
 from rewardrt.errors import ExportError
 from rewardrt_export.pipeline import export
-from rewardrt_export.storage import _rounded
+from rewardrt_export.precisions.storage import _rounded
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 ROWS = [{"prompt": f"How many are {count}?", "response": "Count them. " * count} for count in range(1, 13)]

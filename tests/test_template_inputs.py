@@ -16,10 +16,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from chat_templates import CHATML_ONE_LINE, LLAMA_3_1, QWEN_3
-from rewardrt.chat_template import ChatTemplate
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.rows import parse_row
-from rewardrt.text import Renderer
+from rewardrt.text.chat_template import ChatTemplate
+from rewardrt.text.rendering import Renderer
+from rewardrt.text.rows import parse_row
 from test_chat_templates import HI, SPECIAL, rule
 
 TOOLS = [

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from checkpoints_encoders import write_encoder
-from rewardrt import RewardModel, prefix
+from rewardrt import RewardModel
 from rewardrt.errors import RewardRTError, TraceError
+from rewardrt.scoring import prefix
 from rewardrt_export.pipeline import export
 from server_process import Running, serving
 from test_server_page import ANSWERS, PROMPT, fill, opened, shown

@@ -16,11 +16,11 @@ from transformers import AutoModelForSequenceClassification
 from checkpoints import CHATML, edit_json, make_tokenizer, write_openrlhf, write_sequence_classification
 from checkpoints_encoders import write_encoder
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.rows import parse_row
+from rewardrt.text.rows import parse_row
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.pipeline import export
-from rewardrt_export.source import read_source
-from rewardrt_export.tokenizer_files import find_tokenizer_files
+from rewardrt_export.source.folder import read_source
+from rewardrt_export.source.tokenizer_files import find_tokenizer_files
 from texts import make_texts
 
 OTHER = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"

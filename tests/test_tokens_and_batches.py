@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from rewardrt.batching import make_batch, plan_batches
+from rewardrt.bundle.spec import Head, Layer, Spec, Tap, TapRule, from_json, to_json
 from rewardrt.errors import BundleError, RowError
-from rewardrt.spec import Head, Layer, Spec, Tap, TapRule, from_json, to_json
-from rewardrt.tokens import EncodedText, tap_positions
+from rewardrt.scoring.batching import make_batch, plan_batches
+from rewardrt.text.tokens import EncodedText, tap_positions
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from pathlib import Path
 import click
 import pytest
 
-from rewardrt import toplevel
+from rewardrt.cli import toplevel
 from rewardrt.display import visible, visible_lines
 from rewardrt.errors import RowError
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
-COMMAND = [sys.executable, "-c", "from rewardrt.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from rewardrt.cli.app import main; main()"]
 ROW = b'{"text": "a"}\n'
 
 
@@ -175,7 +175,7 @@ from rewardrt import reward_model
 def parse(row):
     return {}[row["text"]]
 reward_model.parse_row = parse
-from rewardrt.cli import main
+from rewardrt.cli.app import main
 main()
 """
 

@@ -115,13 +115,13 @@ def test_trap_5_the_templates_bos_is_neither_doubled_nor_lost(tmp_path: Path) ->
 
 
 def parse(messages: list[dict[str, str]]) -> Any:
-    from rewardrt.rows import parse_row
+    from rewardrt.text.rows import parse_row
 
     return parse_row({"messages": messages}).items[0]
 
 
 def raw(text: str) -> Any:
-    from rewardrt.rows import parse_row
+    from rewardrt.text.rows import parse_row
 
     return parse_row({"text": text}).items[0]
 

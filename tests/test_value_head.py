@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import add_tensors, edit_json, make_tokenizer, read_tensors
 from checkpoints_value_head import head_tensors, make_head, values_at_the_end, write_head_file, write_value_head
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.spec import Tap
+from rewardrt.bundle.spec import Tap
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.pipeline import export
 from texts import make_conversations

@@ -12,8 +12,8 @@ import pytest
 
 from commands import run
 from rewardrt import RewardModel
-from rewardrt.bundle import read_bundle
-from rewardrt.verify import verify
+from rewardrt.bundle.manifest import read_bundle
+from rewardrt.checks.verify import verify
 
 
 @pytest.fixture

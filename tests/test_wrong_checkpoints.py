@@ -20,7 +20,7 @@ from checkpoints import (
     write_sequence_classification,
 )
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.cli import app
+from rewardrt.cli.app import app
 from rewardrt_export.pipeline import export
 
 
@@ -179,7 +179,7 @@ def test_two_labels_in_the_config_are_refused_for_sequence_classification(tmp_pa
 def test_the_command_prints_the_line_and_exits_2(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import sys
 
-    from rewardrt.cli import main
+    from rewardrt.cli.app import main
 
     write_openrlhf(tmp_path / "rm")
     drop(tmp_path / "rm", "score.weight")

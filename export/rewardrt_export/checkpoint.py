@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rewardrt.bundle.spec import Combine, PoolingRule, Spec, Tap, TextRule, from_json
 from rewardrt.errors import BundleError, CheckpointError
-from rewardrt.spec import Combine, PoolingRule, Spec, Tap, TextRule, from_json
-from rewardrt_export.backbone import Binding, bind, first_position, meta_backbone
 from rewardrt_export.families import Draft, choose_family, matching_families
 from rewardrt_export.families.objectives import label_names
-from rewardrt_export.heads import RewardHead
-from rewardrt_export.source import Source, read_source
-from rewardrt_export.tokenizer import TokenizerChoice
-from rewardrt_export.weights import StoredTensor, shorten
+from rewardrt_export.model.backbone import Binding, bind, first_position, meta_backbone
+from rewardrt_export.model.heads import RewardHead
+from rewardrt_export.source.folder import Source, read_source
+from rewardrt_export.source.tokenizer import TokenizerChoice
+from rewardrt_export.source.weights import StoredTensor, shorten
 
 # A tokenizer that knows no limit says so with a number like 1e30.
 NO_LIMIT = 10_000_000

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rewardrt.bundle.spec import POOLING_RULES, PoolingRule
 from rewardrt.errors import MissingExtraError
-from rewardrt.spec import POOLING_RULES, PoolingRule
 
 if TYPE_CHECKING:
-    from rewardrt_export.tokenizer import TokenizerChoice
+    from rewardrt_export.source.tokenizer import TokenizerChoice
 
 NEEDED = ("torch", "transformers", "optimum", "onnxscript", "onnx_ir", "tomlkit", "onnxruntime")
 
@@ -103,15 +103,15 @@ def export(
                 "--explain prints the spec that the checkpoint's files give; it goes with no BUNDLE or --spec"
             )
         from rewardrt_export.explain import explain as explain_source
-        from rewardrt_export.source import read_source
+        from rewardrt_export.source.folder import read_source
 
         source = read_source(checkpoint, base, pad_token=pad_token, chat_template=chat_template, tokenizer=tokenizer)
         click.echo(explain_source(source, family), nl=False)
         return
     if bundle is None:
         raise click.UsageError("give the folder to write the BUNDLE to (or --explain to write none)")
-    from rewardrt.cli import describe_manifest
-    from rewardrt.spec import to_json
+    from rewardrt.bundle.spec import to_json
+    from rewardrt.cli.app import describe_manifest
     from rewardrt_export import pipeline
 
     written = pipeline.export(

@@ -13,10 +13,10 @@ from typing import Any
 import tomlkit
 
 from rewardrt.errors import CheckpointError
-from rewardrt_export.backbone import bind, meta_backbone
 from rewardrt_export.checkpoint import describe, rename_backbone
 from rewardrt_export.families import FAMILIES, Draft
-from rewardrt_export.source import Source
+from rewardrt_export.model.backbone import bind, meta_backbone
+from rewardrt_export.source.folder import Source
 
 
 def explain(source: Source, family: str | None = None) -> str:

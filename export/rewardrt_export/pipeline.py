@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 import rewardrt
-from rewardrt.bundle import (
+from rewardrt.bundle.manifest import (
     CHAT_TEMPLATE,
     FORMAT_VERSION,
     GOLDEN,
@@ -31,12 +31,10 @@ from rewardrt.bundle import (
     record_file,
     write_manifest,
 )
+from rewardrt.bundle.spec import PoolingRule
+from rewardrt.checks.verify import write_golden
 from rewardrt.errors import ExportError
-from rewardrt.spec import PoolingRule
-from rewardrt.verify import write_golden
-from rewardrt_export.backbone import meta_backbone
-from rewardrt_export.calibrate import TOKENS, Calibration, cut
-from rewardrt_export.certify import (
+from rewardrt_export.certificate.certify import (
     GoldenSet,
     certify,
     check_memory,
@@ -48,10 +46,12 @@ from rewardrt_export.certify import (
     spread,
 )
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
-from rewardrt_export.lower import lower
-from rewardrt_export.precision import PRECISIONS, check_precisions
-from rewardrt_export.tokenizer import TokenizerChoice
-from rewardrt_export.trace import attention_name, trace
+from rewardrt_export.model.backbone import meta_backbone
+from rewardrt_export.precisions.calibrate import TOKENS, Calibration, cut
+from rewardrt_export.precisions.table import PRECISIONS, check_precisions
+from rewardrt_export.source.tokenizer import TokenizerChoice
+from rewardrt_export.tracing.lower import lower
+from rewardrt_export.tracing.trace import attention_name, trace
 
 Progress = Callable[[str], None]
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)

@@ -22,19 +22,28 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from rewardrt.batching import BATCH_TOKENS, make_batch, plan_batches
-from rewardrt.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, Manifest, Variant, read_bundle
-from rewardrt.chat_template import ChatTemplate
+from rewardrt.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Bundle, Manifest, Variant, read_bundle
+from rewardrt.bundle.spec import AGGREGATE_RULES, Affine, AggregateRule, Spec, to_json
 from rewardrt.errors import BundleError, InferenceError, ProviderError, RewardRTError, RowError, TruncationWarning
-from rewardrt.pairwise import plan, settle
-from rewardrt.prefix import Group, Link, PrefixCache, Statistics, chunk_ends, group_worth, plan_chains, plan_groups
-from rewardrt.processor import read_processor
-from rewardrt.providers import Provider, ProviderChoice, select_provider
-from rewardrt.rows import Row, Scored, parse_row
-from rewardrt.session import GraphSession, KeyValues
-from rewardrt.spec import AGGREGATE_RULES, Affine, AggregateRule, Spec, to_json
-from rewardrt.text import Item, RenderedText, Renderer
-from rewardrt.tokens import EncodedText, Tokenizer
+from rewardrt.graph.session import GraphSession, KeyValues
+from rewardrt.machine.processor import read_processor
+from rewardrt.machine.providers import Provider, ProviderChoice, select_provider
+from rewardrt.scoring.batching import BATCH_TOKENS, make_batch, plan_batches
+from rewardrt.scoring.pairwise import plan, settle
+from rewardrt.scoring.prefix import (
+    Group,
+    Link,
+    PrefixCache,
+    Statistics,
+    chunk_ends,
+    group_worth,
+    plan_chains,
+    plan_groups,
+)
+from rewardrt.text.chat_template import ChatTemplate
+from rewardrt.text.rendering import Item, RenderedText, Renderer
+from rewardrt.text.rows import Row, Scored, parse_row
+from rewardrt.text.tokens import EncodedText, Tokenizer
 
 Values = npt.NDArray[np.float32]
 

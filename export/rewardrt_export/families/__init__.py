@@ -27,7 +27,7 @@ from rewardrt_export.families.urm import URM
 from rewardrt_export.families.value_head import VALUE_HEAD
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 __all__ = ["FAMILIES", "Draft", "Family", "choose_family", "matching_families"]
 

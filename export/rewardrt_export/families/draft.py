@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from rewardrt.spec import Affine, Combine, Head, InputKind, Output, Tap, TextRule
+from rewardrt.bundle.spec import Affine, Combine, Head, InputKind, Output, Tap, TextRule
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A spec in the making, and the format of a --spec file. Fields are those of `rewardrt.spec.Spec`.
+    """A spec in the making, and the format of a --spec file. Fields are those of `rewardrt.bundle.spec.Spec`.
 
     `backbone_prefix` stands before the backbone's tensors on disk where transformers' own prefix does not. `unused` are
     tensors that belong to the checkpoint and not to the reward, each with the reason. `max_length` is the limit in

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from rewardrt.bundle.spec import Activation, Head, Layer, Tap, TextRule
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Activation, Head, Layer, Tap, TextRule
 from rewardrt_export.families.draft import Draft, Family
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 # transformers' names of activations, where the spec has the same function.
 _ACTIVATIONS: dict[str, Activation] = {

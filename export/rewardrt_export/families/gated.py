@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from rewardrt.bundle.spec import Combine, Head, Layer, Output, Tap, TextRule
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Combine, Head, Layer, Output, Tap, TextRule
 from rewardrt_export.families import objectives
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.sequence_classification import pad_tap
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 REGRESSION = "regression_layer.weight"
 GATE = re.compile(r"gating\.layers\.(\d+)\.(weight|running_mean)")

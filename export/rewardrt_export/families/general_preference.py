@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rewardrt.bundle.spec import Combine, Head, Layer, Tap, TextRule
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Combine, Head, Layer, Tap, TextRule
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.openrlhf import is_its_own
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 VALUES, GATE = "value_head.weight", "prompt_head.weight"
 

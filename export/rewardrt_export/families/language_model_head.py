@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rewardrt.bundle.spec import Layer
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Layer
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 NAME = "lm_head.weight"
 

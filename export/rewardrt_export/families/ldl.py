@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from rewardrt.bundle.spec import Combine, Head, Layer, Output
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Combine, Head, Layer, Output
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.objectives import label_names
 from rewardrt_export.families.sequence_classification import pad_tap, text_rule
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 SCORES = 10  # of every distribution, evenly spaced from 0 to 1; the class has the number in its code
 

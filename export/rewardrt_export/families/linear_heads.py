@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from rewardrt.bundle.spec import Affine, Head, Layer, Tap, TextRule
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Affine, Head, Layer, Tap, TextRule
 from rewardrt_export.families.draft import Draft, Family
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 LAST_BY_MASK = "its forward reads the last position whose attention mask is 1"
 ONE_BIASLESS = "linear without bias"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rewardrt.spec import Head, Tap
+from rewardrt.bundle.spec import Head, Tap
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.language_model_head import token_rows
 from rewardrt_export.families.sequence_classification import text_rule
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 ROW = 0
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rewardrt.spec import Head, Layer, Output
+from rewardrt.bundle.spec import Head, Layer, Output
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.objectives import label_names
 from rewardrt_export.families.sequence_classification import pad_tap, text_rule
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 ARCHITECTURES = ("Qwen2ForRewardModel", "INFORMForSequenceClassification")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rewardrt.bundle.spec import Affine, Head, Layer, Tap, TextRule
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Affine, Head, Layer, Tap, TextRule
 from rewardrt_export.families.draft import Draft, Family
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 
 # The classes that it made at run time, now and before.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rewardrt.bundle.spec import Combine, Head, TextRule
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Combine, Head, TextRule
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.language_model_head import token_rows
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 PROMPT = (
     "\n{% for message in messages %}{% if loop.index0 % 2 == 0 %}\n\n<turn> user\n {{ message['content'] }}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rewardrt.bundle.spec import Combine, Head, Layer, Tap, TextRule
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Combine, Head, Layer, Tap, TextRule
 from rewardrt_export.families.draft import Draft, Family
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 MARKERS = {"source": "source_prefix_id", "first": "cand1_prefix_id", "second": "cand2_prefix_id"}
 HEAD = (Layer("head_layer.1.weight", "head_layer.1.bias", "tanh"), Layer("head_layer.4.weight", "head_layer.4.bias"))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rewardrt.bundle.spec import Head, Layer, Output, Tap, TextRule
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Head, Layer, Output, Tap, TextRule
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.encoder import ENCODERS
 from rewardrt_export.families.language_model_head import NAME as LM_HEAD
@@ -17,7 +17,7 @@ from rewardrt_export.families.language_model_head import token_rows
 from rewardrt_export.families.objectives import label_names
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 STEP = "step"  # the name of the tap
 QWEN_STEP = "<extra_0>"

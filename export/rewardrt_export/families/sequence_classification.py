@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from rewardrt.bundle.spec import Combine, Head, Layer, Output, PoolingRule, Tap, TextRule
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Combine, Head, Layer, Output, PoolingRule, Tap, TextRule
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.encoder import ENCODERS
 from rewardrt_export.families.objectives import label_names
 from rewardrt_export.families.openrlhf import is_its_own
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 # Athene, Starling, INF-ORM and the like call their own classes so too, with a head that transformers does not know.
 OTHER_HEADS = ("v_head.weight", "score.0.weight")

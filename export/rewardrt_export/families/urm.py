@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rewardrt.bundle.spec import Combine, Head, Layer, Output
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Combine, Head, Layer, Output
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.objectives import HELPSTEER, label_names
 from rewardrt_export.families.sequence_classification import pad_tap, text_rule
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 # Of the five HelpSteer attributes, as published for Nemotron-4; the class has them in its code.
 WEIGHTS = (0.3, 0.74, 0.46, 0.47, -0.33)

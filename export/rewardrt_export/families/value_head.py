@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from rewardrt.bundle.spec import Head, Layer, Tap
 from rewardrt.errors import CheckpointError
-from rewardrt.spec import Head, Layer, Tap
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.sequence_classification import text_rule
 
 if TYPE_CHECKING:
-    from rewardrt_export.source import Source
+    from rewardrt_export.source.folder import Source
 
 SUMMARY = "v_head.summary"
 
@@ -28,7 +28,7 @@ def _matches(source: Source) -> str | None:
 
 
 def _describe(source: Source) -> Draft:
-    from rewardrt_export.source import language_model_head  # brings transformers, which the listing does without
+    from rewardrt_export.source.folder import language_model_head  # brings transformers, which the listing does without
 
     return Draft(
         heads=(Head(_layers(source)),),
@@ -64,7 +64,7 @@ def _layers(source: Source) -> tuple[Layer, ...]:
 
 def _backbone_prefix(source: Source) -> str:
     """Return what a state dict of the whole wrapper has before the backbone's names, such as a ZeRO-3 save."""
-    from rewardrt_export.source import language_model_head
+    from rewardrt_export.source.folder import language_model_head
 
     wrapped = {".".join(name.split(".")[:2]) for name in source.stored if name.startswith("pretrained_model.")}
     wrapped -= {".".join(name.split(".")[:2]) for name in language_model_head(source.stored)}

@@ -7,11 +7,9 @@ threads, so that no request holds up the others.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,13 +19,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from rewardrt.files import to_line
+from rewardrt.data.files import to_line
 from rewardrt.server import kserve, own
-from rewardrt.server.access import Access, check_media_type, client_of
+from rewardrt.server.access import check_media_type, client_of
 from rewardrt.server.body import (
-    BUDGET_BODIES,
     SMALL_BODY,
-    Budget,
     ClientGoneError,
     Lease,
     check_counts,
@@ -38,72 +34,32 @@ from rewardrt.server.body import (
     unpack,
 )
 from rewardrt.server.call import Call, Dialect, Incoming, Reply, Scoring
-from rewardrt.server.connection import Connections
 from rewardrt.server.engine import place
-from rewardrt.server.log import Record, log
-from rewardrt.server.metrics import Metrics
-from rewardrt.server.models import Models, Uses
-from rewardrt.server.openapi import document, page
+from rewardrt.server.log import Record
+from rewardrt.server.models import Uses
+from rewardrt.server.openapi import DOCUMENTS
 from rewardrt.server.options import ServerOptions
 from rewardrt.server.problem import Problem
 from rewardrt.server.routes import RELOAD, ROUTES, ScoringRoute
 from rewardrt.server.schema import check
+from rewardrt.server.state import Server
 from rewardrt.server.turns import Job, Work
-from rewardrt.server.views import PAGE_POLICY, VIEWS, View, ViewAnswer
+from rewardrt.server.views import VIEWS, View, ViewAnswer
 
 JSON = "application/json"
-BODY_THREADS = 2
 WRITE_BYTES = 65_536  # handed to a connection at a time: the rest waits until the client has read
 FEW_ITEMS = 64  # an answer for so many is written on the event loop
 LOGGED_BYTES = 16_384  # of a body, with --log-texts
-DESCRIPTIONS: dict[str, Callable[[], ViewAnswer]] = {
-    "/openapi.json": lambda: ViewAnswer(to_line(document())),
-    "/docs": lambda: ViewAnswer(page(), 200, "text/html", (("content-security-policy", PAGE_POLICY),)),
-}
-
-
-class Server:
-    """What all requests share: the models, the options, and whether the server is going away."""
-
-    def __init__(self, models: Models, options: ServerOptions, metrics: Metrics, *, local: bool = False) -> None:
-        self.models = models
-        self.options = options
-        self.metrics = metrics
-        self.access = Access(options, local=local)
-        self.connections = Connections(options, self.refused)
-        self.budget = Budget(BUDGET_BODIES * options.max_body_bytes)
-        self.threads = ThreadPoolExecutor(BODY_THREADS, "bodies")
-        self.reload: Callable[[], Awaitable[list[dict[str, Any]]]] | None = None
-        self.draining = False
-        self.in_flight = 0  # requests whose body is there and that are not answered
-        self.instance = secrets.token_hex(4)
-
-    def refused(self, client: str, status: int, reason: str) -> None:
-        """Count and log what never became a request."""
-        self.finish(Record("-", "-", client, status=status, error=reason), "timeout" if status == 408 else "validation")
-
-    def finish(self, record: Record, kind: str, more: str = "", *, quiet: bool = False) -> None:
-        """Count and log one request; `kind` is that of its problem, or "" where it was answered."""
-        self.metrics.request(record, kind)
-        if not quiet:
-            log(record.line() + more)
 
 
 def make_app(server: Server) -> Starlette:
     """Return the ASGI application of a server."""
     routes = [Route(route.path, _Endpoint(server, route), methods=["POST"]) for route in ROUTES]
-    views = (*VIEWS, *(_described(path, answer) for path, answer in DESCRIPTIONS.items()))
-    routes += [Route(view.path, partial(_view, server, view), methods=["GET"]) for view in views]
+    routes += [Route(view.path, partial(_view, server, view), methods=["GET"]) for view in (*VIEWS, *DOCUMENTS)]
     routes += [Route(RELOAD, partial(_reload, server), methods=["POST"])]
     app = Starlette(routes=_merged(routes), exception_handlers={HTTPException: partial(_not_served, server)})
     app.router.redirect_slashes = False  # to the Host that a client names, and before it is asked for the key
     return app
-
-
-def _described(path: str, answer: Callable[[], ViewAnswer]) -> View:
-    """Return a view of what is the same for every server of this version: it is made at the first request."""
-    made = cache(answer)
-    return View(path, lambda server, parameters: made(), "This document.", guarded=False, quiet=True)
 
 
 def _merged(routes: list[Route]) -> list[Route]:

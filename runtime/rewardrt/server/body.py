@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from rewardrt.data.strict_json import Bounds, read_json
 from rewardrt.errors import RowError
 from rewardrt.server.options import ServerOptions
 from rewardrt.server.problem import Problem
-from rewardrt.strict_json import Bounds, read_json
 
 SMALL_BODY = 65_536  # bytes that are not booked, and decoded on the event loop where they hold little
 SMALL_STRUCTURE = 512  # commas and brackets; each may be a value that takes a microsecond or more

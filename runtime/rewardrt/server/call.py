@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from rewardrt.bundle.spec import AggregateRule
 from rewardrt.errors import InferenceError, RewardRTError, RowError
-from rewardrt.pairwise import settle
-from rewardrt.rows import Row, Scored
+from rewardrt.scoring.pairwise import settle
 from rewardrt.server.models import Models, Served
 from rewardrt.server.options import Overflow, ServerOptions
 from rewardrt.server.problem import Kind, Problem, shortened
 from rewardrt.server.schema import Schema
 from rewardrt.server.turns import Job, TokenIds, TokenReward, Work, characters
-from rewardrt.spec import AggregateRule
-from rewardrt.text import Item, RawText
+from rewardrt.text.rendering import Item, RawText
+from rewardrt.text.rows import Row, Scored
 
 # Rewards of tokens make long answers: so many fewer texts may be in a request.
 TOKEN_REWARDS = 16

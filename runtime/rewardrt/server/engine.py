@@ -21,7 +21,6 @@ import numpy as np
 
 from rewardrt.errors import InferenceError, RewardRTError, RowError
 from rewardrt.reward_model import RewardModel, Values
-from rewardrt.rows import Scored
 from rewardrt.server.problem import Problem
 from rewardrt.server.turns import (
     SLICE_TOKENS,
@@ -32,8 +31,9 @@ from rewardrt.server.turns import (
     Turns,
     Work,
 )
-from rewardrt.text import Item
-from rewardrt.tokens import EncodedText
+from rewardrt.text.rendering import Item
+from rewardrt.text.rows import Scored
+from rewardrt.text.tokens import EncodedText
 
 TURN_TOKENS = 8192  # what is scored together: more makes larger batches, and longer waits for those who come next
 RESTARTS = 3  # of an engine's thread in RESTART_SECONDS; after one more the engine is dead

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from rewardrt.bundle import GOLDEN, MANIFEST
+from rewardrt.bundle.manifest import GOLDEN, MANIFEST
+from rewardrt.checks.verify import TOLERANCES, read_golden
 from rewardrt.errors import BundleError, InferenceError, RewardRTError
-from rewardrt.providers import ProviderChoice
+from rewardrt.machine.providers import ProviderChoice
 from rewardrt.reward_model import RewardModel
 from rewardrt.server.engine import Engine, Turn
 from rewardrt.server.options import ServerOptions
 from rewardrt.server.problem import Problem
-from rewardrt.text import Conversation
-from rewardrt.verify import TOLERANCES, read_golden
+from rewardrt.text.rendering import Conversation
 
 
 @dataclass

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import cache
 from html import escape
 from typing import Any
 
+from rewardrt.data.files import to_line
 from rewardrt.server.call import COMMON_STATUS, Scoring
 from rewardrt.server.routes import RELOAD, ROUTES, ScoringRoute
-from rewardrt.server.views import JSON, VERSION, VIEWS, View
+from rewardrt.server.state import Server
+from rewardrt.server.views import JSON, PAGE_POLICY, VERSION, VIEWS, View, ViewAnswer
 
 _PROBLEM = {"description": "Refused or failed, with the reason in the protocol's own body."}
 
@@ -17,7 +21,7 @@ def document() -> dict[str, Any]:
     """Return the document; it is the same for every server of this version."""
     paths: dict[str, Any] = {route.path: {"post": _post(route)} for route in ROUTES}
     paths[RELOAD] = {"post": _reload()}
-    for view in VIEWS:
+    for view in (*VIEWS, *DOCUMENTS):
         paths.setdefault(view.path, {})["get"] = _get(view)
     return {
         "openapi": "3.1.0",
@@ -123,3 +127,26 @@ def _statuses(scoring: Scoring) -> set[int]:
 
 def _any_of(schemas: list[dict[str, Any]]) -> dict[str, Any]:
     return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+
+
+@cache
+def _document_bytes() -> bytes:
+    return to_line(document())
+
+
+_page = cache(page)
+
+
+def _answer_document(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    return ViewAnswer(_document_bytes())
+
+
+def _answer_page(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    return ViewAnswer(_page(), 200, "text/html", (("content-security-policy", PAGE_POLICY),))
+
+
+# Not among VIEWS: what they answer is made of that table, and of this one.
+DOCUMENTS = (
+    View("/openapi.json", _answer_document, "This document.", guarded=False, quiet=True),
+    View("/docs", _answer_page, "This document, for people.", guarded=False, quiet=True, content_type="text/html"),
+)

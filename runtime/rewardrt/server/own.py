@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from rewardrt.bundle.spec import AGGREGATE_RULES
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.rows import Row, error_row, fill_row
 from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring, check_texts, number
 from rewardrt.server.problem import Problem, shortened
 from rewardrt.server.schema import BOOLEAN, INTEGER, STRING, array, body, only
-from rewardrt.spec import AGGREGATE_RULES
+from rewardrt.text.rows import Row, error_row, fill_row
 
 ROW = {"type": "object", "additionalProperties": True}
 BODY = body(

@@ -20,9 +20,9 @@ from typing import Any
 import uvicorn
 
 from rewardrt.errors import RewardRTError
-from rewardrt.providers import ProviderChoice
+from rewardrt.machine.providers import ProviderChoice
 from rewardrt.server.access import LOOPBACK
-from rewardrt.server.app import Server, make_app
+from rewardrt.server.app import make_app
 from rewardrt.server.connection import Connection
 from rewardrt.server.log import LOG, log
 from rewardrt.server.metrics import Metrics
@@ -30,6 +30,7 @@ from rewardrt.server.models import Loader
 from rewardrt.server.openapi import document
 from rewardrt.server.options import ServerOptions
 from rewardrt.server.reload import Reloader
+from rewardrt.server.state import Server
 
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewardrt.rows import Row
 from rewardrt.server.call import (
     Call,
     Dialect,
@@ -26,6 +25,7 @@ from rewardrt.server.models import Served
 from rewardrt.server.problem import Problem
 from rewardrt.server.schema import BOOLEAN, INTEGER, NUMBER, STRING, STRINGS, array, body, only
 from rewardrt.server.vllm import best_first
+from rewardrt.text.rows import Row
 
 SHARED: dict[str, Any] = {"truncate": BOOLEAN, "truncation_direction": only("right", "Right"), "raw_scores": BOOLEAN}
 PREDICT_BODY = body(

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from rewardrt.chat_template import TemplateInputs
+from rewardrt.bundle.spec import AggregateRule
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.rows import Scored
 from rewardrt.server.options import Overflow
-from rewardrt.spec import AggregateRule
-from rewardrt.text import Conversation, Item, Pair, RawText, Steps, as_turns
-from rewardrt.tokens import EncodedText
+from rewardrt.text.chat_template import TemplateInputs
+from rewardrt.text.rendering import Conversation, Item, Pair, RawText, Steps, as_turns
+from rewardrt.text.rows import Scored
+from rewardrt.text.tokens import EncodedText
 
 SLICE_TOKENS = 2048  # what a client gets before the next one
 # A text's tokens are counted when its turn comes; until then it is taken for so many bytes a token, and some more for

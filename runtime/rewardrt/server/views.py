@@ -6,15 +6,13 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rewardrt.files import to_line
+from rewardrt.data.files import to_line
 from rewardrt.server import kserve, metrics, own
 from rewardrt.server.call import Dialect
 from rewardrt.server.engine import TURN_TOKENS
-
-if TYPE_CHECKING:
-    from rewardrt.server.app import Server
+from rewardrt.server.state import Server
 
 JSON = "application/json"
 VERSION = importlib.metadata.version("rewardrt")

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rewardrt.rows import Row, Scored
 from rewardrt.server.call import (
     CONVERSATION,
     Call,
@@ -45,6 +44,7 @@ from rewardrt.server.schema import (
     only,
 )
 from rewardrt.server.turns import TokenIds
+from rewardrt.text.rows import Row, Scored
 
 INPUT = {"anyOf": [STRING, STRINGS, array(INTEGER), array(array(INTEGER))]}
 # What vLLM takes everywhere and no score depends on.

@@ -1,0 +1,1 @@
+"""Whether the exported bundle gives the rewards that the trained model gives."""

@@ -1,0 +1,240 @@
+"""The texts that every bundle is certified on.
+
+The default set is our own: short and long, several turns, Chinese and other scripts, code, emoji, raw text, and one
+that has to be cut. A user's own file replaces it.
+
+Probes are added to either: texts at which bundles go wrong that agree on ordinary ones. They hold every special token
+literally, spaces at both ends and several forms of Unicode, each field of a row that the chat template reads, and more
+tokens than each window or original length that config.json names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rewardrt.bundle.spec import Spec
+from rewardrt.data.files import read_lines
+from rewardrt.data.formats import jsonl_lines
+from rewardrt.errors import CertificateError, RowError
+from rewardrt.scoring.pairwise import plan, text_of
+from rewardrt.text.rendering import Conversation, Item, Pair, RawText, Renderer, Steps
+from rewardrt.text.rows import parse_row
+from rewardrt.text.tokens import Tokenizer
+
+MIN_TEXTS = 16  # fewer make the standard deviation of the rewards, and so the tolerance, arbitrary
+# The over-long text is certified under a limit of its own where the model's is large: what is tested is the cut.
+OVERLONG_LIMIT = 512
+
+
+# Of the probes:
+MOST_SPECIAL = 32  # texts of one special token each, where one text cannot hold all of them
+MARGIN = 24  # tokens past a window or an original length
+FORMS = (
+    "  Spaces,\ttabs\n\n and lines; e\u0301 a\u030a \u1112\u1161\u11ab apart and é å 한 in one; "
+    "ＡＢＣ　１２３, ﬁ, ½, ㌔; don't, they'll; 1,000 and 007; UPPER and snake_case; "
+    "zero\u200bwidth, no\u00a0break; 👩‍💻  "
+)
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "temperature",
+            "description": "Tell the temperature at a place.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+OTHER = {"role": "assistant", "content": "There is nothing to say."}  # beside a probe's answer, where two are read
+DOCUMENTS = [{"title": "Oslo", "text": "It was four degrees at noon."}]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A text to certify on: a row that holds one text, and a limit in tokens below the spec's if not None.
+
+    Two responses are one text, for models that read two answers together.
+    """
+
+    row: dict[str, Any]
+    max_length: int | None
+
+    @property
+    def item(self) -> Item:
+        """The row's one text."""
+        return text_of(parse_row(self.row))
+
+
+def golden_texts(renderer: Renderer, tokenizer: Tokenizer, spec: Spec, file: Path | None = None) -> list[Candidate]:
+    """Return the texts of `file` (JSONL rows as `rewardrt score` takes), or of the default set.
+
+    Rows of the default set that cannot be scored are left out: the model's template refuses a system turn, say, or a
+    raw text has none of the tokens that a tap looks for. Rows of a file are the user's word, and raise
+    CertificateError then.
+    """
+    refused: list[RowError] = []
+    scorable = (renderer, tokenizer, spec)
+    texts = _read_file(file, *scorable) if file else _default_set(*scorable, refused)
+    if len(texts) < MIN_TEXTS:
+        why = f" ({len(refused)} cannot be scored: {refused[0]})" if refused else ""
+        name = file or "the default golden set"
+        raise CertificateError(f"{name}: {len(texts)} texts; expected at least {MIN_TEXTS}{why}")
+    return texts
+
+
+def _default_set(renderer: Renderer, tokenizer: Tokenizer, spec: Spec, refused: list[RowError]) -> list[Candidate]:
+    lines = resources.files("rewardrt_export").joinpath("golden.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    limit = min(spec.max_length, OVERLONG_LIMIT)
+    overlong = [_overlong(limit)]
+    if renderer.rewards_steps:
+        rows = [_split_into_steps(row) for row in rows if "text" not in row]
+        rows += [{"text": text} for row in rows[:2] for text in _rendered(renderer, row)]
+        # A text that is cut may not lose a step: what is cut is what follows the last.
+        question, words = (overlong[0][name] for name in ("prompt", "response"))
+        short = {"prompt": question, "steps": ["Breathe in.", "Breathe out."]}
+        overlong = [{"text": f"{text} {words}"} for text in _rendered(renderer, short)]
+    texts = [Candidate(row, None) for row in rows] + [Candidate(row, limit) for row in overlong]
+    if spec.reads_two_answers:
+        texts = _pair_up(texts)
+    elif spec.input == "pairwise":
+        texts = [text for text in texts if not isinstance(text.item, RawText)]
+    return [text for text in texts if _takes(renderer, tokenizer, text, refused)]
+
+
+def probe_texts(
+    renderer: Renderer,
+    tokenizer: Tokenizer,
+    spec: Spec,
+    *,
+    special_tokens: Sequence[str],
+    named_tokens: Sequence[str],
+    variables: Collection[str],
+    lengths: Collection[int],
+) -> list[Candidate]:
+    """Return the probes that the model takes, the most telling first.
+
+    `special_tokens` are those that the tokenizer finds in a text, `named_tokens` the ones with a role (bos, eos, pad).
+    `variables` are those that the chat template reads. `lengths` are in tokens: a text that is longer is made for each.
+    """
+    refused: list[RowError] = []
+
+    def taken(rows: Iterable[dict[str, Any]], limit: int | None = None) -> list[Candidate]:
+        rows = [_split_into_steps(row) if renderer.rewards_steps and "text" not in row else row for row in rows]
+        texts = [Candidate(row, limit) for row in rows]
+        if spec.reads_two_answers:
+            answered = [item for text in texts if isinstance(item := text.item, Conversation)]
+            both = [(item, Conversation(item.prompt, OTHER, item.inputs)) for item in answered]
+            pairs = [Pair(*order) for item, other in both for order in ((item, other), (other, item))]
+            texts = [Candidate(_row_of(pair), limit) for pair in pairs]
+        elif spec.input == "pairwise":
+            texts = [text for text in texts if not isinstance(text.item, RawText)]
+        return [text for text in texts if _takes(renderer, tokenizer, text, refused)]
+
+    apart, glued = " ".join(special_tokens), "x".join(special_tokens)
+    probes = taken([_answered(f"They are {apart}, or in a row {glued}."), {"text": f"{apart} {glued}"}])
+    if not probes:  # one of them is a marker that may stand nowhere else, or has no row in the embedding
+        probes = taken(_answered(f"A text with {token} in it, and{token}without spaces.") for token in special_tokens)
+    probes = probes[:MOST_SPECIAL]
+    probes += taken([_answered(FORMS), {"text": FORMS}, {"text": f" {FORMS} "}])
+    for length in sorted(lengths):
+        probes += taken([_overlong(length + MARGIN)] if not renderer.rewards_steps else [], length + MARGIN)
+    probes += taken(_answered(f"A text with {token} in it, and{token}without spaces.") for token in named_tokens)
+    inputs: list[dict[str, Any]] = [{"tools": TOOLS}] if "tools" in variables else []
+    inputs += [{"documents": DOCUMENTS}] if "documents" in variables else []
+    others = sorted(set(variables) - {"messages", "tools", "documents", "add_generation_prompt", *spec.special_tokens})
+    inputs += [{"chat_template_kwargs": dict.fromkeys(others, value)} for value in (False, True) if others]
+    return probes + taken(_answered("It is four degrees in Oslo.") | fields for fields in inputs)
+
+
+def _answered(response: str) -> dict[str, Any]:
+    return {"prompt": "What is there to say?", "response": response}
+
+
+def _overlong(tokens: int) -> dict[str, Any]:
+    """Return a row that has more tokens, in any tokenizer: every word is at least one."""
+    words = " ".join(f"Step {number}: breathe in, count to {number % 7}, breathe out." for number in range(1, tokens))
+    return {"prompt": "Describe a breathing exercise in too many steps.", "response": words}
+
+
+def _pair_up(texts: list[Candidate]) -> list[Candidate]:
+    """Put each answer beside that of the text before it, in both orders."""
+    answered = [(text, text.item) for text in texts]
+    conversations = [(text, item) for text, item in answered if isinstance(item, Conversation)]
+    pairs = []
+    for (text, item), (_, other) in zip(conversations, conversations[-1:] + conversations[:-1], strict=True):
+        beside = Conversation(item.prompt, other.answer, item.inputs)
+        pairs += [Candidate(_row_of(Pair(*order)), text.max_length) for order in ((item, beside), (beside, item))]
+    return pairs
+
+
+def _takes(renderer: Renderer, tokenizer: Tokenizer, text: Candidate, refused: list[RowError]) -> bool:
+    try:
+        tokenizer.encode(renderer.render(text.item), max_length=text.max_length)
+    except RowError as error:
+        refused.append(error)
+        return False
+    return True
+
+
+def _rendered(renderer: Renderer, row: dict[str, Any]) -> list[str]:
+    """Return the text that the model reads for this row, or nothing where it refuses the row."""
+    try:
+        return [renderer.render(parse_row(row).items[0]).text]
+    except RowError:
+        return []
+
+
+def _split_into_steps(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of one answer as one whose steps are the answer's sentences and lines."""
+    (item,) = parse_row(row).items
+    assert isinstance(item, Conversation)
+    parts = re.split(r"\n+|(?<=[.!?;。!?])\s*", str(item.answer["content"]))
+    return _row_of(Steps(item.prompt, tuple(part.strip() for part in parts if part.strip()), inputs=item.inputs))
+
+
+def _read_file(file: Path, renderer: Renderer, tokenizer: Tokenizer, spec: Spec) -> list[Candidate]:
+    texts = []
+    try:
+        with file.open("rb") as stream:
+            for line in read_lines(jsonl_lines(stream, str(file))):
+                if isinstance(line.row, RowError):
+                    raise line.row
+                for item in plan(parse_row(line.row), spec).items:
+                    tokenizer.encode(renderer.render(item))
+                    texts.append(Candidate(_row_of(item), None))
+    except OSError as error:
+        raise CertificateError(f"{file}: cannot be read ({error.strerror})") from error
+    except RowError as error:
+        raise CertificateError(f"{file}, line {line.number}: {error}") from error
+    return texts
+
+
+def _row_of(item: Item) -> dict[str, Any]:
+    """Write one text as a row of its own, as it stands in golden.jsonl."""
+    if isinstance(item, RawText):
+        return {"text": item.text}
+    if isinstance(item, Pair):
+        answers = [item.first.answer["content"], item.second.answer["content"]]
+        prompt = item.first.prompt if isinstance(item.first.prompt, str) else list(item.first.prompt)
+        return {"prompt": prompt, "responses": answers} | _inputs_of(item.first)
+    inputs = _inputs_of(item)
+    if isinstance(item, Steps):
+        prompt = item.prompt if isinstance(item.prompt, str) else list(item.prompt)
+        response = {} if item.response is None else {"response": item.response}
+        return {"prompt": prompt, "steps": list(item.steps)} | response | inputs
+    if isinstance(item.prompt, str) and isinstance(item.answer.get("content"), str) and len(item.answer) == 2:
+        return {"prompt": item.prompt, "response": item.answer["content"]} | inputs
+    return {"messages": list(item.messages)} | inputs
+
+
+def _inputs_of(item: Conversation | Steps) -> dict[str, Any]:
+    """Return what the item gives the chat template, as the fields of a row."""
+    found = item.inputs
+    fields = {"tools": found.tools, "documents": found.documents, "chat_template_kwargs": dict(found.options)}
+    return {name: value for name, value in fields.items() if value}

@@ -1,0 +1,100 @@
+"""Rewards by transformers' own class of the checkpoint, head and pooling included, as its users would get them.
+
+The torch reference of a certificate is transformers' backbone under this project's heads and taps. Where transformers
+has the whole class, and the checkpoint fills all of it, a few texts are scored by it as well. What a family's
+description or a pad id gets wrong shows there, since nothing of this project takes part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from rewardrt.bundle.spec import Spec
+from rewardrt.text.tokens import EncodedText
+from rewardrt_export.checkpoint import Checkpoint
+
+TEXTS, TOKENS = 12, 512  # as many texts, of at most so many tokens each
+
+
+def rewards_of_class(checkpoint: Checkpoint, texts: Sequence[EncodedText], free: int | None) -> dict[int, float]:
+    """Return the rewards of some of the texts by their index; {} where transformers has no such class.
+
+    `free` are the bytes of memory that are left; a model that would take them is not loaded a second time.
+    """
+    source, spec = checkpoint.source, checkpoint.spec
+    found = getattr(transformers, source.architecture, None)
+    sizes = [torch.Size(tensor.shape).numel() for tensor in source.stored.values()]
+    if (
+        not source.architecture.endswith("ForSequenceClassification")
+        or not (isinstance(found, type) and issubclass(found, PreTrainedModel))
+        or source.adapter is not None
+        or "family" in source.choices
+        or source.padding.given is not None
+        or not _reads_as_the_class(spec)
+        or (free is not None and 5 * sum(sizes) > free)
+    ):
+        return {}
+    model = _load(found, checkpoint)
+    if model is None:
+        return {}
+    short = [index for index, text in enumerate(texts) if len(text.ids) <= TOKENS]
+    chosen = short[:: max(1, len(short) // TEXTS)]
+    rewards = {}
+    for index in chosen:
+        inputs = {"input_ids": torch.from_numpy(texts[index].ids).unsqueeze(0)}
+        type_ids = texts[index].type_ids
+        if type_ids is not None:
+            inputs["token_type_ids"] = torch.from_numpy(type_ids).unsqueeze(0)
+        with torch.inference_mode():
+            logits = model(**inputs).logits
+        if logits.shape[-1] != 1:
+            return {}
+        rewards[index] = float(logits[0, 0])
+    return rewards
+
+
+def _reads_as_the_class(spec: Spec) -> bool:
+    """Whether the spec claims no more than the class: one logit, read where transformers reads it now."""
+    rule = spec.taps[0].rule
+    return (
+        spec.input == "single"
+        and len(spec.taps) == 1
+        and spec.combine.rule == "none"
+        and spec.output.function == "identity"
+        and (rule in ("last_mask", "last_not_id") if spec.causal else rule in ("first", "mean"))
+    )
+
+
+def _load(found: Any, checkpoint: Checkpoint) -> PreTrainedModel | None:
+    """Load the class from the checkpoint's folder, or return None where the checkpoint does not fill it."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar for the progress of loading
+            model, report = found.from_pretrained(
+                checkpoint.source.folder,
+                local_files_only=True,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+    except Exception:  # a layout that only this project reads: there is nothing to compare with
+        return None
+    finally:
+        logger.setLevel(level)
+    if report["missing_keys"] or report["mismatched_keys"] or type(model.config) is not type(checkpoint.source.config):
+        return None
+    pad = model.config.pad_token_id
+    if checkpoint.spec.causal and (pad is None) != (checkpoint.spec.taps[0].rule == "last_mask"):
+        return None  # --pooling asked for another place
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated

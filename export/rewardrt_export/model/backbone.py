@@ -1,0 +1,276 @@
+"""The language model under the head: its class, its fake twin for tracing, and which stored tensors fill it.
+
+transformers is the authority here: its classes say what the parameters are called, its conversion mapping says how
+the tensors of a checkpoint become them (experts that lie apart on disk and are one parameter in memory, for one).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from rewardrt.errors import CheckpointError
+from rewardrt_export.source.weights import StoredTensor, first_line, shorten
+
+# Rotary frequencies that depend on the text's length: one graph cannot hold them, and no prefix could be shared.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# Buffers that old transformers versions saved and every version computes anew.
+RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attention|attn)\.(bias|masked_bias)|position_ids)$")
+
+
+LARGEST_BUFFER = 2**28  # numbers; 1 GiB in float32, far more than the masks and frequencies of any known model
+# What no model is trained in: weights of these types are quantized, and stand for others by scales.
+PACKED = (torch.uint8, torch.int8, torch.int16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one parameter comes from: stored tensors and what makes the parameter of them."""
+
+    stored: tuple[StoredTensor, ...]
+    read: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """`sources` by parameter name; `unused` are the stored tensors that the backbone has no place for."""
+
+    sources: dict[str, Source]
+    unused: dict[str, StoredTensor]
+
+
+def backbone_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Return transformers' bare model class (no head) for this config."""
+    try:
+        found = AutoModel._model_mapping[type(config)]
+    except KeyError:
+        raise CheckpointError(f"model_type {config.model_type!r}: transformers has no backbone class for it") from None
+    model_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found  # type: ignore[assignment]
+    return model_class
+
+
+def meta_backbone(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """Build the backbone without memory for its weights; buffers that are computed from the config are real.
+
+    `attention` names a registered attention implementation.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
+    for kind in [kind for kind in LENGTH_DEPENDENT_ROPE if kind in kinds]:
+        raise CheckpointError(
+            f"rope_type {kind!r}: its frequencies depend on the length of each text, which one graph cannot hold; "
+            "set a fixed rope_type in config.json if the model was trained within its original length"
+        )
+    pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(vocabulary, int) and pad >= vocabulary:
+        raise CheckpointError(
+            f"config.json: pad_token_id {pad}, and vocab_size is {vocabulary}: no token of the model has this id; "
+            "correct it to the id that training padded with, or to null"
+        )
+    config = copy.deepcopy(config)
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "batched_mm"  # the only one without a data-dependent loop over experts
+    found = backbone_class(config)
+    # What an encoder's class puts after its last layer is the head's: not every class on disk has it.
+    pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(found).parameters else {}
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = found._from_config(
+                config, attn_implementation=attention, dtype=torch.float32, **pooler
+            )
+        _compute_buffers(model)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the class's code raises: it takes config.json's fields as they come
+        raise CheckpointError(f"{found.__name__} cannot be built of config.json: {_blame(config, error)}") from error
+    return model.eval()
+
+
+def _blame(config: PretrainedConfig, error: Exception) -> str:
+    """Say what was wrong with a config: of a name that was not found, the field that has it."""
+    if isinstance(error, KeyError) and str(error.args[:1]).startswith("('rewardrt"):
+        return "it has attention of its own, and does not take another by name; this backbone cannot be exported yet"
+    if isinstance(error, KeyError) and error.args:
+        fields = [name for name, value in config.to_dict().items() if value == error.args[0]]
+        if fields:
+            return f"{' and '.join(fields)} {error.args[0]!r} is not known there"
+    return f"{type(error).__name__}, {first_line(error)}"
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Give the non-persistent buffers (rotary frequencies, scales) their values, by the class's own initialisation."""
+    for module in model.modules():
+        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+        for name in names:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            if buffer.numel() > LARGEST_BUFFER:
+                raise CheckpointError(
+                    f"{type(module).__name__}.{name}: {buffer.numel():,} numbers computed from config.json; "
+                    "a length or size in it is out of proportion"
+                )
+            fill = float("nan") if buffer.is_floating_point() else 0
+            module._buffers[name] = torch.full_like(buffer, fill, device="cpu")
+        if names:
+            with torch.no_grad():
+                model._init_weights(module)
+        for name in names:
+            if torch.isnan(module._buffers[name].float()).any():  # type: ignore[union-attr]
+                raise CheckpointError(
+                    f"{type(module).__name__}.{name}: transformers does not say how to compute this buffer; "
+                    "this backbone cannot be exported"
+                )
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Return the position id of a text's first token: 0, or the one after the padding id in RoBERTa and its kin."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            if not isinstance(module.padding_idx, int):
+                raise CheckpointError(
+                    f"config.json: pad_token_id {module.padding_idx!r}, and {type(model).__name__} counts positions "
+                    "from it; set the id that the model was made with"
+                )
+            return module.padding_idx + 1
+    return 0
+
+
+def fill_with_fakes(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace every meta parameter and buffer by a fake CPU tensor, so that tracing sees ordinary devices."""
+    with mode:
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                    part._parameters[name] = nn.Parameter(fake, requires_grad=False)
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+def load(model: PreTrainedModel, sources: dict[str, Source], dtype: torch.dtype, *, by_layer: bool = False) -> None:
+    """Give a meta backbone its weights in `dtype`; with `by_layer`, those of a layer only while it runs.
+
+    They are then read each time. The layers are the model's largest list of modules. No gradients can be derived.
+    """
+    held = dict(sources)
+    for prefix, layer in _layers(model) if by_layer else []:
+        layer.requires_grad_(False)
+        own = {name: held.pop(f"{prefix}.{name}") for name in layer.state_dict()}
+        layer.register_forward_pre_hook(partial(_fetch, own, dtype))
+        layer.register_forward_hook(partial(_release, layer.state_dict()))
+    state = {name: source.read().to(dtype) for name, source in held.items()}
+    model.load_state_dict(state, strict=len(held) == len(sources), assign=True)
+
+
+def _layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for _, module in lists]
+    if not lists:
+        return []
+    name, layers = lists[sizes.index(max(sizes))]
+    return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+def _fetch(own: dict[str, Source], dtype: torch.dtype, layer: nn.Module, inputs: object) -> None:
+    layer.load_state_dict({name: source.read().to(dtype) for name, source in own.items()}, strict=True, assign=True)
+
+
+def _release(empty: dict[str, torch.Tensor], layer: nn.Module, inputs: object, output: object) -> None:
+    layer.load_state_dict(empty, strict=True, assign=True)
+
+
+def bind(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> Binding:
+    """Say for every parameter and persistent buffer of the backbone which stored tensors make it.
+
+    Nothing is read. Raises CheckpointError naming the tensors when a parameter has none, or a shape differs.
+    """
+    packed = sorted(
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+        for name, tensor in stored.items()
+        if tensor.dtype in PACKED and not RECOMPUTED.search(name)
+    )
+    if packed:
+        raise CheckpointError(
+            f"{len(packed)} tensors hold quantized weights ({shorten(packed, 3)}); export the checkpoint that they "
+            "were made from"
+        )
+    wanted = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+    direct: dict[str, StoredTensor] = {}
+    collected: dict[str, list[tuple[str, StoredTensor]]] = {}
+    unused: dict[str, StoredTensor] = {}
+    ignored = model._keys_to_ignore_on_load_unexpected or []  # what older versions of the class saved and never used
+    for name in sorted(stored, key=_natural):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        if target not in wanted:
+            if not RECOMPUTED.search(name) and not any(re.search(pattern, name) for pattern in ignored):
+                unused[name] = stored[name]
+        elif pattern is not None:
+            collected.setdefault(target, []).append((pattern, stored[name]))
+        elif target in direct:
+            raise CheckpointError(f"tensors {direct[target].name} and {name} are both the backbone's {target}")
+        else:
+            direct[target] = stored[name]
+
+    sources = {target: Source((tensor,), tensor.read) for target, tensor in direct.items()}
+    for target, parts in collected.items():
+        converter = by_pattern[parts[0][0]]
+        for name, read in _converted(model, converter, target, parts).items():
+            sources[name] = Source(tuple(tensor for _, tensor in parts), read)
+
+    missing = sorted(set(wanted) - set(sources))
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(wanted)} {type(model).__name__} tensors are not in the checkpoint: "
+            f"{shorten(missing)}"
+        )
+    wrong = [
+        f"{target} is {list(source.stored[0].shape)}, config.json says {list(wanted[target].shape)}"
+        for target, source in sources.items()
+        if target in direct and source.stored[0].shape != tuple(wanted[target].shape)
+    ]
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} tensors have another shape than the config says: {shorten(wrong, 3)}")
+    return Binding(sources, unused)
+
+
+def _converted(
+    model: PreTrainedModel, converter: WeightConverter, target: str, parts: list[tuple[str, StoredTensor]]
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return a reader for each parameter that transformers' converter makes of these stored tensors."""
+
+    def convert() -> dict[str, torch.Tensor]:
+        fresh = copy.deepcopy(converter)
+        for pattern, tensor in parts:
+            fresh.add_tensor(target, tensor.name, pattern, tensor.read)  # type: ignore[arg-type]
+        made = fresh.convert(target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    if len(converter.target_patterns) == 1:
+        return {target: lambda: convert()[target]}
+    first = converter.target_patterns[0]
+    names = [target.replace(first, pattern) for pattern in converter.target_patterns]
+    return {name: lambda name=name: convert()[name] for name in names}  # type: ignore[misc]
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort `experts.10` after `experts.9`: converters stack tensors in the order in which they come."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,1 @@
+"""What becomes of the float32 graph in each precision."""

@@ -1,0 +1,133 @@
+"""The tokenizer's files of a checkpoint folder: which there are, and what keeps transformers from reading them.
+
+transformers makes a tokenizer of whatever it finds, and where it finds nothing that its class reads, an empty one. What
+cannot be read is said here by the name of its file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from rewardrt.errors import CheckpointError, MissingExtraError
+from rewardrt_export.source.weights import check_pointer, first_line, read_json
+
+TOKENIZER_FILE = "tokenizer.json"
+# The names of transformers' classes (`vocab_files_names`) and of what it converts besides.
+VOCABULARIES = (
+    TOKENIZER_FILE, "*.model", "*.model.v[0-9]*", "*.spm", "*.tiktoken", "tekken.json", "vocab*.json", "vocab*.txt",
+    "*_vocab.json", "*_vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "*.tokenizer",
+)  # fmt: skip
+# Read beside a vocabulary, and never enough alone.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CONVERTED = ("tekken.json", "tokenizer.model", "tiktoken.model")  # by any class, instead of its own file
+PROBES = ("the quick brown fox jumps over the lazy dog", "of 19 words, \u2603 is none!")
+NO_LIMIT = 10**30  # transformers' own sign for no limit
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")
+
+
+def find_tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of the files that hold a vocabulary."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in VOCABULARIES)]
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Read what can be read before transformers does. Raises CheckpointError naming the file that is damaged."""
+    found = find_tokenizer_files(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder}: no tokenizer; expected {TOKENIZER_FILE} (or tokenizer.model, spiece.model, vocab.json and "
+            "merges.txt, vocab.txt); copy the tokenizer's files beside the model"
+        )
+    for name in (*found, *SETTINGS):
+        if (folder / name).is_file():
+            check_pointer(folder / name)
+            if name.endswith(".json"):
+                read_json(folder / name)
+    if TOKENIZER_FILE in found:
+        return
+    for name in found:
+        if name.endswith(".tiktoken"):
+            raise CheckpointError(
+                f"{folder / name}: a vocabulary that only the checkpoint's own code reads, which is never run; make "
+                f"{TOKENIZER_FILE} of it with transformers' convert_slow_tokenizer, or take that of the base model"
+            )
+        if name.endswith(".model") and name != "tiktoken.model":
+            _check_sentencepiece(folder / name)
+
+
+def check_vocabulary(folder: Path, tokenizer: Any) -> None:
+    """Check that the class which transformers chose reads the files that are here, or raise CheckpointError."""
+    found = find_tokenizer_files(folder)
+    if TOKENIZER_FILE in found or any(name in found for name in CONVERTED):
+        return
+    kind = type(tokenizer)
+    wanted = {part: name for part, name in kind.vocab_files_names.items() if part in ("vocab_file", "merges_file")}
+    missing = [name for name in wanted.values() if name not in found]
+    if missing or not wanted:
+        raise CheckpointError(
+            f"{folder}: {kind.__name__}, which config.json or tokenizer_config.json names, reads "
+            f"{' and '.join(wanted.values()) or TOKENIZER_FILE}, and the folder has {', '.join(found)}; add what is "
+            f"missing, or {TOKENIZER_FILE}"
+        )
+
+
+def differs_from_sentencepiece(folder: Path, tokenizer: Any) -> str | None:
+    """Say where a tokenizer that was made of a sentencepiece file gives other tokens than sentencepiece itself.
+
+    transformers rebuilds such a tokenizer from parts, and without a class of its own leaves out the mark before a word.
+    """
+    found = find_tokenizer_files(folder)
+    models = [name for name in found if name.endswith(".model") and name != "tiktoken.model"]
+    if TOKENIZER_FILE in found or len(models) != 1:
+        return None
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(folder / models[0]))
+    unknown = processor.unk_id()
+    for probe in PROBES:
+        ids, theirs, ours = processor.encode(probe), processor.encode(probe, out_type=str), tokenizer.tokenize(probe)
+        # Where pieces are unknown, converters differ in how many they make of them; they may not leave them out.
+        known = unknown not in ids
+        if (known and ours != theirs) or (not known and tokenizer.unk_token_id not in tokenizer(probe)["input_ids"]):
+            return f"{' '.join(ours)} where {models[0]} says {' '.join(theirs)}"
+    return None
+
+
+def _check_sentencepiece(path: Path) -> None:
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise MissingExtraError(f"{path} needs sentencepiece to be read: pip install 'rewardrt[export,cpu]'")
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_file=str(path))
+    except Exception as error:  # sentencepiece raises RuntimeError, OSError and TypeError
+        with path.open("rb") as file:
+            is_tiktoken = _TIKTOKEN_LINE.match(file.readline(4096))
+        if is_tiktoken:
+            raise CheckpointError(
+                f"{path}: a tiktoken vocabulary, which does not say how texts are split; take {TOKENIZER_FILE} of the "
+                "base model's folder in transformers' layout"
+            ) from error
+        raise CheckpointError(f"{path}: not a sentencepiece model ({first_line(error)}); copy it again") from error
+
+
+def read_limit(path: Path, stated: Any) -> int:
+    """Return `model_max_length` as a number of tokens; a tokenizer that knows no limit has one like 1e30.
+
+    Raises CheckpointError for what says no length.
+    """
+    try:
+        number = float(stated) if not isinstance(stated, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if stated is None or number >= NO_LIMIT:
+        return NO_LIMIT
+    if not (number >= 1 and number.is_integer()):
+        raise CheckpointError(f"{path}: model_max_length {stated!r}; expected a number of tokens, 1 or more")
+    return int(number)

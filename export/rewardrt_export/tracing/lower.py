@@ -1,0 +1,104 @@
+"""From the traced graph to the one that is written: weights bound, transposes gone, standard fusions applied.
+
+Each step takes an `onnx_ir.Model` and changes it in place; `lower` is their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import onnxscript.optimizer
+import onnxscript.rewriter.onnx_fusions
+import torch
+
+from rewardrt.errors import CheckpointError, TraceError
+from rewardrt_export.tracing.trace import root_cause
+
+Reader = Callable[[], torch.Tensor]
+
+
+def lower(model: ir.Model, weights: dict[str, Reader]) -> ir.Model:
+    """Bind `weights` (by initializer name) and optimize.
+
+    Nothing is read here except small tensors: data stays lazy until the model is saved.
+    """
+    bind_weights(model, weights)
+    store_transposed(model)
+    try:
+        onnxscript.optimizer.optimize_ir(model)
+        onnxscript.rewriter.onnx_fusions.fuse(model)
+    except ir.passes.PassError as error:  # folding reads small weights: what is wrong with one is wrapped in its own
+        raise root_cause(error) from error
+    # The rotary fusion takes cosines and sines per layer, and each window layer makes its own mask: once is enough.
+    common_passes.CommonSubexpressionEliminationPass()(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+    common_passes.RemoveUnusedOpsetsPass()(model)
+    for value in model.graph.all_nodes():
+        value.metadata_props.clear()  # the exporter's stack traces: they name files of the machine that traced
+    return model
+
+
+def bind_weights(model: ir.Model, weights: dict[str, Reader]) -> None:
+    """Give each parameter's initializer its data, as float32, read when it is written.
+
+    Initializers without a reader must be real already (buffers computed from the config).
+    """
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if name in weights:
+            value.const_value = _lazy(name, weights[name], tuple(tensor.shape.numpy()))
+        elif isinstance(getattr(tensor, "raw", None), torch._subclasses.FakeTensor):
+            raise TraceError(f"{name}: the graph needs a tensor that the checkpoint does not give")
+
+
+def _lazy(name: str, read: Reader, shape: tuple[int, ...]) -> ir.LazyTensor:
+    def evaluate() -> ir.TensorProtocol:
+        tensor = read().detach().to(torch.float32)
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{name}: shape {list(tensor.shape)} in the checkpoint, {list(shape)} expected")
+        # isfinite of all values would make copies as large as the tensor, and the largest may only just fit.
+        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            raise CheckpointError(f"{name}: holds values that are not finite (NaN or infinity); the training diverged")
+        return ir.tensor(tensor.numpy(), name=name)
+
+    return ir.LazyTensor(evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+
+
+def store_transposed(model: ir.Model) -> None:
+    """Write a weight that is only ever used transposed in its transposed layout.
+
+    torch stores Linear weights [out, in] and ONNX MatMul wants [in, out]. Left alone, the Transpose is folded into a
+    second copy of the weight, by the optimizer or by every onnxruntime session that loads the file.
+
+    1. All uses of the weight are the same 2-D Transpose: the initializer itself is replaced.
+    2. Otherwise (a tied embedding that is also looked up): left as it is.
+    """
+    for name, value in list(model.graph.initializers.items()):
+        uses = [usage.node for usage in value.uses()]
+        stored = value.const_value
+        if len(stored.shape) != 2 or not uses or any(not _is_plain_transpose(node) for node in uses):  # type: ignore[union-attr]
+            continue
+        assert stored is not None
+        rows, columns = stored.shape.numpy()
+        flipped = ir.LazyTensor(
+            partial(_transposed, stored), dtype=stored.dtype, shape=ir.Shape([columns, rows]), name=name
+        )
+        value.const_value = flipped
+        value.shape = ir.Shape([columns, rows])
+        for node in uses:
+            node.outputs[0].replace_all_uses_with(value)
+            model.graph.remove(node, safe=True)
+
+
+def _transposed(stored: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(np.ascontiguousarray(stored.numpy().T), name=stored.name)
+
+
+def _is_plain_transpose(node: ir.Node) -> bool:
+    perm = node.attributes.get("perm")
+    return node.op_type == "Transpose" and node.domain == "" and (perm is None or list(perm.as_ints()) == [1, 0])

@@ -1,0 +1,326 @@
+"""The bundle: a folder, and the manifest `reward.json` that vouches for every file in it.
+
+The manifest is written and read through the dataclasses below and nothing else. This module runs no graph and no
+tokenizer; it says which files there are, that they are the ones that were exported, and that graphs read no others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
+
+from rewardrt.bundle.spec import OPTIONAL, Spec, from_json, to_json
+from rewardrt.errors import BundleError
+from rewardrt.graph.graph_file import external_files
+from rewardrt.machine.processor import read_processor
+
+FORMAT_VERSION = 2  # written; one is added whenever a field comes that an older runtime may not overlook
+OLDEST_FORMAT_VERSION = 1  # read; fields that came later are OPTIONAL, with the default that was true before them
+MANIFEST = "reward.json"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GOLDEN = "golden.jsonl"
+MANIFEST_BYTES = 16 * 2**20  # more is no manifest; with its files' hashes a real one has some kilobytes
+GOOD_RMS_STD = 0.03  # of a graph that rounds; about what torch in bfloat16 is off
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the bundle: a plain name or a relative path with `/`, its size in bytes, its SHA-256 in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One graph of the bundle: its precision, and the manifest paths of the graph and of its weights.
+
+    `needs` are the instruction sets that it is good for, one of which will do, as `rewardrt doctor` calls them: such a
+    graph is for CPUs. `made_for` are the providers that it is fast on; it runs on the others too. With neither it is
+    good for any machine.
+    """
+
+    precision: str
+    graph: str
+    data: tuple[str, ...]
+    needs: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
+    made_for: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
+
+    def runs_on(self, provider: str, instruction_sets: Sequence[str]) -> bool:
+        """Whether a provider, on a machine with these instruction sets, has what the graph needs."""
+        return not self.needs or (provider == "cpu" and any(name in instruction_sets for name in self.needs))
+
+    def suits(self, provider: str) -> bool:
+        """Whether the graph is as fast on this provider as it is meant to be."""
+        return not self.made_for or provider in self.made_for
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The largest differences between the runtime's rewards and the reference's over the golden texts."""
+
+    max_absolute: float
+    max_relative: float
+    max_std: float  # max_absolute over the standard deviation of the reference rewards
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a rounded graph comes to torch in float32, on texts that its calibration did not see, beside bfloat16.
+
+    An rms is in standard deviations of torch's float32 rewards; an agreement is the share of all pairs of texts that
+    are ranked the same way, 0..1.
+    """
+
+    texts: int
+    rms_std: float
+    pair_order_agreement: float
+    bf16_rms_std: float  # of torch itself in bfloat16
+    bf16_pair_order_agreement: float
+
+    @property
+    def good(self) -> bool:
+        """Whether the rewards may stand for the float32 graph's without being asked for."""
+        return self.rms_std <= max(GOOD_RMS_STD, self.bf16_rms_std)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was measured at export, and against what. Rewards are raw."""
+
+    precision: str
+    reference: str
+    texts: int
+    reward_std: float  # population standard deviation of the reference rewards
+    tolerance_std: float  # `max_std` above this fails
+    single: Deviation  # every text alone
+    batched: Deviation  # all texts together, right-padded batches
+    pair_order_agreement: float  # share of all pairs of texts that both rank the same way, 0..1
+    provider: str
+    fidelity: Fidelity | None = field(default=None, metadata={OPTIONAL: True})  # of a graph that rounds
+    longest: int | None = field(default=None, metadata={OPTIONAL: True})  # tokens of the longest of the texts
+    # Windows and original lengths of config.json that no text was longer than: "sliding_window 4096".
+    beyond: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the bundle came from. Names only: a path of the exporting machine says nothing elsewhere."""
+
+    checkpoint: str
+    architecture: str
+    parameters: int
+    stored_dtypes: tuple[str, ...]
+    versions: dict[str, str]
+    created: str  # UTC, ISO 8601
+    # Where the checkpoint allows two readings: which one was taken and why, by what was chosen ("tokenizer", "family").
+    choices: dict[str, str] = field(default_factory=dict, metadata={OPTIONAL: True})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `reward.json`."""
+
+    format_version: int
+    spec: Spec
+    variants: tuple[Variant, ...]
+    files: tuple[FileRecord, ...]
+    provenance: Provenance
+    certificates: tuple[Certificate, ...]
+    uncertified: bool = field(default=False, metadata={OPTIONAL: True})  # never compared with torch: no golden texts
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder whose manifest was read and whose files were checked."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file that the manifest lists, or raise BundleError."""
+        if all(record.path != name for record in self.manifest.files):
+            raise BundleError(f"{self.path}: the manifest lists no {name}")
+        return self.path / name
+
+    def variant(self, precision: str = "auto", provider: str = "cpu") -> Variant:
+        """Return the graph of this precision for a provider, or raise BundleError naming those there are.
+
+        "auto" is a graph that was made for this provider or processor, int8 on a CPU and half on a GPU, where its
+        certificate says that it may stand for float32. Else it is the first that was asked for at export and that is
+        good for any machine, or at least runs here.
+        """
+        if precision == "auto":
+            runs = self.runnable(provider)
+            suited = [variant for variant in runs if variant.suits(provider)]
+            special = [variant for variant in suited if variant.needs or variant.made_for]
+            standing_in = [variant for variant in special if self._stands_in(variant)]
+            plain = [variant for variant in suited if variant not in special]
+            return (standing_in or plain or runs or self.manifest.variants)[0]
+        for variant in self.manifest.variants:
+            if precision == variant.precision:
+                return variant
+        found = ", ".join(variant.precision for variant in self.manifest.variants)
+        raise BundleError(f"{self.path}: no {precision} graph; the bundle has {found}")
+
+    def runnable(self, provider: str) -> list[Variant]:
+        """Return the graphs that a provider can run on this machine, those that were made for another one too."""
+        here = read_processor().instruction_sets or ()
+        return [variant for variant in self.manifest.variants if variant.runs_on(provider, here)]
+
+    def weights_bytes(self, variant: Variant) -> int:
+        """Return the size of the files of a graph's weights."""
+        return sum(record.bytes for record in self.manifest.files if record.path in variant.data)
+
+    def _stands_in(self, variant: Variant) -> bool:
+        certificate = self.certificate(variant.precision)
+        return bool(certificate and certificate.fidelity and certificate.fidelity.good)
+
+    def certificate(self, precision: str) -> Certificate | None:
+        """Return what was certified for this precision at export."""
+        return next((item for item in self.manifest.certificates if item.precision == precision), None)
+
+
+def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
+    """Read a bundle's manifest and check that every file it lists is there, whole and unchanged.
+
+    Its graphs may read no other files. Raises BundleError. With `check_hashes=False` the contents are not looked at:
+    then files may not be links out of the folder either, which nothing would vouch for.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise BundleError(f"{folder}: expected a bundle folder, found {found}")
+    manifest = _read_manifest(folder / MANIFEST)
+    for record in manifest.files:
+        _check_file(folder, record, check_hashes)
+    listed = {record.path for record in manifest.files}
+    needed = {TOKENIZER} | {name for variant in manifest.variants for name in (variant.graph, *variant.data)}
+    if not manifest.uncertified:
+        needed.add(GOLDEN)
+    if manifest.spec.text.source == "chat_template":
+        needed.add(CHAT_TEMPLATE)
+    if missing := sorted(needed - listed):
+        raise BundleError(f"{folder / MANIFEST}: lists no {', '.join(missing)}; export the checkpoint again")
+    if not manifest.variants:
+        raise BundleError(f"{folder / MANIFEST}: has no graph; export the checkpoint again")
+    for variant in manifest.variants:
+        _check_graph(folder, variant)
+    return Bundle(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `reward.json`; last, because a folder with a manifest is a finished bundle."""
+    text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def record_file(folder: Path, name: str) -> FileRecord:
+    """Measure one file of a bundle that is being written."""
+    path = folder / name
+    return FileRecord(name, path.stat().st_size, _sha256(path))
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if not path.exists() and not path.is_symlink():
+        raise BundleError(f"{path}: no such file; {path.parent} is not a bundle")
+    try:
+        size = _file_size(path)
+        if size > MANIFEST_BYTES:
+            raise BundleError(f"{path}: {size} bytes; expected at most {MANIFEST_BYTES}: this is no manifest")
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+        json.dumps(data, ensure_ascii=False).encode()  # what cannot be written could be neither shown nor tokenized
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(error.object[error.start]):04X}"
+        raise BundleError(f"{path}: a string holds the lone surrogate {found}; export the checkpoint again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not readable as JSON ({error})") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: format version {version}, this runtime reads up to {FORMAT_VERSION}; "
+            "upgrade rewardrt: `pip install -U rewardrt`"
+        )
+    if type(version) is not int or version < OLDEST_FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: format version {version!r}, this runtime reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}; "
+            "export the checkpoint again"
+        )
+    return from_json(Manifest, data, str(path))
+
+
+def _check_file(folder: Path, record: FileRecord, check_hash: bool) -> None:
+    relative = PurePosixPath(record.path)
+    if (
+        not record.path
+        or relative.is_absolute()
+        or ".." in relative.parts
+        or "\\" in record.path
+        or "\0" in record.path
+    ):
+        raise BundleError(f"{folder / MANIFEST}: path {record.path!r} leaves the bundle's folder")
+    path = folder / relative
+    if not path.exists():
+        raise BundleError(f"{path}: missing; the manifest lists it: copy the bundle again")
+    size = _file_size(path)
+    if not check_hash and not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{path}: a link that leaves the bundle's folder, for which the hashes have to be checked")
+    if size != record.bytes:
+        raise BundleError(f"{path}: {size} bytes, the manifest says {record.bytes}; copy the bundle again")
+    try:
+        changed = check_hash and _sha256(path) != record.sha256
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); copy the bundle again") from error
+    if changed:
+        raise BundleError(f"{path}: its SHA-256 is not the manifest's; the file was changed: copy the bundle again")
+
+
+def _check_graph(folder: Path, variant: Variant) -> None:
+    """Refuse a graph that reads a file of which the manifest does not say that it holds the graph's weights."""
+    beside = PurePosixPath(variant.graph).parent
+    for name in sorted(external_files(folder / variant.graph)):
+        if name not in {str(PurePosixPath(data).relative_to(beside)) for data in variant.data if _below(data, beside)}:
+            raise BundleError(
+                f"{folder / variant.graph}: reads {name!r}, which the manifest does not list as its weights; "
+                "copy the bundle again, or export the checkpoint again"
+            )
+
+
+def _below(path: str, folder: PurePosixPath) -> bool:
+    return PurePosixPath(path).is_relative_to(folder)
+
+
+def _file_size(path: Path) -> int:
+    """Return the size of a plain file, or raise BundleError: what is none may have no end, or wait for ever."""
+    try:
+        found = path.stat()
+    except OSError as error:  # a link to nothing or to itself, a folder without permission
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); copy the bundle again") from error
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise BundleError(f"{path}: expected a file, found {kind}; copy the bundle again")
+    return found.st_size
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"{text[:40]} is no number that JSON can carry")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,362 @@
+"""How fast the graphs of a bundle score one file, how near they come to fp32, and in how much memory.
+
+    rows -> texts (a worker) -> rounds, in which the workers take turns -> figures
+
+A worker is a process that holds one loaded model. They take turns, so that a noisy machine is noisy for all of them.
+
+The time is from token ids to rewards. A rate counts the tokens of the texts as they are: what is padded, or computed
+once for several texts, changes the seconds and not the tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewardrt.bundle.manifest import Bundle, Variant, read_bundle
+from rewardrt.bundle.spec import Spec
+from rewardrt.checks.workers import Outputs, Worker, serve, text_from_json, text_to_json
+from rewardrt.data.files import read_lines
+from rewardrt.data.formats import jsonl_lines, open_input
+from rewardrt.errors import BundleError, RewardRTError, RowError
+from rewardrt.machine.providers import Provider, ProviderChoice, select_provider
+from rewardrt.reward_model import RewardModel
+from rewardrt.scoring.pairwise import plan, settle
+from rewardrt.text.rows import Row, Scored, parse_row
+from rewardrt.text.tokens import EncodedText
+
+LATENCY_TOKENS = (32, 256, 2048)  # of the single texts whose latency is measured
+LENGTHS = (512, 1024, 2048, 4096, 8192)  # of the single texts whose cost per token is measured
+LATENCY_SECONDS = 3.0  # for each length; but at least 5 calls, and at most 100
+
+
+def model_command(bundle: Path, options: Mapping[str, Any]) -> list[str]:
+    """Return the command of a worker that holds `RewardModel.load(bundle, **options)`."""
+    return [sys.executable, "-m", "rewardrt.checks.bench", str(bundle), json.dumps(dict(options))]
+
+
+def _load_model(bundle: str, options: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
+    model = RewardModel.load(bundle, **options)
+    loaded = {"precision": model.precision, "provider": model.provider}
+    return loaded, lambda request: _answer(model, request)
+
+
+def _answer(model: RewardModel, request: dict[str, Any]) -> dict[str, Any]:
+    """Encode the texts of rows, or score encoded texts."""
+    if "rows" in request:
+        items = [item for row in request["rows"] for item in model.parse(row).items]
+        encoded = model.encode(items, max_length=request["max_length"])
+        for text in encoded:
+            if isinstance(text, RewardRTError):
+                raise text
+        return {"texts": [text_to_json(text) for text in encoded if isinstance(text, EncodedText)]}
+    texts = [text_from_json(text) for text in request["texts"]]
+    callers = request.get("callers", 1)
+    start = time.perf_counter()
+    if callers == 1:
+        values = model.score_encoded(texts)
+    else:
+        with ThreadPoolExecutor(callers) as pool:
+            found = list(pool.map(model.score_encoded, [texts[first::callers] for first in range(callers)]))
+        values = [found[index % callers][index // callers] for index in range(len(texts))]
+    seconds = time.perf_counter() - start
+    outputs = []
+    for value in values:
+        if isinstance(value, RewardRTError):
+            raise value
+        outputs.append(value.tolist())
+    return {"outputs": outputs, "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rows of a file, and the texts that are scored for them in their order: what every candidate gets."""
+
+    name: str
+    rows: tuple[Row, ...]
+    texts: tuple[EncodedText, ...]
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all texts, as they are given."""
+        return sum(len(text.ids) for text in self.texts)
+
+    def answers(self, outputs: Outputs) -> list[list[float]]:
+        """Return the rewards of each row's answers."""
+        scores = (
+            Scored(values[0], len(text.ids), 0, tuple(values[1:]))
+            for text, values in zip(self.texts, outputs, strict=True)
+        )
+        return [
+            [answer.reward for answer in settle(row, list(itertools.islice(scores, len(row.items))))]
+            for row in self.rows
+        ]
+
+
+def read_workload(worker: Worker, spec: Spec, file: Path, *, rows: int | None, max_length: int | None) -> Workload:
+    """Read the first `rows` of a file and let a worker encode their texts; rows with an error are left out.
+
+    Raises RowError for a file that has no row to score.
+    """
+    found: list[dict[str, Any]] = []
+    parsed: list[Row] = []
+    try:
+        with open_input(file) as stream:
+            for line in itertools.islice(read_lines(jsonl_lines(stream, str(file))), rows):
+                if isinstance(line.row, RowError):
+                    continue
+                try:
+                    parsed.append(plan(parse_row(line.row), spec))
+                except RowError:
+                    continue
+                found.append(line.row)
+    except OSError as error:
+        raise RowError(f"{file}: cannot be read ({error.strerror}); expected a JSONL file") from error
+    if not found:
+        raise RowError(f"{file}: no row that this model can score; see `rewardrt score` for what is wrong with each")
+    texts = worker.ask({"rows": found, "max_length": max_length})["texts"]
+    return Workload(file.name, tuple(parsed), tuple(text_from_json(text) for text in texts))
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What one worker did with a workload: the seconds of each round, and the outputs of the last."""
+
+    seconds: tuple[float, ...]
+    outputs: Outputs
+
+
+def run_rounds(workers: Sequence[Worker], texts: Sequence[EncodedText], rounds: int) -> dict[str, Rounds]:
+    """Let the workers score the texts in turns, `rounds` times; by the name of the worker."""
+    seconds: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    outputs: dict[str, Outputs] = {}
+    for _ in range(rounds):
+        for worker in workers:
+            timed = worker.score(texts)
+            seconds[worker.name].append(timed.seconds)
+            outputs[worker.name] = timed.outputs
+    return {name: Rounds(tuple(seconds[name]), outputs[name]) for name in seconds}
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near rewards come to those of the reference."""
+
+    rms_std: float  # root mean square of the differences, in standard deviations of the reference's rewards
+    preferences: int  # pairs of answers to one prompt that the reference does not tie
+    agreement: float | None  # share of them that are ordered the same way, 0..1; None without any
+
+
+def compare(workload: Workload, outputs: Outputs, reference: Outputs) -> Fidelity:
+    """Compare rewards with the reference's: each text's reward, and the order of the answers of each row."""
+    found = np.array([value for values in outputs for value in values], dtype=np.float64)
+    expected = np.array([value for values in reference for value in values], dtype=np.float64)
+    std = float(expected.std())
+    rms = float(np.sqrt(np.mean((found - expected) ** 2)))
+    same = [
+        np.sign(ours[second] - ours[first]) == np.sign(theirs[second] - theirs[first])
+        for ours, theirs in zip(workload.answers(outputs), workload.answers(reference), strict=True)
+        for first, second in itertools.combinations(range(len(theirs)), 2)
+        if theirs[first] != theirs[second]
+    ]
+    return Fidelity(rms / std if std else float(rms > 0), len(same), float(np.mean(same)) if same else None)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of a call with one text of `tokens` tokens, over `calls` calls with different texts."""
+
+    tokens: int
+    calls: int
+    p50: float
+    p99: float
+
+
+def measure_latency(worker: Worker, texts: Iterator[EncodedText], tokens: int, seconds: float) -> Latency:
+    """Score texts one by one for about so many seconds; the first, which warms up, is not counted."""
+    times: list[float] = []
+    worker.score([next(texts)])
+    while len(times) < 5 or (len(times) < 100 and sum(times) < seconds):
+        times.append(worker.score([next(texts)]).seconds)
+    p50, p99 = np.percentile(times, [50, 99])
+    return Latency(tokens, len(times), float(p50), float(p99))
+
+
+def texts_of_length(workload: Workload, spec: Spec, tokens: int) -> Iterator[EncodedText]:
+    """Yield texts of exactly so many tokens out of a workload's, each beginning elsewhere; read at the last token."""
+    ids = np.concatenate([text.ids for text in workload.texts])
+    positions = np.full(max(len(spec.taps), 1), tokens - 1, dtype=np.int64)
+    type_ids = np.zeros(tokens, dtype=np.int64) if spec.text.type_ids else None
+    for start in itertools.count(step=37):
+        yield EncodedText(np.take(ids, np.arange(start, start + tokens), mode="wrap"), 0, positions, type_ids)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one graph of the bundle."""
+
+    name: str
+    tokens_per_second: float  # of the median round
+    ratio: float  # of the rates: this one to the first one's
+    fidelity: Fidelity | None  # to the first one; None for itself
+    latencies: tuple[Latency, ...]
+    lengths: tuple[tuple[int, float], ...]  # tokens of one text, and the seconds that each costs (the median of calls)
+    weights_bytes: int  # the files of its weights
+    loaded_bytes: int | None  # resident once it was loaded; None where the system does not tell
+    peak_bytes: int | None  # the most that was resident from then on
+
+    @property
+    def above_weights_bytes(self) -> int | None:
+        """The peak of memory above the weights: interpreter and libraries, and what scoring takes."""
+        return None if self.peak_bytes is None else self.peak_bytes - self.weights_bytes
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of all graphs of a bundle on one file."""
+
+    bundle: str
+    file: str
+    rows: int
+    texts: int
+    tokens: int
+    rounds: int
+    provider: Provider
+    cores: int | None
+    figures: tuple[Figures, ...]
+
+
+def bench(
+    path: Path,
+    file: Path,
+    *,
+    rows: int | None = None,
+    max_length: int | None = None,
+    rounds: int = 3,
+    provider: ProviderChoice = "auto",
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Report:
+    """Measure every graph of a bundle that suits the provider on the rows of a file; fp32 first, where there is one.
+
+    Raises RewardRTError.
+    """
+    bundle = read_bundle(path)
+    spec = bundle.manifest.spec
+    selected = select_provider(provider).provider
+    candidates = list_candidates(bundle, threads, selected)
+    workers = [Worker(name, model_command(path, options)) for name, (_, options) in candidates.items()]
+    try:
+        progress(f"loading {', '.join(candidates)}")
+        for worker in workers:
+            worker.wait()
+        workload = read_workload(workers[0], spec, file, rows=rows, max_length=max_length)
+        progress(f"{len(workload.texts)} texts, {workload.tokens} tokens, {rounds} rounds")
+        for worker in workers:
+            worker.score(workload.texts[:2])  # what is set up at the first call is no part of a rate
+        results = run_rounds(workers, workload.texts, rounds)
+        figures: list[Figures] = []
+        for worker in workers:
+            progress(f"single texts: {worker.name}")
+            first = results[workers[0].name]
+            figures.append(
+                _figures(worker, candidates[worker.name][0], bundle, workload, results[worker.name], first, rounds)
+            )
+    finally:
+        for worker in workers:
+            worker.close()
+    return Report(
+        path.name, file.name, len(workload.rows), len(workload.texts), workload.tokens, rounds, selected,
+        os.cpu_count(), tuple(figures),
+    )  # fmt: skip
+
+
+def list_candidates(
+    bundle: Bundle, threads: int | None = None, provider: Provider = "cpu"
+) -> dict[str, tuple[Variant, dict[str, Any]]]:
+    """Return the ways to score with a bundle on a provider, by name: the graph, and the options of RewardModel.load.
+
+    fp32 is the first, where there is one. No prefix is kept from one call to the next: every round then does all of its
+    work. Raises BundleError where no graph suits the provider.
+    """
+    options = {
+        "provider": provider,
+        "threads": threads,
+        "prefix_cache_mb": 0,
+    }
+    suited = [variant for variant in bundle.runnable(provider) if variant.suits(provider)]
+    if not suited:
+        names = ", ".join(variant.precision for variant in bundle.manifest.variants)
+        raise BundleError(f"{bundle.path}: no graph for {provider} here; the bundle has {names}")
+    suited.sort(key=lambda variant: variant.precision != "fp32")
+    return {variant.precision: (variant, options | {"precision": variant.precision}) for variant in suited}
+
+
+def _figures(
+    worker: Worker, variant: Variant, bundle: Bundle, workload: Workload, own: Rounds, first: Rounds, rounds: int
+) -> Figures:
+    spec = bundle.manifest.spec
+    latencies = [
+        measure_latency(worker, texts_of_length(workload, spec, tokens), tokens, LATENCY_SECONDS)
+        for tokens in LATENCY_TOKENS
+        if tokens <= spec.max_length
+    ]
+    lengths = []
+    for tokens in LENGTHS:
+        if tokens <= spec.max_length:
+            texts = texts_of_length(workload, spec, tokens)
+            seconds = statistics.median(worker.score([next(texts)]).seconds for _ in range(rounds))
+            lengths.append((tokens, seconds / tokens))
+    return Figures(
+        name=worker.name,
+        tokens_per_second=workload.tokens / statistics.median(own.seconds),
+        ratio=statistics.median(first.seconds) / statistics.median(own.seconds),
+        fidelity=None if own is first else compare(workload, own.outputs, first.outputs),
+        latencies=tuple(latencies),
+        lengths=tuple(lengths),
+        weights_bytes=bundle.weights_bytes(variant),
+        loaded_bytes=worker.wait()["loaded_bytes"],
+        peak_bytes=worker.peak_bytes(),
+    )
+
+
+def format_report(report: Report) -> str:
+    """Lay out a report for a person."""
+    first = report.figures[0].name
+    lines = [
+        f"{report.bundle} on {report.file}: {report.rows} rows, {report.texts} texts, {report.tokens} tokens; "
+        f"{report.provider}, {report.cores} cores, median of {report.rounds} rounds",
+        f"{'':14}tokens/s   ratio  agreement  rms (std)  memory above the weights",
+    ]
+    for figures in report.figures:
+        near = figures.fidelity
+        agreement = "-" if near is None or near.agreement is None else f"{near.agreement:.1%} of {near.preferences}"
+        rms = "-" if near is None else f"{near.rms_std:.2g}"
+        above = "-" if figures.above_weights_bytes is None else f"{figures.above_weights_bytes / 2**20:.0f} MiB"
+        speed = f"{figures.tokens_per_second:8.0f}  {figures.ratio:5.2f}x"
+        lines.append(f"{figures.name:14}{speed}  {agreement:>9}  {rms:>9}  {above}")
+    lines.append(f"agreement and rms are against {first}; one text at a time, p50 / p99 in ms:")
+    for figures in report.figures:
+        shown = [f"{each.tokens} tokens {each.p50 * 1e3:.1f} / {each.p99 * 1e3:.1f}" for each in figures.latencies]
+        lines.append(f"{figures.name:14}{', '.join(shown)}")
+    lines.append("one text, microseconds for each of its tokens:")
+    for figures in report.figures:
+        shown = [f"{tokens} tokens {seconds * 1e6:.0f}" for tokens, seconds in figures.lengths]
+        lines.append(f"{figures.name:14}{', '.join(shown)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    bundle_path, load_options = sys.argv[1:]
+    serve(lambda: _load_model(bundle_path, json.loads(load_options)))

@@ -1,0 +1,157 @@
+"""What this machine has for scoring, what really starts on it, and what to do about the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from dataclasses import dataclass
+
+from rewardrt import telemetry
+from rewardrt.errors import ProviderError
+from rewardrt.machine import kernels
+from rewardrt.machine.processor import Processor, read_processor
+from rewardrt.machine.providers import (
+    ORT_NAMES,
+    PROVIDERS,
+    Provider,
+    import_onnxruntime,
+    onnxruntime_conflict,
+    onnxruntime_distributions,
+    reinstall_command,
+    why_no_gpu,
+    why_not,
+)
+
+_REQUIRED = ("numpy", "tokenizers", "jinja2", "click")
+_EXPORT = ("torch", "transformers")  # looked up, never imported
+
+
+@dataclass(frozen=True)
+class Package:
+    """A distribution, its version (None: not installed), and whether scoring cannot do without it."""
+
+    name: str
+    version: str | None
+    required: bool
+
+
+@dataclass(frozen=True)
+class ProviderReport:
+    """Whether a provider computed a small graph correctly, or why not."""
+
+    name: Provider
+    works: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `examine` found. `ok` says that texts can be scored here, on the CPU at least."""
+
+    ok: bool
+    rewardrt: str
+    python: str
+    platform: str
+    packages: tuple[Package, ...]
+    providers: tuple[ProviderReport, ...]
+    processor: Processor
+    kernels: str
+    telemetry: str
+    conflicts: tuple[str, ...]
+    advice: tuple[str, ...]
+
+
+def examine() -> Report:
+    """Look at the installation and the machine, and run a small graph on every provider that could be had."""
+    conflict = onnxruntime_conflict()
+    packages = _packages()
+    providers = _providers()
+    processor = read_processor()
+    missing = [item.name for item in packages if item.required and item.version is None]
+    return Report(
+        ok=conflict is None and not missing and any(item.name == "cpu" and item.works for item in providers),
+        rewardrt=_version("rewardrt") or "not installed, running from its source",
+        python=f"{platform.python_implementation()} {platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        packages=packages,
+        providers=providers,
+        processor=processor,
+        kernels=kernels.describe(),
+        telemetry=telemetry.describe(),
+        conflicts=() if conflict is None else (conflict,),
+        advice=_advice(missing, providers, processor),
+    )
+
+
+def format_report(report: Report) -> str:
+    """Lay the report out for a person, one finding a line."""
+    processor = report.processor
+    sets = "unknown" if processor.instruction_sets is None else " ".join(processor.instruction_sets) or "none of note"
+    limit = "" if processor.cpu_limit is None else f", limited to {processor.cpu_limit:g}"
+    rows = [("rewardrt", report.rewardrt), ("python", report.python), ("platform", report.platform)]
+    rows += [(item.name, item.version or "not installed") for item in report.packages]
+    rows += [
+        ("processor", processor.model),
+        ("  instructions", sets),
+        ("  cores", f"{processor.logical_cores} logical, {processor.usable_cores} usable{limit}"),
+        ("int8 kernels", report.kernels),
+        ("telemetry", report.telemetry),
+    ]
+    rows += [(f"provider {item.name}", "works" if item.works else f"no: {item.reason}") for item in report.providers]
+    rows += [("conflict", text) for text in report.conflicts]
+    rows += [("advice", text) for text in report.advice]
+    rows += [("result", "ready to score" if report.ok else "cannot score here")]
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in rows)
+
+
+def _packages() -> tuple[Package, ...]:
+    found = [Package(name, _version(name), required=True) for name in _REQUIRED]
+    wheels = [Package(name, version, required=True) for name, version in onnxruntime_distributions().items()]
+    found += wheels or [Package("onnxruntime", _version("onnxruntime"), required=False)]  # it may be built from source
+    return (*found, *(Package(name, _version(name), required=False) for name in _EXPORT))
+
+
+def _providers() -> tuple[ProviderReport, ...]:
+    try:
+        import_onnxruntime()
+    except ProviderError:
+        return tuple(ProviderReport(name, False, "there is no onnxruntime that can be used") for name in PROVIDERS)
+    reasons = [(name, why_not(name)) for name in PROVIDERS]
+    return tuple(ProviderReport(name, reason is None, reason) for name, reason in reasons)
+
+
+def _advice(missing: list[str], providers: tuple[ProviderReport, ...], processor: Processor) -> tuple[str, ...]:
+    advice = []
+    if missing:
+        advice.append(f"install what is missing: `pip install {' '.join(missing)}`")
+    try:
+        available = import_onnxruntime().get_available_providers()
+    except ProviderError as error:
+        advice.append(str(error))
+    else:
+        reasons = {item.name: item.reason for item in providers}
+        if reasons["cpu"] is not None:
+            advice.append(f"the CPU provider does not work: {reasons['cpu']}")
+        if ORT_NAMES["cuda"] not in available and why_no_gpu() is None:
+            advice.append(f"there is an NVIDIA GPU, but onnxruntime is for the CPU: `{reinstall_command('gpu')}`")
+        if ORT_NAMES["cuda"] in available and reasons["cuda"] is not None:
+            advice.append(
+                f"onnxruntime is for CUDA, which does not start: {reasons['cuda']} "
+                f"(the wheel for the CPU alone is smaller: `{reinstall_command('cpu')}`)"
+            )
+    if processor.cpu_limit is not None and processor.cpu_limit < processor.usable_cores:
+        threads = max(1, int(processor.cpu_limit))
+        advice.append(
+            f"the container may use {processor.cpu_limit:g} of {processor.usable_cores} cores, "
+            f"which onnxruntime does not see: set threads to {threads}"
+        )
+    return tuple(advice)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

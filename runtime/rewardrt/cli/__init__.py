@@ -1,0 +1,3 @@
+"""The `rewardrt` command."""
+
+from rewardrt.cli.app import main as main

@@ -1,0 +1,338 @@
+"""One graph, loaded and ready: token ids and lengths go in, raw rewards come out.
+
+Knows the graph's contract (see docs/architecture.md) and onnxruntime's options; nothing of texts, tokens or bundles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from rewardrt.errors import BundleError, InferenceError, ProviderError
+from rewardrt.graph.graph_file import resolve
+from rewardrt.machine import denormals
+from rewardrt.machine.kernels import register
+from rewardrt.machine.providers import (
+    Provider,
+    ProviderChoice,
+    Selection,
+    import_onnxruntime,
+    one_line,
+    open_session,
+    quiet_options,
+    select_provider,
+)
+
+Ids = npt.NDArray[np.int64]
+
+OPTIONAL_INPUTS = ("positions", "token_type_ids")  # of models with several taps, and of encoders that read pairs
+PAST_BATCH = "past_batch"  # the first axis of keys and values where it may be 1 beside a larger batch
+_FLOATS: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class PastInput:
+    """One input of the graph for a shared prefix: [batch, kv_heads, past, head_dim]."""
+
+    name: str
+    kv_heads: int
+    head_dim: int
+    dtype: type[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values of one text's first tokens: arrays [1, kv_heads, tokens, head_dim] in the order of the graph."""
+
+    arrays: tuple[npt.NDArray[Any], ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens they are of."""
+        return int(self.arrays[0].shape[2])
+
+    @property
+    def bytes(self) -> int:
+        """What they take in memory."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def first(self, tokens: int) -> KeyValues:
+        """Return those of the first `tokens`; a copy, unless it is all of them."""
+        if tokens == self.tokens:
+            return self
+        return KeyValues(tuple(np.ascontiguousarray(array[:, :, :tokens]) for array in self.arrays))
+
+    def block(self, start: int, tokens: int) -> KeyValues:
+        """Return a copy of those of `tokens` tokens from `start` on, which holds no more memory than they take."""
+        return KeyValues(tuple(array[:, :, start : start + tokens].copy() for array in self.arrays))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the graph made of a part of one text; `values` are those of all tokens so far, where they were asked for."""
+
+    rewards: npt.NDArray[np.float32]  # [1, outputs], or [1, tokens, outputs] token_rewards
+    values: KeyValues | None
+
+
+class GraphSession:
+    """A reward graph on one execution provider. `run` may be called from several threads at once.
+
+    `provider` is the one obtained, `note` says why it is not a better one, `threads` is what was asked for,
+    `past` holds the graph's inputs for a shared prefix: key, value, key, ... by layer; empty for an encoder.
+    `shares_past` says that one text's may stand for those of every row of a batch.
+
+    In a process that was forked the graph is opened again when it is first run.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        past: tuple[PastInput, ...],
+        provider: Provider,
+        note: str | None,
+        threads: int | None,
+        reopen: Callable[[], Any],
+    ) -> None:
+        """Wrap an `onnxruntime.InferenceSession` whose contract was checked; use `open`."""
+        self._session: Any = session  # None in a forked process, until it is needed there
+        self._reopen = reopen
+        self._reopening = threading.Lock()
+        _ALIVE.add(self)
+        self._optional = {item.name for item in session.get_inputs()} & set(OPTIONAL_INPUTS)
+        self.has_token_rewards = any(item.name == "token_rewards" for item in session.get_outputs())
+        self.past = past
+        self.shares_past = any(
+            item.name == "past_key.0" and item.shape[0] == PAST_BATCH for item in session.get_inputs()
+        )
+        self.provider: Provider = provider
+        self.note = note
+        self.threads = threads
+
+    @classmethod
+    def open(
+        cls,
+        graph: Path,
+        provider: ProviderChoice | Selection = "auto",
+        threads: int | None = None,
+        *,
+        unchanged: Callable[[], object] = lambda: None,
+    ) -> GraphSession:
+        """Load a graph by its path: onnxruntime maps the file of its weights, and copies what it packs for its kernels.
+
+        `provider` is asked for, or was selected already and is not tried again. `threads` are those of one call on the
+        CPU; None leaves it to onnxruntime: one for each physical core, whatever share of them a container may use.
+        `unchanged` is called before the graph is opened again in a forked process, and raises if it is not the same.
+        Raises ProviderError if the provider cannot be had, BundleError if the file is not a graph of the contract.
+        """
+        if threads is not None and threads < 1:
+            raise ProviderError(f"threads {threads}: expected at least 1, or None to leave it to onnxruntime")
+        selection = provider if isinstance(provider, Selection) else select_provider(provider)
+        session = _open(graph, selection.provider, threads)
+        absolute = Path(os.path.abspath(graph))  # a forked process may have moved to another folder
+
+        def reopen() -> Any:
+            if selection.provider != "cpu":
+                raise ProviderError(
+                    f"the model was loaded on {selection.provider} before this process was forked, and CUDA does not "
+                    "survive a fork; load it after the fork, or start processes by spawn"
+                )
+            unchanged()
+            return _open(absolute, selection.provider, threads)
+
+        return cls(session, _read_contract(session, graph), selection.provider, selection.note, threads, reopen)
+
+    def run(
+        self,
+        input_ids: Ids,
+        lengths: Ids,
+        positions: Ids | None = None,
+        type_ids: Ids | None = None,
+        *,
+        past: KeyValues | None = None,
+        output: Literal["rewards", "token_rewards"] = "rewards",
+    ) -> npt.NDArray[np.float32]:
+        """Score a batch: the graph's raw outputs, [batch, outputs] float32, or [batch, tokens, outputs] token_rewards.
+
+        input_ids [batch, tokens], right-padded, lengths [batch]; positions [batch, taps] and type_ids [batch, tokens]
+        where the model takes them. All int64. `past` is of tokens that every row goes on from, where the graph
+        `shares_past`. Whether the rewards are finite is for the caller to check. Raises InferenceError.
+        """
+        return self._run(input_ids, lengths, positions, type_ids, past, [output])[0]
+
+    def run_part(
+        self,
+        input_ids: Ids,
+        positions: Ids | None = None,
+        *,
+        past: KeyValues | None = None,
+        keep: bool = False,
+        output: Literal["rewards", "token_rewards"] = "rewards",
+    ) -> Part:
+        """Compute a part of one text, input_ids [1, tokens], after the tokens that `past` is of.
+
+        `positions` [1, taps] count from the part's first token. With `keep`, the keys and values of past and part
+        come out too. Raises InferenceError.
+        """
+        names = [output, *(past.name.replace("past_", "present_") for past in self.past if keep)]
+        lengths = np.array([input_ids.shape[1]], dtype=np.int64)
+        rewards, *values = self._run(input_ids, lengths, positions, None, past, names)
+        return Part(rewards, KeyValues(tuple(values)) if keep else None)
+
+    def _run(
+        self,
+        input_ids: Ids,
+        lengths: Ids,
+        positions: Ids | None,
+        type_ids: Ids | None,
+        past: KeyValues | None,
+        outputs: list[str],
+    ) -> list[npt.NDArray[Any]]:
+        if input_ids.ndim != 2 or lengths.shape != input_ids.shape[:1]:
+            raise InferenceError(
+                f"expected input_ids [batch, tokens] and lengths [batch], found {input_ids.shape} and {lengths.shape}"
+            )
+        if lengths.size == 0 or lengths.min() < 1 or lengths.max() > input_ids.shape[1]:
+            raise InferenceError(
+                f"lengths {lengths.tolist()[:8]}: expected 1 to {input_ids.shape[1]}, one for each row"
+            )
+        feeds: dict[str, npt.NDArray[Any]] = {"input_ids": input_ids, "lengths": lengths}
+        for name, array in (("positions", positions), ("token_type_ids", type_ids)):
+            if name in self._optional:
+                if array is None:
+                    raise InferenceError(f"the graph takes {name}, and none were given")
+                feeds[name] = array
+        if past is None:
+            for item in self.past:
+                feeds[item.name] = np.empty((len(input_ids), item.kv_heads, 0, item.head_dim), item.dtype)
+        else:
+            feeds |= {item.name: array for item, array in zip(self.past, past.arrays, strict=True)}
+        session = self._live()
+        try:
+            with denormals.as_zero():
+                found = session.run(outputs, feeds)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            batch = f"{len(input_ids)} x {input_ids.shape[1]} tokens"
+            raise InferenceError(f"the graph failed on {batch} ({one_line(error)})") from error
+        return [np.asarray(array) for array in found]
+
+    def _live(self) -> Any:
+        """Return the session of this process."""
+        session = self._session
+        if session is None:
+            with self._reopening:
+                if self._session is None:
+                    self._session = self._reopen()
+                session = self._session
+        return session
+
+    def _forked(self) -> None:
+        """Let go of a session whose threads are another process's: destroying it here would wait for them, or crash."""
+        if self._session is not None:
+            _never_destroy(self._session)
+        self._session = None
+        self._reopening = threading.Lock()  # it may have been held when the process was forked
+
+
+_ALIVE: weakref.WeakSet[GraphSession] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for session in list(_ALIVE):
+        session._forked()
+
+
+def _never_destroy(thing: object) -> None:
+    """Let an object outlive the interpreter: a global variable would be cleared when it ends."""
+    increase = ctypes.pythonapi.Py_IncRef
+    increase.argtypes, increase.restype = [ctypes.py_object], None
+    increase(thing)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _open(graph: Path, provider: Provider, threads: int | None) -> Any:
+    options = _session_options(threads)
+    model, folder = resolve(graph)
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    try:
+        if provider == "cpu":
+            register(options)
+        with denormals.unchanged():  # onnxruntime sets the thread that opens a process's first session
+            return open_session(model if isinstance(model, bytes) else str(model), provider, options)
+    except ProviderError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        if provider != "cpu":  # out of the device's memory, for one: not the fault of the file
+            message = f"{graph}: does not load on {provider} ({one_line(error)}); try the provider 'cpu'"
+            raise ProviderError(message) from error
+        raise BundleError(
+            f"{graph}: onnxruntime cannot load it ({one_line(error)}); upgrade onnxruntime, or export again"
+        ) from error
+
+
+def _session_options(threads: int | None) -> Any:
+    ort = import_onnxruntime()
+    options = quiet_options(ort)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL  # one reward graph is a chain
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Memory patterns are kept for each shape that was ever seen, and here the lengths all differ: no gain was measured.
+    # The arena stays on. Over random batches of up to 2,048 tokens on 18 million parameters it stopped growing at what
+    # the largest one takes (420 MB). Without it memory goes back after each run (200 MB) for 18% more CPU time; with
+    # the arena shrunk after each run (200 MB), 6%.
+    options.enable_mem_pattern = False
+    if denormals.CAN_BE_ZERO:  # onnxruntime's threads; `run` sets the calling one
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return options
+
+
+def _read_contract(session: Any, graph: Path) -> tuple[PastInput, ...]:
+    """Check the graph's inputs and outputs, and read the layers, heads and head size off its own shapes."""
+    inputs = {item.name: item for item in session.get_inputs()}
+    outputs = {item.name: item for item in session.get_outputs()}
+    layers = 1 + max(
+        (int(found[1]) for name in inputs if (found := re.fullmatch(r"past_\w+\.(\d+)", name))), default=-1
+    )
+    parts = [f"{part}.{layer}" for layer in range(layers) for part in ("key", "value")]
+    needed_inputs = ["input_ids", "lengths", *(f"past_{part}" for part in parts)]
+    needed_outputs = ["rewards", *(f"present_{part}" for part in parts)]
+    faults = [f"no input {name}" for name in needed_inputs if name not in inputs]
+    faults += [f"unknown input {name}" for name in inputs if name not in (*needed_inputs, *OPTIONAL_INPUTS)]
+    faults += [f"no output {name}" for name in needed_outputs if name not in outputs]
+    faults += _type_faults(inputs, dict.fromkeys(("input_ids", "lengths", *OPTIONAL_INPUTS), "tensor(int64)"))
+    faults += _type_faults(outputs, dict.fromkeys(("rewards", "token_rewards"), "tensor(float)"))
+    past = []
+    for item in (inputs[f"past_{part}"] for part in parts if f"past_{part}" in inputs):
+        shape, dtype = item.shape, _FLOATS.get(item.type)
+        if dtype is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+            faults.append(f"{item.name} is {item.type} {shape}, not float [batch, kv_heads, past, head_dim]")
+        else:
+            past.append(PastInput(item.name, shape[1], shape[3], dtype))
+    if faults:
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise BundleError(f"{graph}: not a reward graph: {', '.join(faults[:4])}{more}; export the checkpoint again")
+    return tuple(past)
+
+
+def _type_faults(found: Mapping[str, Any], expected: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name} is {found[name].type}, not {kind}"
+        for name, kind in expected.items()
+        if name in found and found[name].type != kind
+    ]

@@ -1,0 +1,1 @@
+"""From the object that a user sends to token ids: rows, items, the rendered text, the tokenizer."""

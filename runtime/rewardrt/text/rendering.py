@@ -1,0 +1,286 @@
+"""From one item to the string that is tokenized.
+
+An item is raw text, scored exactly as sent, or a conversation that ends with the assistant's answer. Token ids are
+`tokens`' business.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from rewardrt.bundle.spec import TextRule
+from rewardrt.errors import BundleError, RowError
+from rewardrt.text.chat_template import NO_INPUTS, ChatTemplate, Message, TemplateInputs, content_string
+
+
+@dataclass(frozen=True)
+class RawText:
+    """A text that is scored exactly as sent; on request with the special tokens that the tokenizer itself adds."""
+
+    text: str
+    special_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What came before, and the assistant's answer to it. A prompt that is a string is one user turn."""
+
+    prompt: str | tuple[Message, ...]
+    answer: Message
+    inputs: TemplateInputs = NO_INPUTS
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The whole conversation, the answer last."""
+        return (*as_turns(self.prompt), self.answer)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, in the order in which a model that compares them reads them."""
+
+    first: Conversation
+    second: Conversation
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What came before, and the steps of the assistant's answer to it, for a reward each.
+
+    `response` is the answer as a whole where the row has it: what models score that reward no steps.
+    """
+
+    prompt: str | tuple[Message, ...]
+    steps: tuple[str, ...]
+    response: str | None = None
+    inputs: TemplateInputs = NO_INPUTS
+
+
+Item = RawText | Conversation | Pair | Steps
+
+
+@dataclass(frozen=True)
+class RenderedText:
+    """The string to tokenize, and whether it is to be tokenized with nothing added."""
+
+    text: str
+    is_raw: bool
+    pair: str | None = None  # the second text, for models that read a pair
+    prompt: str | None = None  # the first message alone, for models that read at its end
+    special_tokens: bool = False  # whether raw text gets the tokenizer's own special tokens
+    steps: int | None = None  # how many the row has; None where it does not say
+    # Texts that are tokenized each by itself, one after the other; together they are `text`. Of the step layout
+    # "apart": what comes before the response, then each step and its step token.
+    pieces: tuple[str, ...] = ()
+
+
+class Renderer:
+    """Applies a model's text rule to items, up to the string."""
+
+    def __init__(self, rule: TextRule, template: ChatTemplate | None, *, with_prompt: bool = False) -> None:
+        if rule.source == "chat_template" and template is None:
+            raise BundleError("the text rule needs a chat template, and there is none; export the checkpoint again")
+        self._rule = rule
+        self._template = template if rule.source == "chat_template" else None
+        self._prompt_template = ChatTemplate(rule.prompt_template, {}) if rule.prompt_template else None
+        self._with_prompt = with_prompt
+
+    def render(self, item: Item) -> RenderedText:
+        """Return the string that is tokenized for this item, or raise RowError."""
+        if isinstance(item, RawText):
+            return RenderedText(item.text, is_raw=True, special_tokens=item.special_tokens)
+        shown = item if isinstance(item, Pair) else self.conversation(item)
+        steps = len(item.steps) if self.rewards_steps and isinstance(item, Steps) else None
+        if self._rule.source == "pair" and isinstance(shown, Conversation):
+            question, answer = self._strings(shown)
+            return RenderedText(question, is_raw=False, pair=answer)
+        if self._rule.source == "segments":
+            segments = tuple(check_string(self._fill(segment, shown), "a segment") for segment in self._rule.segments)
+            return RenderedText("".join(segments), is_raw=False, pieces=segments)
+        if self._rule.step_layout == "apart" and isinstance(item, Steps):
+            before = self._join(Conversation(item.prompt, {"role": "assistant", "content": ""}, item.inputs))
+            pieces = (before, *(piece for step in item.steps for piece in (step, self._rule.step_token)))
+            return RenderedText("".join(pieces), is_raw=False, steps=steps, pieces=pieces)
+        text = self._join(shown).replace(self._rule.remove, "").rstrip(self._rule.strip_tail)
+        end = self._rule.append_if_missing
+        if end and not text.endswith(end):
+            text += self._rule.append_prefix + end
+        if not text:
+            raise RowError("the conversation renders to an empty text; expected at least one character")
+        prompt = self._first_message(shown) if self._with_prompt else None
+        return RenderedText(check_string(text, "the rendered text"), is_raw=False, prompt=prompt, steps=steps)
+
+    @property
+    def rewards_steps(self) -> bool:
+        """Whether the model gives a reward to every step of an answer."""
+        return bool(self._rule.step_token)
+
+    def conversation(self, item: Conversation | Steps) -> Conversation:
+        """Return what the model is shown of this item: its steps as the rule lays them out.
+
+        Raises RowError for an answer in one piece where the model rewards steps, and the other way around.
+        """
+        if isinstance(item, Conversation):
+            if self.rewards_steps:
+                raise RowError(
+                    "this model rewards the steps of an answer: expected steps, found an answer in one piece"
+                )
+            return item
+        if self.rewards_steps:
+            return self._lay_out(item)
+        if item.response is None:
+            raise RowError("this model gives one reward to an answer: expected response, found steps")
+        return Conversation(item.prompt, {"role": "assistant", "content": item.response}, item.inputs)
+
+    def _lay_out(self, item: Steps) -> Conversation:
+        token = self._rule.step_token
+        if self._rule.step_layout != "turns":
+            for index, step in enumerate(item.steps):
+                # Two spaces are one token, and the step token another one than the model knows.
+                if token[0].isspace() and step[-1:].isspace():
+                    raise RowError(f"steps[{index}]: ends with white space, which runs into the step token {token!r}")
+            response = "".join(step + token for step in item.steps)
+            return Conversation(item.prompt, {"role": "assistant", "content": response}, item.inputs)
+        *before, last = as_turns(item.prompt)
+        if last["role"] != "user":
+            raise RowError(
+                f"this model reads steps as turns of the user, after the user's; found {last['role']!r} before"
+            )
+        first = {**last, "content": f"{content_string(last, 'prompt')} {item.steps[0]}"}
+        users = [first, *({"role": "user", "content": step} for step in item.steps[1:])]
+        answer = {"role": "assistant", "content": token}
+        turns = [turn for user in users for turn in (user, answer)]
+        return Conversation((*before, *turns[:-1]), answer, item.inputs)
+
+    def _join(self, item: Conversation | Pair) -> str:
+        inputs = (item.first if isinstance(item, Pair) else item).inputs
+        if self._template is not None:
+            return self._template.render(self._turns(item), inputs)
+        if inputs.given:
+            raise RowError(
+                f"{', '.join(inputs.given)}: this model has no chat template that could read it; leave it out"
+            )
+        return self._fill("{prompt}{response}" if self._rule.source == "concatenate" else self._rule.format, item)
+
+    def messages(self, item: Conversation | Pair | Steps) -> tuple[Message, ...]:
+        """Return the messages that the chat template is applied to."""
+        return self._turns(item if isinstance(item, Pair) else self.conversation(item))
+
+    def _turns(self, shown: Conversation | Pair) -> tuple[Message, ...]:
+        if isinstance(shown, Conversation) and not self._rule.format:
+            return shown.messages
+        return ({"role": "user", "content": self._fill(self._rule.format, shown)},)
+
+    def _fill(self, format: str, item: Conversation | Pair) -> str:
+        """Put prompt and answers into the places that a format has for them."""
+        conversation = item.first if isinstance(item, Pair) else item
+        if self._prompt_template is None:
+            prompt, answer = self._strings(conversation)
+        else:
+            prompt = self._prompt_template.render(as_turns(conversation.prompt))
+            answer = content_string(conversation.answer, "the answer")
+        values = {"{prompt}": prompt, "{response}": answer}
+        if isinstance(item, Pair):
+            second = content_string(item.second.answer, "the second answer")
+            values = {"{prompt}": prompt, "{first}": answer, "{second}": second}
+        # Split first: what the texts hold is not looked at for placeholders.
+        parts = re.split(r"(\{prompt\}|\{response\}|\{first\}|\{second\})", format)
+        return "".join(values.get(part, part) for part in parts)
+
+    def _first_message(self, item: Conversation | Pair) -> str:
+        first = as_turns((item.first if isinstance(item, Pair) else item).prompt)[0]
+        return content_string(first, "messages[0]") if self._template is None else self._template.render((first,))
+
+    def _strings(self, item: Conversation) -> tuple[str, str]:
+        """Return prompt and answer of a conversation of one round, for models that know no other."""
+        if item.inputs.given:
+            raise RowError(f"{', '.join(item.inputs.given)}: this model has no chat template to read it; leave it out")
+        answer = content_string(item.answer, "the answer")
+        if isinstance(item.prompt, str):
+            return item.prompt, answer
+        if len(item.prompt) == 1 and item.prompt[0]["role"] == "user":
+            return content_string(item.prompt[0], "the prompt"), answer
+        raise RowError(
+            "this model has no chat template: expected text, or one prompt and its answer; found a longer conversation"
+        )
+
+
+def as_turns(prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the messages that a prompt stands for."""
+    return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+
+
+def check_string(value: object, where: str) -> str:
+    """Return `value` if it is a string that can be encoded, or raise RowError naming the place."""
+    if not isinstance(value, str):
+        raise RowError(f"{where}: expected a string, found {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        found = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start + 1}"
+        raise RowError(f"{where}: expected text that can be encoded as UTF-8, found {found}") from None
+    return str.__str__(value)  # a subclass would bring its own methods into the template's sandbox
+
+
+def check_messages(value: object, where: str) -> tuple[Message, ...]:
+    """Return a copy of a list of messages if it is one, or raise RowError naming the place.
+
+    A message is an object with the string `role` and with `content`: a string, a list of parts of text, or null (or not
+    there) beside `tool_calls`. What else it holds is passed on to the template.
+    """
+    if not isinstance(value, list | tuple):
+        raise RowError(f"{where}: expected a list of messages, found {type(value).__name__}")
+    if not value:
+        raise RowError(f"{where}: expected at least one message, found an empty list")
+    return tuple(_check_message(message, f"{where}[{index}]") for index, message in enumerate(value))
+
+
+def _check_message(value: object, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise RowError(f"{where}: expected an object with role and content, found {type(value).__name__}")
+    if missing := [name for name in ("role", "content") if name not in value and not _says_otherwise(value, name)]:
+        raise RowError(f"{where}: expected role and content, found no {' and no '.join(missing)}")
+    role = check_string(value["role"], f"{where}.role")
+    checked: Message = {"role": role}
+    if not _says_otherwise(value, "content") or value.get("content") is not None:
+        checked["content"] = _check_content(value["content"], f"{where}.content")
+    if not role:
+        raise RowError(f"{where}.role: expected system, user, assistant or tool, found an empty string")
+    if value.keys() == checked.keys():
+        return {name: checked[name] for name in value}
+    message: Message = check_json({**value, **checked}, where)
+    return message
+
+
+def _says_otherwise(message: Message, name: str) -> bool:
+    """Whether a message may do without a field: content, where it calls tools."""
+    return name == "content" and bool(message.get("tool_calls"))
+
+
+def _check_content(value: object, where: str) -> str | list[dict[str, str]]:
+    if not isinstance(value, list | tuple):
+        return check_string(value, where)
+    if not value:
+        raise RowError(f"{where}: expected a string or at least one part of text, found an empty list")
+    parts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part, dict):
+            found = check_string(kind, f"{where}[{index}].type")[:40]
+            expected = '{"type": "text", "text": ...}, since only text is scored'
+            raise RowError(f"{where}[{index}]: expected {expected}; found {found!r}")
+        text = check_string(part.get("text"), f"{where}[{index}].text")
+        parts.append({**check_json(part, f"{where}[{index}]"), "text": text})
+    return parts
+
+
+def check_json(value: object, where: str) -> Any:
+    """Return a copy of a value that is made of JSON's types alone, or raise RowError naming the place."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise RowError(f"{where}: expected JSON values only, found something else ({reason})") from None

@@ -1,0 +1,375 @@
+"""From the text to the token ids that the graph gets, and the positions at which its states are read.
+
+The only home of the `tokenizers` library. Knows nothing of batches or graphs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
+
+from rewardrt.bundle.spec import Spec, Tap
+from rewardrt.errors import BundleError, RowError
+from rewardrt.text.rendering import RenderedText
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One text as the model sees it, without padding."""
+
+    ids: Ids  # [tokens] int64, at most max_length
+    truncated: int  # tokens that were cut off
+    positions: Ids  # [taps] int64, indices into ids; of a model that rewards steps [steps], in their order
+    type_ids: Ids | None = None  # [tokens] int64: 0 and 1 for the two texts of a pair
+
+    @property
+    def needed(self) -> int:
+        """How many of the ids a causal model has to see: none after the last position that is read."""
+        return int(self.positions.max()) + 1
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is left of an encoding."""
+
+    ids: Ids
+    type_ids: Ids
+
+
+class Tokenizer:
+    """The bundle's tokenizer under the spec's rules for special tokens, length and positions."""
+
+    def __init__(self, path: Path, spec: Spec) -> None:
+        try:
+            self._backend = Backend.from_file(str(path))
+            # A saved tokenizer may pad or cut by itself; both are the spec's business here.
+            self._backend.no_padding()
+            self._backend.no_truncation()
+            self._backend.encode_special_tokens = spec.text.split_special_tokens
+            # What the tokenizer itself puts before a text, such as BOS; -1 where it puts nothing.
+            self._first_special = next(iter(self._backend.encode("", add_special_tokens=True).ids), -1)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # for an unreadable file a bare Exception, for some a panic, which is none
+            raise BundleError(f"{path}: not a tokenizer that this tokenizers version reads ({error})") from error
+        self._spec = spec
+        self._cuts = spec.text.source in ("pair", "segments")
+
+    def encode(self, text: RenderedText, *, max_length: int | None = None) -> EncodedText:
+        """Encode one text; see `encode_many`."""
+        encoded = self.encode_many([text], max_length=max_length)[0]
+        if isinstance(encoded, RowError):
+            raise encoded
+        return encoded
+
+    def encode_whole(self, text: RenderedText) -> Ids:
+        """Return all token ids of a text, before anything is cut, put before or after them, or overwritten."""
+        if text.pieces:
+            return np.concatenate(self._encode_pieces(text))
+        special = self.adds_special_tokens(text)
+        return np.array(self._backend.encode(text.text, text.pair, add_special_tokens=special).ids, dtype=np.int64)
+
+    def encode_ids(self, ids: Sequence[int], *, max_length: int | None = None) -> EncodedText:
+        """Take token ids as they are, cut to the limit. Raises RowError for an id that the tokenizer does not have."""
+        if len(ids) == 0:
+            raise RowError("the text has no tokens; expected at least one")
+        known = min(self._backend.get_vocab_size(), self._spec.vocabulary or sys.maxsize)
+        if min(ids) < 0 or max(ids) >= known:  # before numpy sees them: they may be of any size
+            wrong = str(next(each for each in ids if not 0 <= each < known))
+            raise RowError(f"token id {wrong[:40]}: expected 0 to {known - 1}")
+        if self._spec.input == "steps" or self._spec.reads_prompt_end:
+            raise RowError("this model reads more of a text than its token ids say; send the text")
+        limit = min(self._spec.max_length, max_length or self._spec.max_length)
+        kept = np.array(ids[:limit], dtype=np.int64)
+        type_ids = np.zeros_like(kept) if self._spec.text.type_ids else None
+        return EncodedText(kept, len(ids) - len(kept), tap_positions(kept, self._spec.taps), type_ids)
+
+    def pieces(self, text: RenderedText) -> list[str]:
+        """Return the part of the text that each token ends, for people: together they are the text.
+
+        A normalizer may make one character of several, or none, and then the tokens' own places do not cover the text:
+        what is left over belongs to the token before it, and white space to the one after it.
+        """
+        encoding = self._backend.encode(text.text, add_special_tokens=self.adds_special_tokens(text))
+        own = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
+        own = own or list(range(len(encoding.ids)))[-1:]  # a text of nothing but what the normalizer leaves out
+        cuts: dict[int, int] = {}
+        end = 0
+        for index, following in itertools.pairwise(own):
+            end = max(end, encoding.offsets[index][1])
+            gap = text.text[end : encoding.offsets[following][0]]
+            end += next((place for place, letter in enumerate(gap) if letter.isspace()), len(gap))
+            cuts[index] = end
+        if own:
+            cuts[own[-1]] = len(text.text)
+        pieces, start = [], 0
+        for index in range(len(encoding.ids)):
+            pieces.append(text.text[start : cuts.get(index, start)])
+            start = max(start, cuts.get(index, start))
+        return pieces
+
+    def encode_many(
+        self, texts: Sequence[RenderedText], *, max_length: int | None = None
+    ) -> list[EncodedText | RowError]:
+        """Encode texts in order; a text that cannot be read at every tap gives a RowError in its place.
+
+        So does one at which the tokenizer itself fails, and no other. `max_length` lowers the spec's limit, never
+        raises it.
+        """
+        limit = min(self._spec.max_length, max_length or self._spec.max_length)
+        results: list[EncodedText | RowError | None] = [None] * len(texts)
+        for i, text in enumerate(texts):
+            try:
+                if text.pieces:
+                    with _at_this_text():
+                        results[i] = self._finish_pieces(text, limit)
+            except RowError as error:
+                results[i] = error
+        for add_special_tokens in (False, True):
+            chosen = [
+                i
+                for i, text in enumerate(texts)
+                if not text.pieces and self.adds_special_tokens(text) == add_special_tokens
+            ]
+            inputs = [texts[i].text if texts[i].pair is None else (texts[i].text, texts[i].pair) for i in chosen]
+            for i, encoding in zip(chosen, self._encode_batch(inputs, add_special_tokens), strict=True):
+                if isinstance(encoding, RowError):
+                    results[i] = encoding
+                    continue
+                try:
+                    cut = self._cut(encoding, limit)
+                    with _at_this_text():
+                        results[i] = self._finish(cut, len(encoding.ids) - len(cut.ids), texts[i], limit)
+                except RowError as error:
+                    results[i] = error
+        return [self._known(result) for result in results if result is not None]
+
+    def _known(self, result: EncodedText | RowError) -> EncodedText | RowError:
+        """Return the result, or an error in its place where the model has no embedding for one of its tokens."""
+        rows = self._spec.vocabulary
+        if isinstance(result, RowError) or rows is None or result.ids.max() < rows:
+            return result
+        wrong = int(result.ids[result.ids >= rows][0])
+        return RowError(
+            f"the text holds {self._backend.id_to_token(wrong)!r} (token id {wrong}), and the model knows the ids 0 to "
+            f"{rows - 1}: its tokenizer has tokens that it was never trained on; leave them out of the text"
+        )
+
+    def _encode_batch(self, inputs: Sequence[Any], add_special_tokens: bool) -> list[Any]:
+        """Return an encoding for each text, or a RowError for one at which the library fails."""
+        try:
+            with _at_this_text():
+                return list(self._backend.encode_batch_fast(inputs, add_special_tokens=add_special_tokens))
+        except RowError as error:
+            if len(inputs) == 1:
+                return [error]
+        half = len(inputs) // 2
+        return [
+            encoding
+            for part in (inputs[:half], inputs[half:])
+            for encoding in self._encode_batch(part, add_special_tokens)
+        ]
+
+    def adds_special_tokens(self, text: RenderedText) -> bool:
+        """Whether the tokenizer's own special tokens come in.
+
+        Into raw text only where the model reads pairs, or where they were asked for.
+        """
+        if text.is_raw and text.special_tokens:
+            return True
+        rule = self._spec.text
+        return rule.add_special_tokens and (rule.source == "pair" or not text.is_raw)
+
+    def _cut(self, encoding: Any, limit: int) -> Any:
+        """Cut an encoding that is too long for a model of pairs as transformers' `longest_first` does.
+
+        The special tokens stay. Not done by the library: it also makes every combination of the parts that it cuts
+        off, in time and memory that grow with the square of the texts.
+        """
+        if not self._cuts or len(encoding.ids) <= limit:
+            return encoding
+        owner = np.array(
+            [-1 if number is None else number for number in encoding.sequence_ids]
+        )  # 0, 1; -1: special token
+        first, second = owner == 0, owner == 1
+        special = int((owner < 0).sum())
+        if limit <= special:
+            raise RowError(f"a limit of {limit} tokens leaves no room for text beside {special} special tokens")
+        kept_first, kept_second = longest_first(int(first.sum()), int(second.sum()), limit - special)
+        kept = (owner < 0) | (first & (first.cumsum() <= kept_first)) | (second & (second.cumsum() <= kept_second))
+        return _Kept(np.array(encoding.ids)[kept], np.array(encoding.type_ids)[kept])
+
+    def _finish(self, encoding: Any, cut: int, text: RenderedText, limit: int) -> EncodedText:
+        whole = np.array(encoding.ids, dtype=np.int64)
+        if text.is_raw and text.special_tokens and len(whole) > 1 and whole[0] == whole[1] == self._first_special:
+            whole = whole[1:]  # the text brought it: a second one is of no training
+        ids, truncated = self._fit(whole, text, limit)
+        if self._spec.input == "steps":
+            positions = self._step_positions(_run_starts(whole, self._spec.taps[0].ids), text, limit)
+        else:
+            positions = tap_positions(ids, self._spec.taps, self._prompt_tokens(text))
+        told = self._spec.text.type_ids
+        type_ids = np.array(encoding.type_ids, dtype=np.int64)[: len(ids)] if told else None
+        return EncodedText(ids, cut + truncated, positions, type_ids)
+
+    def _finish_pieces(self, text: RenderedText, limit: int) -> EncodedText:
+        """Encode a text whose pieces are tokenized each by itself: where its step tokens begin is known."""
+        if self._spec.text.source == "segments":
+            return self._finish_segments(text, limit)
+        encoded = self._encode_pieces(text)
+        ends = np.cumsum([len(ids) for ids in encoded])
+        ids, truncated = self._fit(np.concatenate(encoded), text, limit)
+        return EncodedText(ids, truncated, self._step_positions(ends[1::2], text, limit))
+
+    def _finish_segments(self, text: RenderedText, limit: int) -> EncodedText:
+        """Encode a text whose pieces have special tokens of their own, each cut to its part of the limit."""
+        parts: list[Ids] = []
+        truncated, room = 0, int(self._spec.text.first_part * limit)
+        special = self.adds_special_tokens(text)
+        for whole in self._backend.encode_batch_fast(list(text.pieces), add_special_tokens=special):
+            if len(parts) == 1:
+                room = (limit - len(parts[0])) // (len(text.pieces) - 1)
+            kept = self._cut(whole, room)
+            truncated += len(whole.ids) - len(kept.ids)
+            parts.append(np.array(kept.ids, dtype=np.int64))
+        ids = np.concatenate(parts)
+        return EncodedText(ids, truncated, tap_positions(ids, self._spec.taps))
+
+    def _prompt_tokens(self, text: RenderedText) -> int | None:
+        if text.prompt is None:
+            return None
+        return len(self._backend.encode(text.prompt, add_special_tokens=self.adds_special_tokens(text)).ids)
+
+    def _encode_pieces(self, text: RenderedText) -> list[Ids]:
+        special = self.adds_special_tokens(text)
+        encodings = self._backend.encode_batch_fast(list(text.pieces), add_special_tokens=special)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def _fit(self, ids: Ids, text: RenderedText, limit: int) -> tuple[Ids, int]:
+        """Put the rule's ids before and after those of the text, cut to fit; returns how many were cut as well."""
+        rule = self._spec.text
+        if len(ids) == 0:
+            raise RowError("the text has no tokens; expected at least one")
+        if text.is_raw:
+            return ids[:limit], max(len(ids) - limit, 0)
+        ids = np.concatenate([np.array(rule.prepend_ids, dtype=np.int64), ids])
+        room = limit - len(rule.append_ids)
+        truncated = max(len(ids) - room, 0)
+        ids = np.concatenate([ids[:room], np.array(rule.append_ids, dtype=np.int64)])
+        if rule.overwrite_last is not None:
+            ids[-1] = rule.overwrite_last
+        return ids, truncated
+
+    def _step_positions(self, begins: Ids, text: RenderedText, limit: int) -> Ids:
+        """Return where the steps' rewards are read, in ids with `prepend_ids` before them.
+
+        `begins` says where the step tokens begin in the text's own ids before the cut. Raises RowError when there is
+        not one of them for each step, or when the cut would lose one.
+        """
+        rule, offset = self._spec.text, self._spec.taps[0].offset
+        if len(begins) == 0 or text.steps not in (None, len(begins)):
+            expected = "at least one" if text.steps is None else f"one for each of the {text.steps} steps"
+            raise RowError(
+                f"step token {rule.step_token!r}: expected {expected}, found {len(begins)}; "
+                "neither the prompt nor a step may hold one, or run into it"
+            )
+        positions = begins + offset + (0 if text.is_raw else len(rule.prepend_ids))
+        room = limit - (0 if text.is_raw else len(rule.append_ids))
+        if positions[0] < 0:
+            raise RowError(f"step token {rule.step_token!r}: the text begins with it, and no token stands before")
+        if lost := int((positions >= room).sum()):
+            raise RowError(
+                f"{lost} of {len(positions)} steps lie beyond {room} tokens, where the text is cut; "
+                "a reward for the rest would not be one for the answer: shorten it"
+            )
+        return positions
+
+
+@contextmanager
+def _at_this_text() -> Iterator[None]:
+    """Make what the library does at one text that text's error.
+
+    A panic in its Rust code is a BaseException, which no `except Exception` stops: it would end the thread, or the run.
+    """
+    try:
+        yield
+    except (RowError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RowError(f"the tokenizer failed at this text ({type(error).__name__}: {reason})") from error
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return how many tokens are left of two texts when they share `room`: the longer one is cut first.
+
+    When both have to be, each gets half; an odd one goes to the longer, and to the second of two equally long ones.
+    """
+    if first + second <= room:
+        return first, second
+    half = room // 2
+    if min(first, second) <= half:
+        return (first, room - first) if first <= second else (room - second, second)
+    return (half, room - half) if first <= second else (room - half, half)
+
+
+def tap_positions(ids: Ids, taps: Sequence[Tap], prompt: int | None = None) -> Ids:
+    """Return the index into `ids` ([tokens] int64, no padding) that each tap reads; for `all_ids` one per occurrence.
+
+    `prompt` is how many tokens the first message has. Raises RowError when a tap finds nothing to read in this text.
+    """
+    return np.concatenate([_find(ids, tap, prompt) for tap in taps])
+
+
+def _find(ids: Ids, tap: Tap, prompt: int | None) -> Ids:
+    """Apply one tap's rule, as spec.Tap states it.
+
+    last_not_id is transformers' `*ForSequenceClassification` now, before_first_id the same before its pull request
+    35911: modulo the length, as torch did, so that a match at 0 wraps to the last token, where no match ends too.
+    """
+    last = len(ids) - 1
+    if tap.rule in ("last_mask", "mean"):
+        found = np.array([last])
+    elif tap.rule == "first":
+        found = np.array([0])
+    elif tap.rule == "prompt_end":
+        if prompt is None:
+            raise RowError(f"tap {tap.name!r} reads at the end of the prompt: expected a prompt and its answer")
+        found = np.array([prompt - 1])
+    elif tap.rule == "last_not_id":
+        others = np.flatnonzero(ids != tap.ids[0])
+        found = others[-1:] if len(others) else np.array([0])
+    elif tap.rule == "before_first_id":
+        matches = np.flatnonzero(ids == tap.ids[0])[tap.skip : tap.skip + 1]
+        found = np.array([(int(matches[0]) - 1) % len(ids) if len(matches) else last])
+    else:
+        starts = _run_starts(ids, tap.ids[:1] if tap.rule == "last_id" else tap.ids)
+        found = starts if tap.rule == "all_ids" else starts[-1:]
+        if tap.rule == "only_id" and len(starts) > 1:
+            raise RowError(
+                f"tap {tap.name!r} reads at the id {tap.ids[0]}, and the text has {len(starts)} of them; expected one: "
+                "the prompt or an answer holds the model's own marker"
+            )
+    found = found.astype(np.int64) + tap.offset
+    if len(found) == 0 or found.min() < 0 or found.max() > last:
+        wanted = f"the ids {list(tap.ids)}" if tap.ids else f"a token {tap.offset} off"
+        raise RowError(f"tap {tap.name!r} needs {wanted}, and the text of {len(ids)} tokens (after the cut) has none")
+    return found
+
+
+def _run_starts(ids: Ids, pattern: Sequence[int]) -> Ids:
+    """Return where every run of `pattern` begins in ids."""
+    padded = np.concatenate([ids, np.full(len(pattern), -1)])  # no id is negative
+    windows = np.lib.stride_tricks.sliding_window_view(padded, len(pattern))
+    return np.flatnonzero((windows == np.array(pattern)).all(axis=1)).astype(np.int64)
