@@ -33,8 +33,8 @@ def main(checkpoint: Path, bundle: Path, file: Path, texts: int, max_length: int
     model = RewardModel.load(bundle, provider="cpu")
     with file.open("rb") as stream:
         items = [item for line in read_lines(stream) for item in parse_row(line.row).items][:texts]
-    encoded = [text for text in model.encode(items, max_length=max_length) if isinstance(text, EncodedText)]
-    scored = model.score_encoded(encoded)
+    encoded = [text for text in model.answers.encode(items, max_length=max_length) if isinstance(text, EncodedText)]
+    scored = model.runner.run(encoded)
     del model
     torch_rewards = score_with_torch(read_checkpoint(checkpoint), encoded)
     for values in scored:

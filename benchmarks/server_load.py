@@ -113,10 +113,10 @@ def read_texts(model: RewardModel, path: Path, count: int) -> list[str]:
     texts: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            row = model.parse(json.loads(line))
+            row = model.answers.parse(json.loads(line))
         except RowError:
             continue
-        texts += [model.renderer.render(item).text for item in row.items]
+        texts += [model.answers.renderer.render(item).text for item in row.items]
         if len(texts) >= count:
             break
     return texts[:count]

@@ -58,9 +58,9 @@ def test_single_texts_have_the_length_and_no_two_begin_alike(tiny_bundle: Path) 
 def test_a_worker_gives_the_rewards_of_the_model_in_this_process(tiny_bundle: Path) -> None:
     model = RewardModel.load(tiny_bundle, provider="cpu")
     rows = [json.loads(line) for line in ANSWERS.read_text().splitlines()]
-    texts = model.encode([item for row in rows for item in model.parse(row).items])
+    texts = model.answers.encode([item for row in rows for item in model.answers.parse(row).items])
     encoded = [text for text in texts if isinstance(text, EncodedText)]
-    here = [values.tolist() for values in model.score_encoded(encoded) if not isinstance(values, RewardRTError)]
+    here = [values.tolist() for values in model.runner.run(encoded) if not isinstance(values, RewardRTError)]
     (_, options), *_ = list_candidates(read_bundle(tiny_bundle)).values()
     worker = Worker("fp32", model_command(tiny_bundle, options))
     try:

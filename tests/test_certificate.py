@@ -282,7 +282,7 @@ def test_tokens_without_a_row_in_the_embedding_are_named_and_refused(tmp_path: P
     assert not isinstance(good, Exception)
     assert isinstance(bad, RowError) and "'<more>' (token id 301), and the model knows the ids 0 to 299" in str(bad)
     with pytest.raises(RowError, match="token id 300: expected 0 to 299"):
-        model.tokenizer.encode_ids([1, 300])
+        model.answers.tokenizer.encode_ids([1, 300])
 
 
 def test_tokens_that_only_the_configuration_adds_are_in_the_bundle(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from chat_templates import CHATML, CHATML_ONE_LINE, CONVERSATIONS, FAMILIES, GEM
 from rewardrt.bundle.spec import TextRule
 from rewardrt.errors import BundleError, RowError
 from rewardrt.text.chat_template import ChatTemplate
-from rewardrt.text.rendering import Conversation, RawText, RenderedText, Renderer, check_messages
+from rewardrt.text.items import Conversation, RawText, check_messages
+from rewardrt.text.rendering import RenderedText, Renderer
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]

@@ -94,7 +94,7 @@ def test_every_encoder_scores_pairs_as_in_transformers_alone_and_padded(exported
 
 
 def test_ids_and_type_ids_are_transformers_own_at_every_length(exported: Exported) -> None:
-    renderer, tokenizer = exported.runtime.renderer, exported.runtime.tokenizer
+    renderer, tokenizer = exported.runtime.answers.renderer, exported.runtime.answers.tokenizer
     cut = set()
     for question, answer in [*make_pairs(4), ("a b c d", "d c b a")]:
         rendered = renderer.render(parse_row({"prompt": question, "response": answer}).items[0])
@@ -124,7 +124,7 @@ def test_a_text_row_is_a_single_text_with_the_tokenizers_special_tokens(exported
 def test_what_stands_in_the_padding_does_not_show_in_the_reward(exported: Exported) -> None:
     encoded = [
         text
-        for text in exported.runtime.encode([parse_row(row).items[0] for row in as_rows(make_pairs(8))])
+        for text in exported.runtime.answers.encode([parse_row(row).items[0] for row in as_rows(make_pairs(8))])
         if isinstance(text, EncodedText)
     ]
     lengths = np.array([len(text.ids) for text in encoded])
@@ -138,7 +138,7 @@ def test_what_stands_in_the_padding_does_not_show_in_the_reward(exported: Export
             types[row, : len(text.ids)] = 0 if text.type_ids is None else text.type_ids
         rewards.append(exported.runtime.session.run(ids, lengths, type_ids=types)[:, 0])
     assert rewards[0].tobytes() == rewards[1].tobytes() == rewards[2].tobytes()
-    alone = np.array([exported.runtime.score_encoded([text])[0] for text in encoded])[:, 0]
+    alone = np.array([exported.runtime.runner.run([text])[0] for text in encoded])[:, 0]
     assert np.abs(rewards[0] - alone).max() < TOLERANCE * alone.std()
 
 
@@ -160,10 +160,12 @@ def test_one_round_of_messages_is_a_pair_and_more_are_refused(exported: Exported
 
 
 def test_a_limit_that_the_special_tokens_fill_is_an_error_of_the_row(exported: Exported) -> None:
-    items = parse_row({"prompt": "why is that?", "responses": ["because", "so"]}).items
-    results = exported.runtime.score_items(items, max_length=3)
-    assert [type(result) for result in results] == [RowError, RowError]
-    assert str(results[0]).startswith("a limit of 3 tokens leaves no room for text beside")
+    row = {"prompt": "why is that?", "responses": ["because", "so"]}
+    prepared = exported.runtime.answers.prepare([row], max_length=3)
+    assert [type(result) for result in prepared.texts] == [RowError, RowError]
+    (result,) = exported.runtime.score_prepared(prepared)
+    assert str(result).startswith("responses[0]: a limit of 3 tokens leaves no room for text beside")
+    assert "; responses[1]: a limit of 3 tokens" in str(result)
 
 
 def test_two_texts_are_cut_as_by_the_library_at_every_pair_of_lengths() -> None:

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,23 +19,28 @@ import pytest
 from rewardrt.data import files
 from rewardrt.data.files import Line, Summary, open_output, read_lines, score_file
 from rewardrt.errors import InferenceError, RewardRTError, RowError
-from rewardrt.text.rendering import Conversation, Item, RawText
-from rewardrt.text.rows import Scored
+from rewardrt.scoring.answers import flatten, read_rows, regroup
+from rewardrt.scoring.scored import Scored, ScoredRow
+from rewardrt.text.items import Conversation, Input, RawText
+from rewardrt.text.rows import Row
+
+Rows = list[Row | RewardRTError]
+Results = list[ScoredRow | RewardRTError]
 
 
-def score(items: list[Item]) -> list[Scored | RewardRTError]:
+def score(rows: Rows) -> Results:
     """Reward: characters of the text or answer, over 8. Refuses "bad"; cuts at 6 characters."""
     results: list[Scored | RewardRTError] = []
-    for item in items:
+    for item in flatten(rows):
         text = item.text if isinstance(item, RawText) else item.answer["content"]
         long = max(0, len(text) - 6)
         results.append(RowError("no such text") if text == "bad" else Scored(len(text) / 8, len(text) - long, long))
-    return results
+    return regroup(rows, results)
 
 
 def run(data: bytes, **options: int) -> tuple[bytes, Summary]:
     out: list[bytes] = []
-    summary = score_file(score, read_lines(io.BytesIO(data)), out.append, prepare=list, **options)  # type: ignore[arg-type]
+    summary = score_file(read_rows, score, read_lines(io.BytesIO(data)), out.append, **options)  # type: ignore[arg-type]
     return b"".join(out), summary
 
 
@@ -176,9 +181,9 @@ def test_a_window_is_one_call_and_bounded_in_rows_and_bytes(monkeypatch: pytest.
     calls: list[int] = []
     seen: list[int] = []
 
-    def counting(items: list[Item]) -> list[Scored | RewardRTError]:
-        calls.append(len(items))
-        return score(items)
+    def counting(rows: Rows) -> Results:
+        calls.append(len(flatten(rows)))
+        return score(rows)
 
     data = (
         b'{"text": "a"}\n' * 7
@@ -189,14 +194,14 @@ def test_a_window_is_one_call_and_bounded_in_rows_and_bytes(monkeypatch: pytest.
     )
     out: list[bytes] = []
     score_file(
+        read_rows,
         counting,
         read_lines(io.BytesIO(data)),
         out.append,
-        prepare=list,
         window=4,
         progress=lambda summary: seen.append(summary.rows),
     )
-    assert calls == [3, 3, 2, 2]  # 14 bytes a row; the long line closes a window; the last row has no text
+    assert calls == [3, 3, 2, 2, 0]  # 14 bytes a row; the long line closes a window; the last row has no text
     assert seen == [3, 6, 8, 9, 10]
     assert len(out) == 10
 
@@ -212,15 +217,15 @@ def test_reading_is_one_window_ahead_of_the_one_that_is_scored() -> None:
             yield Line(number, 1, {"text": "x"})
         prepared[5].set()
 
-    def prepare(items: list[Item]) -> list[Item]:
+    def prepare(rows: Iterable[object]) -> Rows:
         prepared[next(windows)].set()
-        return items
+        return read_rows(rows)
 
-    def patient(items: list[Item]) -> list[Scored | RewardRTError]:
+    def patient(rows: Rows) -> Results:
         assert prepared[len(written) // 2 + 1].wait(10), "the next window is not read while this one is scored"
-        return score(items)
+        return score(rows)
 
-    score_file(patient, lines(), written.append, prepare=prepare, window=2)
+    score_file(prepare, patient, lines(), written.append, window=2)
     assert len(written) == 9
 
 
@@ -232,16 +237,16 @@ def test_an_error_of_reading_comes_after_what_was_read_before_it() -> None:
         raise OSError(5, "Input/output error")
 
     with pytest.raises(OSError, match="Input/output error"):
-        score_file(score, lines(), written.append, prepare=list, window=1)
+        score_file(read_rows, score, lines(), written.append, window=1)
     assert len(written) == 1
 
 
 def test_a_stop_iteration_of_the_preparation_does_not_end_the_file_early() -> None:
-    def prepare(items: list[Item]) -> list[Item]:
+    def prepare(rows: Iterable[object]) -> Rows:
         raise StopIteration
 
     with pytest.raises(RuntimeError, match="StopIteration"):
-        score_file(score, read_lines(io.BytesIO(b'{"text": "x"}')), lambda _: None, prepare=prepare)
+        score_file(prepare, score, read_lines(io.BytesIO(b'{"text": "x"}')), lambda _: None)
 
 
 def test_a_process_that_is_interrupted_does_not_wait_for_its_input() -> None:
@@ -251,7 +256,7 @@ from rewardrt.data.files import read_lines, score_file
 def score(items):
     print("scoring", file=sys.stderr, flush=True)
     raise KeyboardInterrupt
-score_file(score, read_lines(sys.stdin.buffer), print, prepare=list, window=1)
+score_file(list, score, read_lines(sys.stdin.buffer), print, window=1)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None and process.stderr is not None
@@ -267,21 +272,21 @@ score_file(score, read_lines(sys.stdin.buffer), print, prepare=list, window=1)
 
 
 def test_an_error_of_the_scorer_itself_is_not_swallowed() -> None:
-    def broken(items: list[Item]) -> list[Scored | RewardRTError]:
+    def broken(rows: Rows) -> Results:
         raise InferenceError("out of memory")
 
     with pytest.raises(InferenceError, match=r"^out of memory$"):
-        score_file(broken, read_lines(io.BytesIO(b'{"text": "x"}')), lambda _: None, prepare=list)
+        score_file(read_rows, broken, read_lines(io.BytesIO(b'{"text": "x"}')), lambda _: None)
 
 
 def test_items_are_parsed_conversations() -> None:
-    got: list[Item] = []
+    got: list[Input] = []
 
-    def keep(items: list[Item]) -> list[Scored | RewardRTError]:
-        got.extend(items)
-        return score(items)
+    def keep(rows: Rows) -> Results:
+        got.extend(flatten(rows))
+        return score(rows)
 
-    score_file(keep, read_lines(io.BytesIO(b'{"prompt": "Q", "response": "A"}')), lambda _: None, prepare=list)
+    score_file(read_rows, keep, read_lines(io.BytesIO(b'{"prompt": "Q", "response": "A"}')), lambda _: None)
     assert got == [Conversation("Q", {"role": "assistant", "content": "A"})]
 
 
@@ -310,7 +315,7 @@ def test_a_file_may_be_scored_onto_itself(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "x"}\n')
     with path.open("rb") as source, open_output(path) as stream:
-        score_file(score, read_lines(source), stream.write, prepare=list)
+        score_file(read_rows, score, read_lines(source), stream.write)
     assert path.read_bytes() == b'{"text": "x", "reward": 0.125, "tokens": 1, "truncated": 0}\n'
 
 

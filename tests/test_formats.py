@@ -23,8 +23,10 @@ from rewardrt.data import formats
 from rewardrt.data.files import read_lines, score_file
 from rewardrt.data.formats import jsonl_lines
 from rewardrt.errors import RewardRTError, RowError
+from rewardrt.scoring.answers import flatten, read_rows, regroup
+from rewardrt.scoring.scored import Scored, ScoredRow
 from rewardrt.text.fields import NAMES
-from rewardrt.text.rows import Scored, parse_row
+from rewardrt.text.rows import Row, parse_row
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
 ROWS = [{"text": "a"}, {"prompt": "b", "response": "c"}]
@@ -163,12 +165,12 @@ def test_a_line_without_an_end_is_not_held_in_memory(monkeypatch: pytest.MonkeyP
             assert len(rows) == data.count(b"\n")
 
 
-def score(items: list[Any]) -> list[Scored | RewardRTError]:
-    return [Scored(1.0, 1, 0) for _ in items]
+def score(rows: list[Row | RewardRTError]) -> list[ScoredRow | RewardRTError]:
+    return regroup(rows, [Scored(1.0, 1, 0) for _ in flatten(rows)])
 
 
 def scored(rows: list[bytes], out: list[bytes]) -> Any:
-    return score_file(score, read_lines(rows), out.append, prepare=list)
+    return score_file(read_rows, score, read_lines(rows), out.append)
 
 
 def test_a_file_of_which_no_row_can_be_scored_is_given_up_after_its_first_rows() -> None:

@@ -29,7 +29,7 @@ def score(runtime: RewardModel, rows: list[dict[str, Any]]) -> list[dict[str, An
     """Score rows as `rewardrt score` does."""
     data = io.BytesIO(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
     out: list[bytes] = []
-    score_file(runtime.score_texts, read_lines(data), out.append, prepare=runtime.encode, parse=runtime.parse)
+    score_file(runtime.answers.prepare, runtime.score_prepared, read_lines(data), out.append)
     return [json.loads(line) for line in out]
 
 

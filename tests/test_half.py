@@ -14,6 +14,7 @@ import pytest
 from checkpoints import write_sequence_classification
 from rewardrt import RewardModel, reward_model
 from rewardrt.bundle import manifest as bundle
+from rewardrt.bundle import opening
 from rewardrt.bundle.manifest import Bundle, Fidelity, Variant
 from rewardrt.errors import InferenceError, ProviderError
 from rewardrt.machine.processor import Processor
@@ -172,7 +173,7 @@ def test_auto_takes_what_was_made_for_the_provider_where_the_certificate_allows(
 
 
 def test_int8_on_a_gpu_is_refused_and_half_on_a_cpu_is_not(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (bundle, reward_model):
+    for module in (bundle, opening):
         monkeypatch.setattr(module, "read_processor", lambda: Processor("A CPU", ("avx_vnni",), 2, 2, None))
     monkeypatch.setattr(reward_model, "read_bundle", lambda path, check_hashes: offered(made, "int8", rms=0.01))
     monkeypatch.setattr(reward_model, "select_provider", lambda choice: Selection("cuda", None))
@@ -200,8 +201,8 @@ def test_answers_to_one_prompt_are_a_batch_after_it_where_batches_are_padded(mad
         RewardModel.load(made.path, provider="cpu", precision="half", padding=True, prefix_reuse=reuse)
         for reuse in (False, True)
     )
-    assert grouped._group_worth == int(15e12 / (made.path / "model.half.onnx.data").stat().st_size)
-    grouped._group_worth = 4096  # as with 3.7 billion parameters
+    assert grouped.runner._group_worth == int(15e12 / (made.path / "model.half.onnx.data").stat().st_size)
+    grouped.runner._group_worth = 4096  # as with 3.7 billion parameters
     expected = plain.score_many(rows)
     calls: list[tuple[int, int]] = []  # rows and tokens of the past
     run = grouped.session._run
@@ -224,7 +225,7 @@ def test_answers_to_one_prompt_are_a_batch_after_it_where_batches_are_padded(mad
 def test_a_group_that_fails_is_computed_whole(made: Bundle, fails: str) -> None:
     rows = answers(1, 20)
     model = RewardModel.load(made.path, provider="cpu", precision="half", padding=True)
-    model._group_worth = 4096
+    model.runner._group_worth = 4096
     expected = model.score_many(rows)
     run = model.session._run
 
@@ -240,6 +241,6 @@ def test_a_group_that_fails_is_computed_whole(made: Bundle, fails: str) -> None:
 def test_a_graph_whose_past_has_a_row_for_each_text_computes_texts_whole(made: Bundle) -> None:
     whole = RewardModel.load(made.path, provider="cpu", precision="fp32", padding=True)
     assert not whole.session.shares_past
-    whole._group_worth = 4096
+    whole.runner._group_worth = 4096
     whole.score_many(answers(1, 20))
     assert whole.statistics.computed == whole.statistics.given

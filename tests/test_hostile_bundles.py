@@ -65,9 +65,8 @@ def scored(folder: Path) -> None:
     manifest = read_bundle(folder, check_hashes=False).manifest
     assert ESC not in describe_manifest("bundle", manifest)
     model = RewardModel.load(folder, provider="cpu", precision="fp32", check_hashes=False)
-    for row in ROWS:
-        for result in model.score_items(model.parse(row).items):
-            assert "\n" not in str(result)
+    for result in model.score_rows(ROWS):
+        assert "\n" not in str(result)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rewardrt import RewardModel, RewardRTError
 from rewardrt.data.files import read_lines, score_file
 from rewardrt.errors import RowError
-from rewardrt.text.rows import INPUT_FIELDS, Row, Scored, parse_row
+from rewardrt.scoring.scored import Scored
+from rewardrt.text.rows import INPUT_FIELDS, Row, parse_row
 from rewardrt.text.tokens import EncodedText
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
@@ -74,9 +75,7 @@ def test_any_json_value_is_a_row_or_a_row_error(row: Any) -> None:
 def test_every_row_comes_out_scored_or_with_an_error(model: RewardModel, rows: list[Any]) -> None:
     data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     out: list[bytes] = []
-    summary = score_file(
-        model.score_texts, read_lines(io.BytesIO(data)), out.append, prepare=model.encode, parse=model.parse
-    )
+    summary = score_file(model.answers.prepare, model.score_prepared, read_lines(io.BytesIO(data)), out.append)
     assert (len(out), summary.rows, summary.scored + summary.failed) == (len(rows), len(rows), len(rows))
     for line in out:
         row = json.loads(line)
@@ -89,9 +88,7 @@ def test_every_row_comes_out_scored_or_with_an_error(model: RewardModel, rows: l
 def test_every_line_of_any_bytes_comes_out_as_one_line(model: RewardModel, lines: list[bytes]) -> None:
     out: list[bytes] = []
     data = b"\n".join(lines) + b"\n"
-    summary = score_file(
-        model.score_texts, read_lines(io.BytesIO(data)), out.append, prepare=model.encode, parse=model.parse
-    )
+    summary = score_file(model.answers.prepare, model.score_prepared, read_lines(io.BytesIO(data)), out.append)
     assert len(out) == summary.rows == len(lines)
     assert all(json.loads(line) for line in out)
 
@@ -100,7 +97,7 @@ def test_every_line_of_any_bytes_comes_out_as_one_line(model: RewardModel, lines
 @given(st.lists(st.integers() | st.sampled_from([2**31, 2**63, -(2**63), 2**64]), max_size=6))
 def test_any_whole_numbers_as_token_ids_are_a_text_or_a_refusal(model: RewardModel, ids: list[int]) -> None:
     try:
-        encoded = model.tokenizer.encode_ids(ids)
+        encoded = model.answers.tokenizer.encode_ids(ids)
     except RowError as error:
         assert "token" in str(error)  # noqa: PT017
         return
@@ -123,7 +120,7 @@ LONG: dict[str, dict[str, Any]] = {
 def test_a_long_row_is_scored(model: RewardModel, name: str) -> None:
     out: list[bytes] = []
     data = json.dumps(LONG[name]).encode()
-    score_file(model.score_texts, read_lines([data]), out.append, prepare=model.encode, parse=model.parse)
+    score_file(model.answers.prepare, model.score_prepared, read_lines([data]), out.append)
     assert "error" not in json.loads(out[0])
 
 

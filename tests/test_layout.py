@@ -17,15 +17,15 @@ ORDER = {
         telemetry display errors
         machine: processor denormals providers kernels
         graph: graph_file session
-        bundle: spec manifest
-        text: template_limits chat_template rendering tokens fields rows
-        scoring: batching pairwise prefix
+        bundle: spec manifest opening
+        text: template_limits chat_template items rendering tokens fields rows
+        scoring: scored batching prefix runner pairwise answers
         reward_model
         data: formats strict_json files
         checks: workers bench doctor verify
         server: options problem access body turns engine models schema call connection kserve log metrics state vllm
           cohere openrlhf own sglang tei routes views openapi app reload process
-        cli: toplevel app
+        cli: toplevel options output table bench doctor inspect score serve verify app
     """,
     "rewardrt_export": """
         source: foreign weights adapters chat_template layouts padding tokenizer tokenizer_files folder
@@ -172,6 +172,8 @@ def test_the_folders_above_the_packages_are_no_packages() -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    expected = ["Ranked", "RewardModel", "RewardRTError", "RowError", "Scored", "TruncationWarning"]
-    assert rewardrt.__all__ == expected
+    results = ["Ranked", "Scored", "ScoredAnswers", "ScoredPair"]
+    errors = ["BundleError", "InferenceError", "MissingExtraError", "ProviderError", "RewardRTError", "RowError"]
+    expected = sorted(["RewardModel", *results, *errors, "TruncationWarning"])
+    assert sorted(rewardrt.__all__) == expected
     assert all(hasattr(rewardrt, name) for name in expected)

@@ -13,6 +13,7 @@ from checkpoints import edit_json
 from checkpoints_pairwise import MARKERS, write_pairrm
 from rewardrt import RewardModel
 from rewardrt.errors import CheckpointError
+from rewardrt.text.tokens import EncodedText
 from rewardrt_export.families import choose_family
 from rewardrt_export.pipeline import export
 from rewardrt_export.source.folder import read_source
@@ -69,8 +70,9 @@ def test_comparisons_are_half_the_difference_of_the_two_orders(exported: Any, pa
 def test_the_graph_gives_the_logit_of_one_order(exported: Any) -> None:
     folder, *parts = exported
     runtime = RewardModel.load(folder, provider="cpu")
-    row = runtime.parse({"prompt": "Which?", "responses": ["this one", "that one, surely"]})
-    found = [result.reward for result in runtime.score_items(row.items)]  # type: ignore[union-attr]
+    row = runtime.answers.parse({"prompt": "Which?", "responses": ["this one", "that one, surely"]})
+    texts = [text for text in runtime.answers.encode(row.items) if isinstance(text, EncodedText)]
+    found = [values[0] for values in runtime.runner.run(texts)]  # type: ignore[index]
     orders = [("this one", "that one, surely"), ("that one, surely", "this one")]
     expected = [logit(*parts, encode(parts[-1], "Which?", *order)) for order in orders]
     assert np.abs(np.array(found) - expected).max() < 1e-5
@@ -83,14 +85,14 @@ def test_each_part_is_cut_to_its_own_limit(exported: Any) -> None:
     long = " ".join(make_texts(80, seed=5))
     parts_of = [("short", long, long), (long, "short", long), (long, "a", "b"), (long, long, long)]
     for source, first, second in parts_of:
-        row = runtime.parse({"prompt": source, "responses": [first, second]})
-        (encoded, _) = runtime.encode(row.items)
+        row = runtime.answers.parse({"prompt": source, "responses": [first, second]})
+        (encoded, _) = runtime.answers.encode(row.items)
         expected = encode(tokenizer, source, first, second)
         assert encoded.ids.tolist() == expected  # type: ignore[union-attr]
         whole = encode(tokenizer, source, first, second, longest=(100_000, 100_000))
         assert encoded.truncated == len(whole) - len(expected) > 0  # type: ignore[union-attr]
     assert len(expected) == 2048
-    (lowered, _) = runtime.encode(row.items, max_length=256)
+    (lowered, _) = runtime.answers.encode(row.items, max_length=256)
     ids = lowered.ids.tolist()  # type: ignore[union-attr]
     assert ids == encode(tokenizer, long, long, long, longest=(153, 51))  # the same shares
 

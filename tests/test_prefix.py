@@ -52,7 +52,7 @@ def awkward_texts(vocabulary: int) -> list[EncodedText]:
 
 
 def rewards(model: RewardModel, texts: Sequence[EncodedText]) -> list[float]:
-    found = model.score_encoded(texts)
+    found = model.runner.run(texts)
     assert all(isinstance(value, np.ndarray) for value in found), found
     return [float(value[0]) for value in found]  # type: ignore[index]
 
@@ -162,9 +162,9 @@ def test_a_process_model_shares_only_what_comes_before_its_first_step(steps_bund
         EncodedText(np.array([*base, *rng.integers(5, 60, 40)]), 0, np.array([70, 80 + extra, 99]))
         for extra in range(6)
     ]
-    expected = [plain.score_encoded([text])[0] for text in texts]
+    expected = [plain.runner.run([text])[0] for text in texts]
     model = RewardModel.load(steps_bundle, provider="cpu")
-    found = model.score_encoded(texts)
+    found = model.runner.run(texts)
     assert [np.asarray(each).tobytes() for each in found] == [np.asarray(each).tobytes() for each in expected]
     assert model.statistics.shared > 0.4
 

@@ -30,8 +30,9 @@ from rewardrt import RewardModel, RewardRTError, RowError, Scored, TruncationWar
 from rewardrt.bundle.spec import Spec, Tap, from_json, to_json
 from rewardrt.checks.verify import verify
 from rewardrt.errors import BundleError, CheckpointError
-from rewardrt.text.rendering import Steps
-from rewardrt.text.rows import fill_row, parse_row
+from rewardrt.scoring.scored import fill_row
+from rewardrt.text.items import Steps
+from rewardrt.text.rows import parse_row
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.families.language_model_head import token_rows
 from rewardrt_export.pipeline import export
@@ -320,7 +321,7 @@ def test_separators_inside_of_a_raw_text_are_steps_each(made: Any) -> None:
 
 def test_a_raw_text_with_step_tokens_is_scored_as_sent(qwen_model: RewardModel) -> None:
     steps = ["One.", "Two."]
-    text = qwen_model.renderer.render(Steps("Q", tuple(steps))).text
+    text = qwen_model.answers.renderer.render(Steps("Q", tuple(steps))).text
     raw, row = qwen_model.score_rows([{"text": text}, {"prompt": "Q", "steps": steps}])
     assert isinstance(raw, Scored) and isinstance(row, Scored)
     assert (raw.steps, raw.tokens) == (row.steps, row.tokens)

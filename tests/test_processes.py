@@ -135,7 +135,7 @@ def test_a_lock_that_a_thread_held_at_the_fork_is_free_in_the_child() -> None:
     program = """
 model = RewardModel.load(BUNDLE, provider="cpu", precision="fp32", prefix_cache_mb=8)
 expected = bits(model)
-with model._lock, model._cache._lock, model.session._reopening:
+with model.runner._lock, model.runner._cache._lock, model.session._reopening:
     child = os.fork()
     if child == 0:
         os._exit(0 if bits(model) == expected else 5)
@@ -149,11 +149,11 @@ print(json.dumps([code, bits(model) == expected]))
 def test_a_child_tokenizes_many_texts_after_the_parent_did_so_in_parallel(parallelism: str) -> None:
     program = """
 model = RewardModel.load(BUNDLE, provider="cpu", precision="fp32")
-items = [item for index in range(3000) for item in model.parse({"text": f"{index} and some words"}).items]
-expected = [text.ids.tolist() for text in model.encode(items)]
+items = [item for index in range(3000) for item in model.answers.parse({"text": f"{index} and some words"}).items]
+expected = [text.ids.tolist() for text in model.answers.encode(items)]
 child = os.fork()
 if child == 0:
-    sys.exit(0 if [text.ids.tolist() for text in model.encode(items)] == expected else 5)
+    sys.exit(0 if [text.ids.tolist() for text in model.answers.encode(items)] == expected else 5)
 print(json.dumps(wait(child)))
 """
     assert run(program, environment={"TOKENIZERS_PARALLELISM": parallelism}) == 0
@@ -252,14 +252,14 @@ def test_a_copy_is_loaded_with_the_options_of_the_original(again: Any, monkeypat
     copied = again(original)
     assert copied is not original and copied.session is not original.session
     assert copied.bundle.path == BUNDLE
-    assert {name: getattr(copied._opening, name) for name in OPTIONS} == OPTIONS
-    assert (copied.precision, copied.session.threads, copied._batch_tokens, copied._padding) == ("half", 1, 777, True)
+    assert {name: getattr(copied._opening.options, name) for name in OPTIONS} == OPTIONS
+    assert (copied.precision, copied.session.threads, copied.runner._batch_tokens, copied._padding) == ("half", 1, 777, True)
     assert rewards(copied) == rewards(original)
 
 
 def test_a_copy_has_the_precision_that_was_chosen_and_the_provider_that_was_asked_for() -> None:
     original = RewardModel.load(BUNDLE)
-    assert (original._opening.provider, original._opening.precision) == ("auto", original.precision)
+    assert (original._opening.options.provider, original._opening.options.precision) == ("auto", original.precision)
     assert copy.copy(original).precision == original.precision
 
 
@@ -288,10 +288,10 @@ def test_an_error_of_a_row_comes_back_from_another_process(model: RewardModel) -
     assert (type(again), str(again)) == (type(error), str(error))
 
 
-def test_a_model_that_was_made_by_hand_is_pickled_too(model: RewardModel) -> None:
-    made = RewardModel(model.bundle, model.session, precision="fp32", batch_tokens=99)
+def test_the_options_of_a_model_go_with_it(model: RewardModel) -> None:
+    made = RewardModel.load(BUNDLE, provider="cpu", precision="fp32", batch_tokens=99, prefix_reuse=False)
     again = pickle.loads(pickle.dumps(made))
-    assert (again._batch_tokens, again.provider) == (99, "cpu")
+    assert (again.runner._batch_tokens, again.runner._prefix_reuse, again.provider) == (99, False, "cpu")
     assert np.frombuffer(rewards(again)).tolist() == np.frombuffer(rewards(model)).tolist()
 
 

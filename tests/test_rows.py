@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from rewardrt.errors import RowError
-from rewardrt.text.rendering import Conversation, RawText
-from rewardrt.text.rows import Row, Scored, error_row, fill_row, parse_row
+from rewardrt.scoring.scored import Scored, ScoredAnswers, ScoredPair, error_row, fill_row
+from rewardrt.text.items import Conversation, RawText
+from rewardrt.text.rows import Row, parse_row
 
 USER, YES, NO = (
     {"role": "user", "content": "Q"},
@@ -152,7 +153,7 @@ def test_a_row_that_is_none_of_the_shapes_says_what_is_wrong(row: object, messag
 
 def test_one_reward_is_added_after_the_other_fields() -> None:
     row = {"b": 1, "text": "x", "a": None}
-    filled = fill_row(row, parse_row(row), [Scored(float(np.float32(0.1)), 7, 0)])
+    filled = fill_row(row, Scored(float(np.float32(0.1)), 7, 0))
     assert list(filled.items()) == [
         ("b", 1),
         ("text", "x"),
@@ -166,14 +167,14 @@ def test_one_reward_is_added_after_the_other_fields() -> None:
 
 def test_rewards_come_with_the_first_of_the_best() -> None:
     row = {"prompt": "Q", "responses": ["a", "b", "c"]}
-    filled = fill_row(row, parse_row(row), [Scored(-1.5, 3, 0), Scored(2.25, 4, 1), Scored(2.25, 5, 2)])
+    filled = fill_row(row, ScoredAnswers((Scored(-1.5, 3, 0), Scored(2.25, 4, 1), Scored(2.25, 5, 2))))
     added = {"rewards": [-1.5, 2.25, 2.25], "best": 1, "tokens": [3, 4, 5], "truncated": [0, 1, 2]}
     assert list(filled.items()) == [*row.items(), *added.items()]
 
 
 def test_a_pair_gets_its_margin_and_lists_in_the_order_chosen_rejected() -> None:
     row = {"rejected": "no", "chosen": "yes", "prompt": "Q"}
-    filled = fill_row(row, parse_row(row), [Scored(0.5, 3, 0), Scored(1.75, 4, 1)])
+    filled = fill_row(row, ScoredPair(Scored(0.5, 3, 0), Scored(1.75, 4, 1)))
     added = {"chosen_reward": 0.5, "rejected_reward": 1.75, "margin": -1.25, "tokens": [3, 4], "truncated": [0, 1]}
     assert list(filled.items()) == [*row.items(), *added.items()]
 
@@ -190,13 +191,13 @@ def test_a_pair_gets_its_margin_and_lists_in_the_order_chosen_rejected() -> None
     ],
 )
 def test_a_reward_is_the_shortest_decimal_that_is_its_float32(value: float, text: str) -> None:
-    reward = fill_row({}, Row("single", (RawText("x"),)), [Scored(float(np.float32(value)), 1, 0)])["reward"]
+    reward = fill_row({}, Scored(float(np.float32(value)), 1, 0))["reward"]
     assert (repr(reward), np.float32(reward)) == (text, np.float32(value))
 
 
 def test_outputs_of_an_earlier_run_are_replaced() -> None:
     row = {"reward": 9, "text": "x", "tokens": "old", "error": "old", "rewards": "mine", "id": 1}
-    filled = fill_row(row, parse_row(row), [Scored(1.0, 2, 0)])
+    filled = fill_row(row, Scored(1.0, 2, 0))
     assert list(filled.items()) == [
         ("text", "x"), ("rewards", "mine"), ("id", 1), ("reward", 1.0), ("tokens", 2), ("truncated", 0),
     ]  # fmt: skip

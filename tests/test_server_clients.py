@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from rewardrt import RewardModel, Scored
-from rewardrt.text.rendering import Conversation, RawText
+from rewardrt.scoring.answers import Prepared
+from rewardrt.text.items import Conversation, RawText
+from rewardrt.text.rows import Row
 from server_process import Running, serving
 
 QUERY = "How do I boil an egg?"
@@ -44,7 +46,8 @@ def short(values: Any) -> list[float]:
 
 def with_special_tokens(offline: RewardModel, text: str) -> Scored:
     """Return the offline score of a text to which the tokenizer adds its special tokens."""
-    (scored,) = offline.score_items([RawText(text, special_tokens=True)])
+    items = (RawText(text, special_tokens=True),)
+    (scored,) = offline.score_prepared(Prepared((Row("single", items),), tuple(offline.answers.encode(items))))
     assert isinstance(scored, Scored)
     return scored
 
@@ -114,7 +117,7 @@ def test_huggingface_hub_classifies(server: Running, offline: RewardModel, monke
 def test_verl_reads_its_reward_from_vllm_and_from_sglang(server: Running, offline: RewardModel) -> None:
     """It strips the BOS that the template wrote, because these servers add it; a client that leaves it gets no two."""
     conversation = Conversation(QUERY, {"role": "assistant", "content": DOCUMENTS[0]})
-    written = offline.renderer.render(conversation).text
+    written = offline.answers.renderer.render(conversation).text
     bos = offline.spec.special_tokens["bos_token"]
     assert written.startswith(bos)
     expected = short([offline.score(prompt=QUERY, response=DOCUMENTS[0])])
@@ -130,8 +133,8 @@ def test_verl_reads_its_reward_from_vllm_and_from_sglang(server: Running, offlin
 def test_vllm_classifies_texts_ids_and_conversations(server: Running, offline: RewardModel) -> None:
     ids = [[5, 6, 7, 8], [9, 10]]
     answer = call(server, "/classify", {"input": ids}).json()
-    encoded = [offline.tokenizer.encode_ids(each) for each in ids]
-    expected = [values[0] for values in offline.score_encoded(encoded)]
+    encoded = [offline.answers.tokenizer.encode_ids(each) for each in ids]
+    expected = [values[0] for values in offline.runner.run(encoded)]
     assert [item["probs"] for item in answer["data"]] == [[value] for value in short(expected)]
     assert answer["usage"] == {
         "prompt_tokens": 6, "total_tokens": 6, "completion_tokens": 0, "prompt_tokens_details": None,

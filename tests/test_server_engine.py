@@ -13,7 +13,7 @@ import pytest
 from rewardrt import RewardModel, Scored
 from rewardrt.errors import InferenceError
 from rewardrt.server.engine import Engine, Job, Work
-from rewardrt.text.rendering import RawText
+from rewardrt.text.items import RawText
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def ask(engine: Engine, *texts: str) -> tuple[Job, threading.Event]:
 def test_a_reward_that_is_no_number_fails_its_text_alone(
     engine: Engine, model: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (bad,) = model.encode([RawText("bad")])
+    (bad,) = model.answers.encode([RawText("bad")])
     run = model.session.run
 
     def broken(input_ids: Any, *arguments: Any, **options: Any) -> Any:
@@ -80,7 +80,7 @@ def test_work_that_nobody_waits_for_is_dropped(
     engine: Engine, model: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go = threading.Event(), threading.Event()
-    encode = model.encode
+    encode = model.answers.encode
     seen: list[int] = []
 
     def slow(items: Any, **options: Any) -> Any:
@@ -89,7 +89,7 @@ def test_work_that_nobody_waits_for_is_dropped(
         seen.append(len(items))
         return encode(items, **options)
 
-    monkeypatch.setattr(model, "encode", slow)
+    monkeypatch.setattr(model.answers, "encode", slow)
     _, first = ask(engine, "first")
     assert begun.wait(30)  # the first is being scored while the others come
     gone, _ = ask(engine, *["gone"] * 5)

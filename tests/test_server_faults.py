@@ -15,8 +15,8 @@ from rewardrt import RewardModel, RowError, Scored
 from rewardrt.errors import InferenceError
 from rewardrt.server.engine import RESTARTS, Engine
 from rewardrt.server.problem import Problem
-from rewardrt.server.turns import LONG_TEXT, Job, TokenIds, Turns, Work, estimated_tokens
-from rewardrt.text.rendering import Conversation, RawText
+from rewardrt.server.turns import LONG_TEXT, Job, Turns, Work, estimated_tokens
+from rewardrt.text.items import Conversation, RawText, TokenIds
 from server_process import serving
 
 
@@ -75,8 +75,8 @@ def test_a_turn_that_fails_is_taken_apart_until_the_text_at_fault_is_alone(
     class PanicError(BaseException):
         pass
 
-    (bad,) = model.encode([RawText("bad")])
-    score = model.score_encoded
+    (bad,) = model.answers.encode([RawText("bad")])
+    score = model.runner.run
 
     def fails(texts: Any, **options: Any) -> Any:
         if any(text.ids.tolist() == bad.ids.tolist() for text in texts):
@@ -84,7 +84,7 @@ def test_a_turn_that_fails_is_taken_apart_until_the_text_at_fault_is_alone(
         return score(texts, **options)
 
     engine = make()
-    monkeypatch.setattr(model, "score_encoded", fails)
+    monkeypatch.setattr(model.runner, "run", fails)
     asked = [ask(engine, *texts) for texts in (["a"], ["b", "bad", "c"], ["d"], [TokenIds((1, 2**63)), TokenIds((5,))])]
     assert all(done.wait(30) for _, done in asked)
     kinds = [[type(result) for result in job.results] for job, _ in asked]
@@ -167,7 +167,7 @@ def test_a_text_is_booked_by_its_bytes_and_every_part_of_a_conversation_counts()
 def test_a_long_text_is_tokenized_beside_the_engine_and_nobody_waits_for_it(
     make: Callable[..., Engine], model: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, encode, threads = threading.Event(), model.encode, set()
+    go, encode, threads = threading.Event(), model.answers.encode, set()
 
     def slow(items: Any, **options: Any) -> Any:
         if any(len(item.text) > LONG_TEXT for item in items):
@@ -175,7 +175,7 @@ def test_a_long_text_is_tokenized_beside_the_engine_and_nobody_waits_for_it(
             assert go.wait(30)
         return encode(items, **options)
 
-    monkeypatch.setattr(model, "encode", slow)
+    monkeypatch.setattr(model.answers, "encode", slow)
     engine = make()
     long, long_done = ask(engine, "short", "word " * 10_000, "another", client="a")
     short, short_done = ask(engine, "short", client="a")
@@ -193,14 +193,14 @@ def test_a_long_text_is_tokenized_beside_the_engine_and_nobody_waits_for_it(
 def test_a_full_queue_makes_a_request_wait_and_it_may_be_taken_back_until_it_begins(
     make: Callable[..., Engine], model: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go, encode = threading.Event(), threading.Event(), model.encode
+    begun, go, encode = threading.Event(), threading.Event(), model.answers.encode
 
     def slow(items: Any, **options: Any) -> Any:
         begun.set()
         assert go.wait(30)
         return encode(items, **options)
 
-    monkeypatch.setattr(model, "encode", slow)
+    monkeypatch.setattr(model.answers, "encode", slow)
     engine = make(max_queue_tokens=100)
     _, first = ask(engine, "word " * 100)
     assert begun.wait(30)

@@ -26,7 +26,7 @@ from commands import run
 from panicking_bundle import make_panicking
 from rewardrt import RewardModel
 from rewardrt.server.engine import Engine, Work
-from rewardrt.text.rendering import RawText
+from rewardrt.text.items import RawText
 from server_process import Running, serving
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"

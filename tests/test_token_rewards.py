@@ -34,19 +34,19 @@ def server(bundle: Path) -> Iterator[Running]:
 
 def test_each_is_the_reward_of_the_text_up_to_it(bundle: Path) -> None:
     model = RewardModel.load(bundle, precision="fp32")
-    (text,) = model.encode(model.parse({"prompt": PROMPT, "response": ANSWERS[2]}).items)
+    (text,) = model.answers.encode(model.answers.parse({"prompt": PROMPT, "response": ANSWERS[2]}).items)
     every = model.token_rewards(text)
     assert every.shape == (text.needed,)
     ends = range(2, text.needed + 1)
     beginnings = [dataclasses.replace(text, ids=text.ids[:end], positions=np.array([end - 1])) for end in ends]
-    alone = np.array([values[0] for values in model.score_encoded(beginnings)])
+    alone = np.array([values[0] for values in model.runner.run(beginnings)])
     assert np.abs(every[1:] - alone).max() < 1e-5
     assert np.ptp(every) > 0.1
 
 
 def test_a_long_text_goes_in_parts_with_the_same_bits(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = RewardModel.load(bundle)
-    (text,) = model.encode(model.parse({"prompt": PROMPT, "response": " ".join(ANSWERS * 4)}).items)
+    (text,) = model.answers.encode(model.answers.parse({"prompt": PROMPT, "response": " ".join(ANSWERS * 4)}).items)
     whole = model.token_rewards(text)
     monkeypatch.setattr(prefix, "CHUNK", 16)
     assert text.needed > 64
@@ -59,21 +59,21 @@ def test_the_rewards_themselves_keep_their_bits(bundle: Path, tiny_bundle: Path)
     assert not without.session.has_token_rewards
     rows = [{"prompt": PROMPT, "response": answer} for answer in ANSWERS]
     assert with_tokens.score_many(rows).tolist() == without.score_many(rows).tolist()
-    (text,) = without.encode(without.parse(rows[0]).items)
+    (text,) = without.answers.encode(without.answers.parse(rows[0]).items)
     with pytest.raises(RewardRTError, match="no rewards of tokens"):
         without.token_rewards(text)
 
 
 def test_clients_get_them(server: Running, bundle: Path) -> None:
     model = RewardModel.load(bundle)
-    (text,) = model.encode(model.parse({"prompt": PROMPT, "response": ANSWERS[0]}).items)
+    (text,) = model.answers.encode(model.answers.parse({"prompt": PROMPT, "response": ANSWERS[0]}).items)
     every = model.token_rewards(text).tolist()
     row = {"prompt": PROMPT, "response": ANSWERS[0]}
     (found,) = httpx.post(f"{server.url}/v1/reward", json={"rows": [row], "token_rewards": True}).json()["rows"]
     pieces, values = zip(*found["token_rewards"], strict=True)
     assert ANSWERS[0] in "".join(pieces)
     assert np.float32(values).tolist() == every
-    rendered = model.renderer.render(model.parse(row).items[0]).text
+    rendered = model.answers.renderer.render(model.answers.parse(row).items[0]).text
     answer = httpx.post(f"{server.url}/pooling", json={"input": rendered, "task": "token_classify"})
     assert answer.status_code == 200
     assert np.float32(answer.json()["data"][0]["data"])[:, 0].tolist() == every

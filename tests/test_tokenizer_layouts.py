@@ -190,7 +190,7 @@ def test_a_sentencepiece_file_alone_gives_sentencepieces_ids(tmp_path: Path) -> 
     export(tmp_path / "rm", tmp_path / "bundle", max_length=128)
     runtime = RewardModel.load(tmp_path / "bundle", provider="cpu")
     for text in ("the quick brown fox", "jumps over it, lazily"):
-        (encoded,) = runtime.encode(list(parse_row({"text": text}).items))
+        (encoded,) = runtime.answers.encode(list(parse_row({"text": text}).items))
         assert [token for token in encoded.ids.tolist() if token != 1] == theirs.encode(text)
 
 

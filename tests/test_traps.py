@@ -107,7 +107,7 @@ def test_trap_5_the_templates_bos_is_neither_doubled_nor_lost(tmp_path: Path) ->
     runtime = RewardModel.load(tmp_path / "bundle", provider="cpu")
     rendered = tokenizer.apply_chat_template(HI, tokenize=False)
     assert tokenizer(rendered)["input_ids"][:2] == [1, 1]  # what a careless caller would score
-    encoded = runtime.encode([parse(HI), raw(rendered)])
+    encoded = runtime.answers.encode([parse(HI), raw(rendered)])
     assert (
         encoded[0].ids.tolist() == encoded[1].ids.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
     )
@@ -129,13 +129,13 @@ def raw(text: str) -> Any:
 def test_trap_6_the_closing_eos_is_there_whether_the_template_writes_it_or_not(openrlhf: Any) -> None:
     folder, *_ = openrlhf
     runtime = RewardModel.load(folder / "bundle", provider="cpu")
-    ids = runtime.encode([parse(HI)])[0].ids.tolist()
+    ids = runtime.answers.encode([parse(HI)])[0].ids.tolist()
     tokenizer = make_tokenizer()
     expected = tokenizer.apply_chat_template(HI, tokenize=False).rstrip("\n") + " </s>"
     assert ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
     assert ids.count(2) == 1
     long = [HI[0], {"role": "assistant", "content": "word " * 2000}]
-    cut = runtime.encode([parse(long)])[0]
+    cut = runtime.answers.encode([parse(long)])[0]
     assert (len(cut.ids), cut.ids[-1]) == (512, 2)  # the cut took the EOS away, the rule puts it back
     assert cut.truncated > 0
 
@@ -161,7 +161,7 @@ def test_trap_9_a_text_that_is_too_long_is_cut_on_the_right_and_says_so(openrlhf
     assert (result.tokens, result.truncated) == (512, len(whole) - 512)
     with pytest.warns(match=r"1 of 1 texts were cut at 512 tokens \(item 0: \d+\)"):
         assert runtime.score(text=text) == result.reward
-    assert runtime.encode([raw(text)])[0].ids.tolist() == whole[:512]
+    assert runtime.answers.encode([raw(text)])[0].ids.tolist() == whole[:512]
 
 
 def test_trap_10_the_graph_has_standard_operators_and_looks_for_no_id(openrlhf: Any) -> None:

@@ -111,7 +111,7 @@ def export(
     if bundle is None:
         raise click.UsageError("give the folder to write the BUNDLE to (or --explain to write none)")
     from rewardrt.bundle.spec import to_json
-    from rewardrt.cli.app import describe_manifest
+    from rewardrt.cli.inspect import describe_manifest
     from rewardrt_export import pipeline
 
     written = pipeline.export(

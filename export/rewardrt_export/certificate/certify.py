@@ -25,7 +25,8 @@ from rewardrt.bundle.spec import Spec
 from rewardrt.checks.verify import TOLERANCES, GoldenText, pair_order_agreement, read_golden, verify
 from rewardrt.errors import CertificateError, InferenceError, RowError
 from rewardrt.text.chat_template import ChatTemplate
-from rewardrt.text.rendering import Pair, RawText, Renderer
+from rewardrt.text.items import Pair, RawText
+from rewardrt.text.rendering import Renderer
 from rewardrt.text.tokens import EncodedText, Tokenizer
 from rewardrt_export.certificate.golden import MARGIN, MIN_TEXTS, Candidate, golden_texts, probe_texts
 from rewardrt_export.certificate.published_class import rewards_of_class
@@ -359,7 +360,7 @@ def measure_fidelity(
     model = RewardModel.load(bundle, provider="cpu", precision=precision, check_hashes=False)
     expected = np.array([reward for text in golden[unseen] for reward in text.rewards], dtype=np.float64)
     found = []
-    for values in model.score_encoded(texts):
+    for values in model.runner.run(texts):
         if isinstance(values, InferenceError):
             raise CertificateError(f"{precision}: {values}")
         found += values.tolist()

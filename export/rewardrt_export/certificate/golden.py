@@ -23,7 +23,8 @@ from rewardrt.data.files import read_lines
 from rewardrt.data.formats import jsonl_lines
 from rewardrt.errors import CertificateError, RowError
 from rewardrt.scoring.pairwise import plan, text_of
-from rewardrt.text.rendering import Conversation, Item, Pair, RawText, Renderer, Steps
+from rewardrt.text.items import Conversation, Item, Pair, RawText, Steps, TokenIds
+from rewardrt.text.rendering import Renderer
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import Tokenizer
 
@@ -185,7 +186,7 @@ def _takes(renderer: Renderer, tokenizer: Tokenizer, text: Candidate, refused: l
 def _rendered(renderer: Renderer, row: dict[str, Any]) -> list[str]:
     """Return the text that the model reads for this row, or nothing where it refuses the row."""
     try:
-        return [renderer.render(parse_row(row).items[0]).text]
+        return [renderer.render(text_of(parse_row(row))).text]
     except RowError:
         return []
 
@@ -206,6 +207,7 @@ def _read_file(file: Path, renderer: Renderer, tokenizer: Tokenizer, spec: Spec)
                 if isinstance(line.row, RowError):
                     raise line.row
                 for item in plan(parse_row(line.row), spec).items:
+                    assert not isinstance(item, TokenIds)  # no row of a file gives them
                     tokenizer.encode(renderer.render(item))
                     texts.append(Candidate(_row_of(item), None))
     except OSError as error:

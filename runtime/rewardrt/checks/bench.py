@@ -32,8 +32,10 @@ from rewardrt.data.formats import jsonl_lines, open_input
 from rewardrt.errors import BundleError, RewardRTError, RowError
 from rewardrt.machine.providers import Provider, ProviderChoice, select_provider
 from rewardrt.reward_model import RewardModel
-from rewardrt.scoring.pairwise import plan, settle
-from rewardrt.text.rows import Row, Scored, parse_row
+from rewardrt.scoring.answers import regroup
+from rewardrt.scoring.pairwise import plan
+from rewardrt.scoring.scored import Scored
+from rewardrt.text.rows import Row, parse_row
 from rewardrt.text.tokens import EncodedText
 
 LATENCY_TOKENS = (32, 256, 2048)  # of the single texts whose latency is measured
@@ -55,8 +57,7 @@ def _load_model(bundle: str, options: dict[str, Any]) -> tuple[dict[str, Any], C
 def _answer(model: RewardModel, request: dict[str, Any]) -> dict[str, Any]:
     """Encode the texts of rows, or score encoded texts."""
     if "rows" in request:
-        items = [item for row in request["rows"] for item in model.parse(row).items]
-        encoded = model.encode(items, max_length=request["max_length"])
+        encoded = model.answers.prepare(request["rows"], max_length=request["max_length"]).texts
         for text in encoded:
             if isinstance(text, RewardRTError):
                 raise text
@@ -65,10 +66,10 @@ def _answer(model: RewardModel, request: dict[str, Any]) -> dict[str, Any]:
     callers = request.get("callers", 1)
     start = time.perf_counter()
     if callers == 1:
-        values = model.score_encoded(texts)
+        values = model.runner.run(texts)
     else:
         with ThreadPoolExecutor(callers) as pool:
-            found = list(pool.map(model.score_encoded, [texts[first::callers] for first in range(callers)]))
+            found = list(pool.map(model.runner.run, [texts[first::callers] for first in range(callers)]))
         values = [found[index % callers][index // callers] for index in range(len(texts))]
     seconds = time.perf_counter() - start
     outputs = []
@@ -98,10 +99,8 @@ class Workload:
             Scored(values[0], len(text.ids), 0, tuple(values[1:]))
             for text, values in zip(self.texts, outputs, strict=True)
         )
-        return [
-            [answer.reward for answer in settle(row, list(itertools.islice(scores, len(row.items))))]
-            for row in self.rows
-        ]
+        rows = regroup(self.rows, scores)
+        return [[answer.reward for answer in row.answers] for row in rows if not isinstance(row, RewardRTError)]
 
 
 def read_workload(worker: Worker, spec: Spec, file: Path, *, rows: int | None, max_length: int | None) -> Workload:

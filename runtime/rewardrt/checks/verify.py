@@ -19,9 +19,10 @@ from rewardrt.bundle.manifest import GOLDEN, Deviation
 from rewardrt.bundle.spec import from_json, to_json
 from rewardrt.errors import BundleError, InferenceError, RewardRTError
 from rewardrt.machine.providers import Provider
-from rewardrt.reward_model import RewardModel, Values
+from rewardrt.reward_model import RewardModel
+from rewardrt.scoring.answers import Values
 from rewardrt.scoring.pairwise import text_of
-from rewardrt.text.rendering import Item
+from rewardrt.text.items import Item
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import EncodedText
 
@@ -95,9 +96,9 @@ def verify(model: RewardModel) -> Verification:
         raise BundleError(f"{model.bundle.path}: every golden text has the same reward; nothing can be verified")
     encoded = [text.encoded for text in texts]
     failures: list[str] = []
-    single = _rewards([model.score_encoded([each])[0] for each in encoded], texts, failures)
+    single = _rewards([model.runner.run([each])[0] for each in encoded], texts, failures)
     # Padded batches are how an accelerator is fed: checked on a CPU too, although it takes texts as they are.
-    batched = _rewards(model.score_encoded(encoded, padding=True, batch_tokens=BATCH_TOKENS), texts, failures)
+    batched = _rewards(model.runner.run(encoded, padding=True, batch_tokens=BATCH_TOKENS), texts, failures)
     tolerance = TOLERANCES[model.precision]
     deviations = [_deviation(values, expected, std) for values in (single, batched)]
     problems = [*failures[:1], *_text_problems(model, texts)]
@@ -122,11 +123,11 @@ def verify(model: RewardModel) -> Verification:
 
 def _text_problems(model: RewardModel, texts: Sequence[GoldenText]) -> list[str]:
     """Say which texts this machine tokenizes otherwise. A template that prints today's date is excused."""
-    if model.uses_date:
+    if model.answers.uses_date:
         return []
     other = []
     for number, text in enumerate(texts, 1):
-        encoded = model.encode([text.item], max_length=text.max_length)[0]
+        encoded = model.answers.encode([text.item], max_length=text.max_length)[0]
         if not isinstance(encoded, EncodedText) or (
             (tuple(encoded.ids.tolist()), tuple(encoded.positions.tolist())) != (text.ids, text.positions)
         ):

@@ -22,10 +22,8 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 from rewardrt.data.formats import LINE_BYTES
 from rewardrt.data.strict_json import read_json
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.scoring.pairwise import settle
+from rewardrt.scoring.scored import ScoredPair, ScoredRow, error_row, fill_row
 from rewardrt.text.fields import unread
-from rewardrt.text.rendering import Item
-from rewardrt.text.rows import Row, Scored, error_row, fill_row, parse_row
 
 WINDOW_ROWS = 4096
 FIRST_ROWS = 100  # the first window, after which a file of which no row can be scored is given up
@@ -33,7 +31,7 @@ WINDOW_BYTES = 32 * 2**20  # of input lines; the last line of a window may go ov
 
 _TOO_DEEP = "nested too deeply; expected a JSON object of fewer levels"
 
-Prepared = TypeVar("Prepared")
+Ready = TypeVar("Ready")  # rows that were made ready to be scored
 
 
 @dataclass(frozen=True)
@@ -60,18 +58,18 @@ class Summary:
     ties: int = 0
     unread: dict[str, int] = field(default_factory=dict)  # fields of text that nothing read: in how many rows
 
-    def add(self, row: dict[str, Any], parsed: Row, scores: list[Scored]) -> None:
+    def add(self, row: dict[str, Any], scored: ScoredRow) -> None:
         """Count one scored row."""
         for name in unread(row):
             self.unread[name] = self.unread.get(name, 0) + 1
         self.scored += 1
-        self.texts += len(scores)
-        self.tokens += sum(score.tokens for score in scores)
-        self.truncated_texts += sum(score.truncated > 0 for score in scores)
-        if parsed.kind == "pair":
+        self.texts += len(scored.answers)
+        self.tokens += sum(answer.tokens for answer in scored.answers)
+        self.truncated_texts += sum(answer.truncated > 0 for answer in scored.answers)
+        if isinstance(scored, ScoredPair):
             self.pairs += 1
-            self.pairs_right += scores[0].reward > scores[1].reward
-            self.ties += scores[0].reward == scores[1].reward
+            self.pairs_right += scored.chosen_reward > scored.rejected_reward
+            self.ties += scored.chosen_reward == scored.rejected_reward
 
 
 def read_lines(lines: Iterable[bytes]) -> Iterator[Line]:
@@ -88,38 +86,31 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[Line]:
 
 
 def score_file(
-    score: Callable[[Prepared], list[Scored | RewardRTError]],
+    prepare: Callable[[Iterable[object]], Ready],
+    score: Callable[[Ready], list[ScoredRow | RewardRTError]],
     lines: Iterable[Line],
     write: Callable[[bytes], object],
     *,
-    prepare: Callable[[list[Item]], Prepared],
     labels: Sequence[str] = (),
-    parse: Callable[[object], Row] = parse_row,
     window: int = WINDOW_ROWS,
     progress: Callable[[Summary], None] | None = None,
 ) -> Summary:
     """Score every row and write each, scored or with `error`, in the order of the input.
 
-    `parse` says which texts the model scores for a row. `prepare` gets all texts of a window at once, and `score` what
-    it made of them; it answers for each in the same order. Reading, parsing and preparing are done in a thread, one
-    window ahead of the scoring. With `labels` rows come out with their objectives. `progress` is called after each
-    window.
+    `prepare` and `score` are `RewardModel.answers.prepare` and `RewardModel.score_prepared`, or do what they do: an
+    error among the rows stays an error. The rows of a window are prepared together, in a thread, one window ahead of
+    those that are scored. With `labels` rows come out with their objectives. `progress` is called after each window.
 
     Raises RewardRTError, before anything is written, when none of the first FIRST_ROWS rows can be scored.
     """
 
-    def prepared(some: list[Line]) -> tuple[list[Line], list[Row | RowError], Prepared | None]:
-        parsed = [_parse(line, parse) for line in some]
-        items = [item for row in parsed if isinstance(row, Row) for item in row.items]
-        return some, parsed, prepare(items) if items else None
+    def prepared(some: list[Line]) -> tuple[list[Line], Ready]:
+        return some, prepare(line.row for line in some)
 
     summary, first_error = Summary(), ""
-    for some, parsed, texts in _ahead(prepared(some) for some in _windows(lines, window)):
-        results = iter(score(texts) if texts is not None else [])
-        finished: list[bytes] = []
-        for line, row in zip(some, parsed, strict=True):
-            own = [next(results) for _ in row.items] if isinstance(row, Row) else []
-            finished.append(_finish(line, row, own, labels, summary))
+    for some, ready in _ahead(prepared(some) for some in _windows(lines, window)):
+        results = score(ready)
+        finished = [_finish(line, result, labels, summary) for line, result in zip(some, results, strict=True)]
         if summary.rows == summary.failed:
             first_error = first_error or json.loads(finished[0])["error"]
         if FIRST_ROWS <= summary.rows == summary.failed:
@@ -257,38 +248,16 @@ def _windows(lines: Iterable[Line], rows: int) -> Iterator[list[Line]]:
         yield some
 
 
-def _parse(line: Line, parse: Callable[[object], Row]) -> Row | RowError:
-    if isinstance(line.row, RowError):
-        return line.row
-    try:
-        return parse(line.row)
-    except RowError as error:
-        return error
-
-
-def _finish(
-    line: Line,
-    parsed: Row | RowError,
-    results: list[Scored | RewardRTError],
-    labels: Sequence[str],
-    summary: Summary,
-) -> bytes:
+def _finish(line: Line, result: ScoredRow | RewardRTError, labels: Sequence[str], summary: Summary) -> bytes:
     """Return the line to write, and count it."""
     summary.rows += 1
     row = {} if isinstance(line.row, RowError) else line.row
     try:
-        if isinstance(parsed, RowError):
-            message = str(parsed)
-        else:
-            scores = [result for result in results if isinstance(result, Scored)]
-            if len(scores) == len(results):
-                scores = settle(parsed, scores)
-                written = to_line(fill_row(row, parsed, scores, labels))
-                summary.add(row, parsed, scores)
-                return written
-            failed = [(index, result) for index, result in enumerate(results) if isinstance(result, RewardRTError)]
-            message = "; ".join(f"{parsed.label(index)}{error}" for index, error in failed)
-        written = to_line(error_row(row, message))
+        if not isinstance(result, RewardRTError):
+            written = to_line(fill_row(row, result, labels))
+            summary.add(row, result)
+            return written
+        written = to_line(error_row(row, str(result)))
     except RecursionError:  # the thread that read it had more room
         written = to_line(error_row({}, f"line {line.number}: {_TOO_DEEP}"))
     summary.failed += 1

@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from rewardrt.bundle.spec import Spec
 from rewardrt.errors import RowError
-from rewardrt.text.rendering import Conversation, Item, Pair, as_turns
-from rewardrt.text.rows import Row, Scored
+from rewardrt.scoring.scored import Scored
+from rewardrt.text.items import Conversation, Item, Pair, TokenIds, as_turns
+from rewardrt.text.rows import Row
 
 Matrix = npt.NDArray[np.float64]
 
@@ -51,7 +52,9 @@ def text_of(row: Row) -> Item:
         first, second = row.items
         if isinstance(first, Conversation) and isinstance(second, Conversation):
             return Pair(first, second)
-    return row.items[0]
+    item = row.items[0]
+    assert not isinstance(item, TokenIds)  # no row of a file gives them
+    return item
 
 
 def settle(row: Row, scores: Sequence[Scored]) -> list[Scored]:

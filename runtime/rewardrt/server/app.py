@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from rewardrt.data.files import to_line
+from rewardrt.errors import RewardRTError
 from rewardrt.server import kserve, own
 from rewardrt.server.access import check_media_type, client_of
 from rewardrt.server.body import (
@@ -314,7 +315,9 @@ def _work(call: Call, options: ServerOptions) -> Work:
 def _render(call: Call, job: Job | None) -> ViewAnswer:
     outcome = call.outcome(job)
     value = call.render(outcome)
-    cut = sum(score.truncated > 0 for row in outcome.rows if isinstance(row, tuple) for score in row)
+    cut = sum(
+        score.truncated > 0 for row in outcome.rows if not isinstance(row, RewardRTError) for score in row.answers
+    )
     headers: Sequence[tuple[str, str]] = (("x-rewardrt-bundle", call.served.sha256),)
     if cut:
         headers = (*headers, ("x-rewardrt-truncated", str(cut)))

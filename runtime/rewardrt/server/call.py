@@ -10,14 +10,15 @@ import numpy as np
 
 from rewardrt.bundle.spec import AggregateRule
 from rewardrt.errors import InferenceError, RewardRTError, RowError
-from rewardrt.scoring.pairwise import settle
+from rewardrt.scoring.answers import flatten, regroup
+from rewardrt.scoring.scored import Scored, ScoredRow, shortest
 from rewardrt.server.models import Models, Served
 from rewardrt.server.options import Overflow, ServerOptions
 from rewardrt.server.problem import Kind, Problem, shortened
 from rewardrt.server.schema import Schema
-from rewardrt.server.turns import Job, TokenIds, TokenReward, Work, characters
-from rewardrt.text.rendering import Item, RawText
-from rewardrt.text.rows import Row, Scored
+from rewardrt.server.turns import Job, TokenReward, Work, characters
+from rewardrt.text.items import Input, RawText
+from rewardrt.text.rows import Row
 
 # Rewards of tokens make long answers: so many fewer texts may be in a request.
 TOKEN_REWARDS = 16
@@ -27,7 +28,7 @@ TOKEN_REWARDS = 16
 class Outcome:
     """What became of a call: for each row the scores of its answers, or why it has none."""
 
-    rows: tuple[tuple[Scored, ...] | RewardRTError, ...]
+    rows: tuple[ScoredRow | RewardRTError, ...]
     token_rewards: Mapping[int, list[TokenReward]]  # by item
 
     @property
@@ -38,7 +39,7 @@ class Outcome:
             if isinstance(row, RewardRTError):
                 kind: Kind = "backend" if isinstance(row, InferenceError) else "validation"
                 raise Problem(kind, f"item {index}: {row}")
-            found += row
+            found += row.answers
         return found
 
 
@@ -56,7 +57,7 @@ class Call:
     """What a request wants scored, and how its answer is written. A row that was refused already holds its error."""
 
     served: Served
-    rows: tuple[Row | TokenIds | RewardRTError, ...]
+    rows: tuple[Row | RewardRTError, ...]
     render: Callable[[Outcome], Any]
     normalize: bool | None = None
     aggregate: AggregateRule | None = None
@@ -66,12 +67,7 @@ class Call:
 
     def work(self, options: ServerOptions) -> Work:
         """Return the items of all rows, with the server's defaults where the request says nothing."""
-        items: list[Any] = []
-        for row in self.rows:
-            if isinstance(row, Row):
-                items += [self._bounded(item, options) for item in row.items]
-            elif isinstance(row, TokenIds):
-                items.append(row)
+        items = [self._bounded(item, options) for item in flatten(self.rows)]
         if len(items) > options.max_items:
             raise _too_many(len(items), options.max_items)
         if self.every_token and len(items) > options.max_items // TOKEN_REWARDS:
@@ -80,7 +76,7 @@ class Call:
         limits = [limit for limit in (self.max_length, options.max_length) if limit is not None]
         normalize = options.normalize if self.normalize is None else self.normalize
         try:
-            self.served.model.check_options(normalize=normalize, aggregate=self.aggregate)
+            self.served.model.answers.check_options(normalize=normalize, aggregate=self.aggregate)
         except RewardRTError as error:
             raise Problem("validation", str(error)) from error
         return Work(
@@ -92,7 +88,7 @@ class Call:
             every_token=self.every_token,
         )
 
-    def _bounded(self, item: Item, options: ServerOptions) -> Item | RowError:
+    def _bounded(self, item: Input, options: ServerOptions) -> Input | RowError:
         """Refuse a text that would take long to read before anything of it could be cut."""
         limit, found = options.characters(self.served.model.spec.max_length), characters(item)
         if found <= limit:
@@ -101,22 +97,9 @@ class Call:
 
     def outcome(self, job: Job | None) -> Outcome:
         """Put the engine's results back into rows; there is no job where nothing was to be scored."""
-        results = iter(job.results if job is not None else ())
-        rows: list[tuple[Scored, ...] | RewardRTError] = []
-        for row in self.rows:
-            if isinstance(row, RewardRTError):
-                rows.append(row)
-                continue
-            own = [next(results) for _ in (row.items if isinstance(row, Row) else (row,))]
-            failed = [(index, result) for index, result in enumerate(own) if isinstance(result, RewardRTError)]
-            if failed:
-                kind = InferenceError if isinstance(failed[0][1], InferenceError) else RowError
-                label = row.label if isinstance(row, Row) else _no_label
-                rows.append(kind(shortened("; ".join(f"{label(index)}{error}" for index, error in failed))))
-                continue
-            scores = [result for result in own if isinstance(result, Scored)]
-            rows.append(tuple(settle(row, scores) if isinstance(row, Row) else scores))
-        return Outcome(tuple(rows), job.token_rewards if job is not None else {})
+        rows = regroup(self.rows, job.results if job is not None else ())
+        short = [type(row)(shortened(str(row))) if isinstance(row, RewardRTError) else row for row in rows]
+        return Outcome(tuple(short), job.token_rewards if job is not None else {})
 
 
 @dataclass(frozen=True)
@@ -232,17 +215,12 @@ def single_rewards(served: Served) -> None:
         raise Problem("validation", message)
 
 
-def number(value: float) -> float:
-    """Return the float whose decimal is the shortest one that is this float32."""
-    return float(str(np.float32(value)))
-
-
 def reward_of(score: Scored, *, sigmoid: bool = False) -> float:
     """Return the reward to send, on request between 0 and 1."""
     if not sigmoid:
-        return number(score.reward)
+        return shortest(score.reward)
     value = float(score.reward)
-    return number(1 / (1 + np.exp(-value)) if value >= 0 else np.exp(value) / (1 + np.exp(value)))
+    return shortest(1 / (1 + np.exp(-value)) if value >= 0 else np.exp(value) / (1 + np.exp(value)))
 
 
 def cut(score: Scored) -> dict[str, int]:
@@ -252,10 +230,6 @@ def cut(score: Scored) -> dict[str, int]:
 
 def _parse(served: Served, row: dict[str, Any], where: str) -> Row:
     try:
-        return served.model.parse(row)
+        return served.model.answers.parse(row)
     except RowError as error:
         raise Problem("validation", f"{where}: {error}" if where else str(error)) from error
-
-
-def _no_label(index: int) -> str:
-    return ""

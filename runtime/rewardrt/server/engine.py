@@ -17,22 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-
 from rewardrt.errors import InferenceError, RewardRTError, RowError
-from rewardrt.reward_model import RewardModel, Values
+from rewardrt.reward_model import RewardModel
+from rewardrt.scoring.answers import Values
+from rewardrt.scoring.scored import Scored, shortest
 from rewardrt.server.problem import Problem
-from rewardrt.server.turns import (
-    SLICE_TOKENS,
-    Job,
-    Slice,
-    TokenIds,
-    TokenReward,
-    Turns,
-    Work,
-)
-from rewardrt.text.rendering import Item
-from rewardrt.text.rows import Scored
+from rewardrt.server.turns import SLICE_TOKENS, Job, Slice, TokenReward, Turns, Work
+from rewardrt.text.items import Input
 from rewardrt.text.tokens import EncodedText
 
 TURN_TOKENS = 8192  # what is scored together: more makes larger batches, and longer waits for those who come next
@@ -277,7 +268,7 @@ class Engine:
         for each in slices:
             encoded += self._encode(each.job, range(each.start, each.stop))
         good = [text for text in encoded if isinstance(text, EncodedText)]
-        values = iter(apart(self.model.score_encoded, good, _failed))
+        values = iter(apart(self.model.runner.run, good, _failed))
         results: list[Scored | RewardRTError] = []
         texts = iter(encoded)
         for each in slices:
@@ -292,7 +283,7 @@ class Engine:
         self, job: Job, index: int, text: EncodedText, values: Values | InferenceError
     ) -> Scored | RewardRTError:
         def finish(_: Sequence[int]) -> list[Scored | RewardRTError]:
-            result = self.model.finish(text, values, normalize=job.work.normalize, aggregate=job.work.aggregate)
+            result = self.model.answers.finish(text, values, normalize=job.work.normalize, aggregate=job.work.aggregate)
             if job.work.every_token and isinstance(result, Scored):
                 job.token_rewards[index] = self._token_rewards(job, index, text)
             return [result]
@@ -302,28 +293,20 @@ class Engine:
     def _encode(self, job: Job, indices: Sequence[int]) -> list[EncodedText | RewardRTError]:
         """Return each item's token ids, or its error, where they were not made beforehand."""
         found = {index: job.encoded.pop(index) for index in indices if index in job.encoded}
-        plain: list[tuple[int, Item]] = []
+        plain: list[tuple[int, Input]] = []
         for index in indices:
             item = job.work.items[index]
             if isinstance(item, RowError):
                 found[index] = item
-            elif isinstance(item, TokenIds):
-                found[index] = self._take_ids(item, job.work)
             elif index not in found:
                 plain.append((index, item))
 
-        def encode(some: Sequence[tuple[int, Item]]) -> list[EncodedText | RewardRTError]:
-            return self.model.encode([item for _, item in some], max_length=job.work.max_length)
+        def encode(some: Sequence[tuple[int, Input]]) -> list[EncodedText | RewardRTError]:
+            return self.model.answers.encode([item for _, item in some], max_length=job.work.max_length)
 
         made = apart(encode, plain, _failed) if plain else []
         found |= {index: text for (index, _), text in zip(plain, made, strict=True)}
         return [self._fitting(found[index], job.work) for index in indices]
-
-    def _take_ids(self, item: TokenIds, work: Work) -> EncodedText | RewardRTError:
-        try:
-            return self.model.tokenizer.encode_ids(item.ids, max_length=work.max_length)
-        except RowError as error:
-            return error
 
     @staticmethod
     def _fitting(text: EncodedText | RewardRTError, work: Work) -> EncodedText | RewardRTError:
@@ -359,29 +342,22 @@ class Engine:
 
     def _token_rewards(self, job: Job, index: int, text: EncodedText) -> list[TokenReward]:
         item = job.work.items[index]
-        try:
-            rewards = self.model.token_rewards(text, normalize=job.work.normalize)
-        except RewardRTError:
+        found = self.model.runner.token_rewards(text)
+        rewards = self.model.answers.normalised(found, normalize=job.work.normalize)
+        if isinstance(rewards, InferenceError):
             return []
-        names = [""] * len(rewards)
-        if not isinstance(item, TokenIds | RowError):
-            rendered = self.model.renderer.render(item)
-            if rendered.pair is None and not rendered.pieces:
-                shown = self.model.tokenizer.pieces(rendered)[: len(names)]
-                names[: len(shown)] = shown
-        return [(name, float(str(value))) for name, value in zip(names, rewards, strict=True)]
+        pieces = [] if isinstance(item, RowError) else self.model.answers.pieces(item)[: len(rewards)]
+        pieces += [""] * (len(rewards) - len(pieces))
+        return [(piece, shortest(value)) for piece, value in zip(pieces, rewards, strict=True)]
 
     def _probe(self) -> None:
         """Find out by a text of our own whether the graph still works."""
-        rule, taps = self.model.spec, max(1, len(self.model.spec.taps))
-        ids = np.zeros(4, dtype=np.int64)
-        type_ids = np.zeros(4, dtype=np.int64) if rule.text.type_ids else None
         try:
-            found = self.model.score_encoded([EncodedText(ids, 0, np.full(taps, 3), type_ids)])[0]
+            found = self.model.runner.probe()
         except Exception as error:  # whatever ails the engine
             self.fault = f"the engine failed ({type(error).__name__})"
         else:
-            self.fault = str(found) if isinstance(found, InferenceError) else None
+            self.fault = None if found is None else str(found)
 
 
 def apart(

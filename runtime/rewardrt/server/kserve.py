@@ -12,6 +12,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+from rewardrt.scoring.scored import shortest
 from rewardrt.server.call import (
     Call,
     Dialect,
@@ -20,7 +21,6 @@ from rewardrt.server.call import (
     Reply,
     Scoring,
     answers,
-    number,
     single_rewards,
     texts,
 )
@@ -108,7 +108,7 @@ def infer(incoming: Incoming) -> Call:
     def render(outcome: Outcome) -> Any:
         scores = outcome.scores
         columns: dict[str, list[Any]] = {
-            "score": [number(score.reward) for score in scores],
+            "score": [shortest(score.reward) for score in scores],
             "tokens": [score.tokens for score in scores],
             "truncated": [score.truncated for score in scores],
         }

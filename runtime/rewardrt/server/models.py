@@ -22,7 +22,6 @@ from rewardrt.reward_model import RewardModel
 from rewardrt.server.engine import Engine, Turn
 from rewardrt.server.options import ServerOptions
 from rewardrt.server.problem import Problem
-from rewardrt.text.rendering import Conversation
 
 
 @dataclass
@@ -151,11 +150,11 @@ class Loader:
         if _manifest_sha256(path) != digest:
             raise BundleError(f"{path}: changed while it was loaded; start again once it is whole")
         try:
-            model.check_options(normalize=self.options.normalize)
+            model.answers.check_options(normalize=self.options.normalize)
         except RewardRTError as error:
             raise type(error)(f"{path}: {error}") from error
         # What is imported and set up by the first text (templates, kernels) is not for the first client to wait for.
-        model.score_items([Conversation("a", {"role": "assistant", "content": "b"})])
+        model.score_rows([{"prompt": "a", "response": "b"}])
         if check:
             check_golden_text(model)
         engine = Engine(
@@ -177,7 +176,7 @@ def check_golden_text(model: RewardModel) -> None:
     texts = read_golden(model.bundle.file(GOLDEN))
     std = float(np.std([reward for text in texts for reward in text.rewards]))
     text = min(texts, key=lambda each: len(each.ids))
-    found = model.score_encoded([text.encoded])[0]
+    found = model.runner.run([text.encoded])[0]
     if isinstance(found, InferenceError):
         raise BundleError(f"{path}: a golden text cannot be scored: {found}")
     worst = float(np.abs(found[: len(text.rewards)] - np.array(text.rewards)).max())

@@ -6,10 +6,11 @@ from typing import Any
 
 from rewardrt.bundle.spec import AGGREGATE_RULES
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring, check_texts, number
+from rewardrt.scoring.scored import error_row, fill_row, shortest
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring, check_texts
 from rewardrt.server.problem import Problem, shortened
 from rewardrt.server.schema import BOOLEAN, INTEGER, STRING, array, body, only
-from rewardrt.text.rows import Row, error_row, fill_row
+from rewardrt.text.rows import Row
 
 ROW = {"type": "object", "additionalProperties": True}
 BODY = body(
@@ -47,7 +48,7 @@ def prepare(incoming: Incoming) -> Call:
     rows: list[Row | RewardRTError] = []
     for row in wanted["rows"]:
         try:
-            rows.append(served.model.parse(row))
+            rows.append(served.model.answers.parse(row))
         except RowError as error:
             rows.append(RowError(shortened(str(error))))
 
@@ -58,11 +59,11 @@ def prepare(incoming: Incoming) -> Call:
             if isinstance(parsed, RewardRTError) or isinstance(scores, RewardRTError):
                 filled.append(error_row(row, str(parsed if isinstance(parsed, RewardRTError) else scores)))
             else:
-                filled.append(fill_row(row, parsed, list(scores), labels))
-                tokens += sum(score.tokens for score in scores)
+                filled.append(fill_row(row, scores, labels))
+                tokens += sum(answer.tokens for answer in scores.answers)
                 if wanted.get("token_rewards"):
                     every = [outcome.token_rewards.get(item + index, []) for index in range(len(parsed.items))]
-                    pieces = [[[text, number(reward)] for text, reward in each] for each in every]
+                    pieces = [[[text, shortest(reward)] for text, reward in each] for each in every]
                     filled[-1]["token_rewards"] = pieces[0] if parsed.kind == "single" else pieces
             item += len(parsed.items) if isinstance(parsed, Row) else 0
         return {"model": served.name, "rows": filled, "tokens": tokens}

@@ -1,6 +1,6 @@
 """SGLang's scoring routes: `/classify` with `text`, `/v1/rerank` without `model`, and `/v1/embeddings` for verl.
 
-As in SGLang, texts get the tokenizer's special tokens. An embedding has one number, the reward.
+As in SGLang, texts get the tokenizer's special tokens. An embedding has one  the reward.
 """
 
 from __future__ import annotations

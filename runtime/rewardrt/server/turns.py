@@ -13,10 +13,10 @@ from functools import cached_property
 
 from rewardrt.bundle.spec import AggregateRule
 from rewardrt.errors import RewardRTError, RowError
+from rewardrt.scoring.scored import Scored
 from rewardrt.server.options import Overflow
 from rewardrt.text.chat_template import TemplateInputs
-from rewardrt.text.rendering import Conversation, Item, Pair, RawText, Steps, as_turns
-from rewardrt.text.rows import Scored
+from rewardrt.text.items import Conversation, Input, Pair, RawText, Steps, TokenIds, as_turns
 from rewardrt.text.tokens import EncodedText
 
 SLICE_TOKENS = 2048  # what a client gets before the next one
@@ -31,17 +31,10 @@ TokenReward = tuple[str, float]  # the part of the text that a token ends, and t
 
 
 @dataclass(frozen=True)
-class TokenIds:
-    """A text that comes as token ids."""
-
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Work:
     """What a request wants of an engine. An item that was refused already is its error."""
 
-    items: tuple[Item | TokenIds | RowError, ...]
+    items: tuple[Input | RowError, ...]
     normalize: bool | None = None
     aggregate: AggregateRule | None = None
     max_length: int | None = None
@@ -152,14 +145,14 @@ class Turns:
         return share
 
 
-def characters(item: Item | TokenIds | RowError) -> int:
+def characters(item: Input | RowError) -> int:
     """Return about how many characters there are to read of an item, before a template adds its own."""
     if isinstance(item, RawText):
         return len(item.text)
     return _amount(item, len, MESSAGE_CHARACTERS)
 
 
-def estimated_tokens(item: Item | TokenIds | RowError) -> int:
+def estimated_tokens(item: Input | RowError) -> int:
     """Return about how many tokens an item has, without reading it."""
     if isinstance(item, RowError):
         return 1

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from rewardrt.scoring.scored import Scored, shortest
 from rewardrt.server.call import (
     CONVERSATION,
     Call,
@@ -22,7 +23,6 @@ from rewardrt.server.call import (
     answers,
     conversation,
     cut,
-    number,
     ranking,
     reward_of,
     single_rewards,
@@ -43,8 +43,8 @@ from rewardrt.server.schema import (
     body,
     only,
 )
-from rewardrt.server.turns import TokenIds
-from rewardrt.text.rows import Row, Scored
+from rewardrt.text.items import TokenIds
+from rewardrt.text.rows import Row
 
 INPUT = {"anyOf": [STRING, STRINGS, array(INTEGER), array(array(INTEGER))]}
 # What vLLM takes everywhere and no score depends on.
@@ -133,7 +133,7 @@ def envelope(kind: str, served: Served, scores: Sequence[Scored], data: list[Any
     }
 
 
-def text_rows(served: Served, value: Any, *, special_tokens: bool) -> tuple[Row | TokenIds, ...]:
+def text_rows(served: Served, value: Any, *, special_tokens: bool) -> tuple[Row, ...]:
     """Return a row for each text or list of token ids of an `input`."""
     single_rewards(served)
     if isinstance(value, str):
@@ -143,10 +143,10 @@ def text_rows(served: Served, value: Any, *, special_tokens: bool) -> tuple[Row 
     if not value:
         raise Problem("validation", "input: expected at least one text, found none")
     lists = value if isinstance(value[0], list) else [value]
-    return tuple(TokenIds(tuple(map(int, ids))) for ids in lists)
+    return tuple(Row("single", (TokenIds(tuple(map(int, ids))),)) for ids in lists)
 
 
-def input_rows(served: Served, wanted: dict[str, Any]) -> tuple[Row | TokenIds, ...]:
+def input_rows(served: Served, wanted: dict[str, Any]) -> tuple[Row, ...]:
     """Return the rows of `input`, or the one of `messages`."""
     value, messages = wanted.get("input"), wanted.get("messages")
     if (value is None) == (messages is None):
@@ -212,7 +212,7 @@ def pooling(incoming: Incoming) -> Call:
         for index, score in enumerate(scores):
             values: list[Any] = [reward_of(score, sigmoid=squash)]
             if every:
-                values = [[number(reward)] for _, reward in outcome.token_rewards.get(index, [])]
+                values = [[shortest(reward)] for _, reward in outcome.token_rewards.get(index, [])]
             data.append({"index": index, "object": "pooling", "data": values} | cut(score))
         return envelope("pool", served, scores, data)
 

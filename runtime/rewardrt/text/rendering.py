@@ -1,65 +1,14 @@
-"""From one item to the string that is tokenized.
-
-An item is raw text, scored exactly as sent, or a conversation that ends with the assistant's answer. Token ids are
-`tokens`' business.
-"""
+"""From one item to the string that is tokenized. Token ids are `tokens`' business."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from rewardrt.bundle.spec import TextRule
 from rewardrt.errors import BundleError, RowError
-from rewardrt.text.chat_template import NO_INPUTS, ChatTemplate, Message, TemplateInputs, content_string
-
-
-@dataclass(frozen=True)
-class RawText:
-    """A text that is scored exactly as sent; on request with the special tokens that the tokenizer itself adds."""
-
-    text: str
-    special_tokens: bool = False
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What came before, and the assistant's answer to it. A prompt that is a string is one user turn."""
-
-    prompt: str | tuple[Message, ...]
-    answer: Message
-    inputs: TemplateInputs = NO_INPUTS
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """The whole conversation, the answer last."""
-        return (*as_turns(self.prompt), self.answer)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one prompt, in the order in which a model that compares them reads them."""
-
-    first: Conversation
-    second: Conversation
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What came before, and the steps of the assistant's answer to it, for a reward each.
-
-    `response` is the answer as a whole where the row has it: what models score that reward no steps.
-    """
-
-    prompt: str | tuple[Message, ...]
-    steps: tuple[str, ...]
-    response: str | None = None
-    inputs: TemplateInputs = NO_INPUTS
-
-
-Item = RawText | Conversation | Pair | Steps
+from rewardrt.text.chat_template import ChatTemplate, Message, content_string
+from rewardrt.text.items import Conversation, Item, Pair, RawText, Steps, as_turns, check_string
 
 
 @dataclass(frozen=True)
@@ -206,81 +155,3 @@ class Renderer:
         raise RowError(
             "this model has no chat template: expected text, or one prompt and its answer; found a longer conversation"
         )
-
-
-def as_turns(prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:
-    """Return the messages that a prompt stands for."""
-    return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-
-
-def check_string(value: object, where: str) -> str:
-    """Return `value` if it is a string that can be encoded, or raise RowError naming the place."""
-    if not isinstance(value, str):
-        raise RowError(f"{where}: expected a string, found {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        found = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start + 1}"
-        raise RowError(f"{where}: expected text that can be encoded as UTF-8, found {found}") from None
-    return str.__str__(value)  # a subclass would bring its own methods into the template's sandbox
-
-
-def check_messages(value: object, where: str) -> tuple[Message, ...]:
-    """Return a copy of a list of messages if it is one, or raise RowError naming the place.
-
-    A message is an object with the string `role` and with `content`: a string, a list of parts of text, or null (or not
-    there) beside `tool_calls`. What else it holds is passed on to the template.
-    """
-    if not isinstance(value, list | tuple):
-        raise RowError(f"{where}: expected a list of messages, found {type(value).__name__}")
-    if not value:
-        raise RowError(f"{where}: expected at least one message, found an empty list")
-    return tuple(_check_message(message, f"{where}[{index}]") for index, message in enumerate(value))
-
-
-def _check_message(value: object, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise RowError(f"{where}: expected an object with role and content, found {type(value).__name__}")
-    if missing := [name for name in ("role", "content") if name not in value and not _says_otherwise(value, name)]:
-        raise RowError(f"{where}: expected role and content, found no {' and no '.join(missing)}")
-    role = check_string(value["role"], f"{where}.role")
-    checked: Message = {"role": role}
-    if not _says_otherwise(value, "content") or value.get("content") is not None:
-        checked["content"] = _check_content(value["content"], f"{where}.content")
-    if not role:
-        raise RowError(f"{where}.role: expected system, user, assistant or tool, found an empty string")
-    if value.keys() == checked.keys():
-        return {name: checked[name] for name in value}
-    message: Message = check_json({**value, **checked}, where)
-    return message
-
-
-def _says_otherwise(message: Message, name: str) -> bool:
-    """Whether a message may do without a field: content, where it calls tools."""
-    return name == "content" and bool(message.get("tool_calls"))
-
-
-def _check_content(value: object, where: str) -> str | list[dict[str, str]]:
-    if not isinstance(value, list | tuple):
-        return check_string(value, where)
-    if not value:
-        raise RowError(f"{where}: expected a string or at least one part of text, found an empty list")
-    parts = []
-    for index, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part, dict):
-            found = check_string(kind, f"{where}[{index}].type")[:40]
-            expected = '{"type": "text", "text": ...}, since only text is scored'
-            raise RowError(f"{where}[{index}]: expected {expected}; found {found!r}")
-        text = check_string(part.get("text"), f"{where}[{index}].text")
-        parts.append({**check_json(part, f"{where}[{index}]"), "text": text})
-    return parts
-
-
-def check_json(value: object, where: str) -> Any:
-    """Return a copy of a value that is made of JSON's types alone, or raise RowError naming the place."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise RowError(f"{where}: expected JSON values only, found something else ({reason})") from None

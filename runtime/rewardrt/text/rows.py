@@ -24,18 +24,15 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-
-import numpy as np
 
 from rewardrt.errors import RowError
 from rewardrt.text.chat_template import NO_INPUTS, RESERVED, Message, TemplateInputs, content_string
 from rewardrt.text.fields import advice
-from rewardrt.text.rendering import (
+from rewardrt.text.items import (
     Conversation,
-    Item,
+    Input,
     RawText,
     Steps,
     as_turns,
@@ -67,10 +64,6 @@ REFUSED_FIELDS = {
     "audios": "only text is scored",
     "mm_processor_kwargs": "only text is scored",
 }
-REWARD_FIELDS = (
-    "step_rewards", "reward", "rewards", "best", "comparisons", "chosen_reward", "rejected_reward", "margin",
-)  # fmt: skip
-OUTPUT_FIELDS = (*REWARD_FIELDS, "tokens", "truncated", "objectives", "error")
 EXPECTED = (
     "expected text, or messages ending with the assistant, or one of prompt and messages "
     "with response, with responses, with steps, or with chosen and rejected"
@@ -86,7 +79,7 @@ class Row:
     """
 
     kind: Literal["single", "ranking", "pair"]
-    items: tuple[Item, ...]
+    items: tuple[Input, ...]
     compare: Literal["", "texts", "vectors"] = ""
 
     @property
@@ -105,24 +98,6 @@ class Row:
 
     def _name(self, answer: int) -> str:
         return f"responses[{answer}]" if self.kind == "ranking" else ("chosen", "rejected")[answer]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One text's float32 reward, the tokens that were scored, and how many were cut off before.
-
-    `objectives` are the values under the spec's labels, for models that have several; of a vector to be compared, all
-    but the first. `comparisons` say how much better the text is than each answer of its row, for models that compare.
-    `steps` are the rewards of the steps, for models that give those; `reward` is then what they were aggregated to, NaN
-    if they were not.
-    """
-
-    reward: float
-    tokens: int
-    truncated: int
-    objectives: tuple[float, ...] = ()
-    comparisons: tuple[float, ...] = ()
-    steps: tuple[float, ...] = ()
 
 
 def parse_row(row: object) -> Row:
@@ -203,48 +178,6 @@ def _parse_answers(row: dict[str, Any], given: list[str]) -> Row:
             raise RowError(f"{EXPECTED}; found {found}{advice(row, given)}")
 
 
-def fill_row(row: dict[str, Any], parsed: Row, scores: Sequence[Scored], labels: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the row with its scores added after its other fields; `scores` are in the order of `parsed.items`.
-
-    `labels` name the objectives; without them none are added.
-    """
-    rewards = [np.float32(score.reward) for score in scores]
-    tokens, truncated = [score.tokens for score in scores], [score.truncated for score in scores]
-    added: dict[str, Any]
-    if parsed.kind == "single":
-        added = {"reward": _shortest(rewards[0]), "tokens": tokens[0], "truncated": truncated[0]}
-        if scores[0].steps:
-            added = {"step_rewards": [_shortest(np.float32(reward)) for reward in scores[0].steps]} | added
-            if np.isnan(rewards[0]):  # not aggregated; one of an earlier run goes too
-                del added["reward"]
-                row = {name: value for name, value in row.items() if name != "reward"}
-    elif parsed.kind == "ranking":
-        best = max(range(len(rewards)), key=rewards.__getitem__)  # the first on ties
-        rewards_out = [_shortest(reward) for reward in rewards]
-        added = {"rewards": rewards_out, "best": best}
-        if scores[0].comparisons:
-            added["comparisons"] = [[_shortest(np.float32(value)) for value in score.comparisons] for score in scores]
-        added |= {"tokens": tokens, "truncated": truncated}
-    else:
-        chosen, rejected = rewards
-        added = {
-            "chosen_reward": _shortest(chosen),
-            "rejected_reward": _shortest(rejected),
-            "margin": _shortest(chosen - rejected),
-            "tokens": tokens,
-            "truncated": truncated,
-        }
-    if labels:
-        named = [dict(zip(labels, map(_shortest, map(np.float32, score.objectives)), strict=True)) for score in scores]
-        added["objectives"] = named[0] if parsed.kind == "single" else named
-    return {name: value for name, value in row.items() if name not in added and name != "error"} | added
-
-
-def error_row(row: dict[str, Any], message: str) -> dict[str, Any]:
-    """Return the row with `error` and without scores of an earlier run."""
-    return {name: value for name, value in row.items() if name not in OUTPUT_FIELDS} | {"error": message}
-
-
 def _may_have_steps(row: dict[str, Any], found: list[str]) -> bool:
     """Whether `steps` means steps here; beside other fields that are scored it is the user's own business."""
     one_answer = found in (["prompt"], ["messages"], ["prompt", "response"], ["messages", "response"])
@@ -320,8 +253,3 @@ def _conversation(prompt: str | tuple[Message, ...], value: object, where: str) 
     if not before and len(turns) == 1:
         raise RowError(f"{where}: expected a conversation and its answer, found an answer alone")
     return Conversation(prompt if len(turns) == 1 else (*before, *turns[:-1]), turns[-1])
-
-
-def _shortest(value: np.float32) -> float:
-    """Return the float whose decimal is the shortest one that is this float32."""
-    return float(str(value))

@@ -6,7 +6,9 @@ The only home of the `tokenizers` library. Knows nothing of batches or graphs.
 from __future__ import annotations
 
 import itertools
+import os
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +67,7 @@ class Tokenizer:
             raise BundleError(f"{path}: not a tokenizer that this tokenizers version reads ({error})") from error
         self._spec = spec
         self._cuts = spec.text.source in ("pair", "segments")
+        _ALIVE.add(self)
 
     def encode(self, text: RenderedText, *, max_length: int | None = None) -> EncodedText:
         """Encode one text; see `encode_many`."""
@@ -294,6 +297,19 @@ class Tokenizer:
                 "a reward for the rest would not be one for the answer: shorten it"
             )
         return positions
+
+
+_ALIVE: weakref.WeakSet[Tokenizer] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    # The threads that tokenize are gone. tokenizers then goes without them, unless this says otherwise: it would wait.
+    if list(_ALIVE) and os.environ.get("TOKENIZERS_PARALLELISM"):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forked)
 
 
 @contextmanager

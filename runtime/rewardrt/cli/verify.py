@@ -1,0 +1,43 @@
+"""`rewardrt verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import click
+
+from rewardrt.cli.options import json_option, precision_option, provider_option, threads_option
+from rewardrt.cli.output import show, show_json
+from rewardrt.machine.providers import ProviderChoice
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@provider_option
+@precision_option
+@threads_option
+@json_option
+def verify(bundle: Path, provider: ProviderChoice, precision: str, threads: int | None, as_json: bool) -> None:
+    """Score the bundle's golden texts on this machine and compare with what torch gave at export.
+
+    Exit status 1 when a reward, or a text's tokens, differ by more than the certificate allows, and 2 when the bundle
+    is uncertified: there is nothing to compare with.
+    """
+    from rewardrt.checks.verify import verify as run
+    from rewardrt.reward_model import RewardModel
+
+    found = run(RewardModel.load(bundle, provider=provider, precision=precision, threads=threads))
+    if as_json:
+        show_json(dataclasses.asdict(found) | {"passed": found.passed})
+    else:
+        show(f"{bundle}: {found.texts} texts, {found.precision} on {found.provider}, against torch at export")
+        for name, deviation in (("alone", found.single), ("batched", found.batched)):
+            show(
+                f"  {name:8s} largest difference {deviation.max_absolute:.2e} = {deviation.max_std:.2e} "
+                f"standard deviations (relative {deviation.max_relative:.2e})"
+            )
+        show(f"  pair order agreement {found.pair_order_agreement:.2%}, tolerance {found.tolerance_std:g} std")
+        show("passed" if found.passed else f"FAILED: {'; '.join(found.problems)}")
+    sys.exit(0 if found.passed else 1)

@@ -1,0 +1,267 @@
+"""Token ids go in, the graph's values come out: what texts share, which go together, and what fails alone.
+
+    texts -> groups and chains (prefix) -> batches (batching) -> values (graph.session)
+
+Knows the graph and batches; nothing of rows, words or bundles.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from rewardrt.bundle.spec import Spec
+from rewardrt.errors import InferenceError, RewardRTError
+from rewardrt.graph.session import GraphSession, KeyValues
+from rewardrt.scoring.batching import BATCH_TOKENS, make_batch, plan_batches
+from rewardrt.scoring.prefix import (
+    Group,
+    Link,
+    PrefixCache,
+    Statistics,
+    chunk_ends,
+    group_worth,
+    plan_chains,
+    plan_groups,
+)
+from rewardrt.text.tokens import EncodedText
+
+Values = npt.NDArray[np.float32]
+
+
+class Runner:
+    """Runs encoded texts through one graph. Thread-safe; a text's values do not depend on what is run with it."""
+
+    def __init__(
+        self,
+        session: GraphSession,
+        spec: Spec,
+        *,
+        weights_bytes: int,
+        batch_tokens: int = BATCH_TOKENS,
+        padding: bool | None = None,
+        prefix_reuse: bool = True,
+        prefix_cache_mb: int = 0,
+        advice: str = "",
+    ) -> None:
+        """Take a graph and how it is fed; the options are those of `RewardModel.load`.
+
+        `weights_bytes` is the size of the graph's weights, `advice` what to say of values that are not finite.
+        Raises RewardRTError for options out of their range.
+        """
+        if batch_tokens < 1:
+            raise RewardRTError(f"batch_tokens {batch_tokens}: expected at least 1")
+        if prefix_cache_mb < 0:
+            raise RewardRTError(f"prefix_cache_mb {prefix_cache_mb}: expected 0 (nothing is kept) or more")
+        self.session = session
+        self._spec = spec
+        self._batch_tokens = batch_tokens
+        self._advice = advice
+        # On a CPU padding is arithmetic for nothing; an accelerator is fed better by full batches.
+        self._padding = session.provider != "cpu" if padding is None else padding
+        # A mean is over all tokens, and a first token is read in the first part: such a text is computed whole.
+        whole = any(tap.rule in ("first", "mean") for tap in spec.taps)
+        self._takes_parts = bool(session.past) and not whole
+        self._prefix_reuse = prefix_reuse and self._takes_parts
+        self._group_worth = group_worth(weights_bytes)
+        self._cache_bytes = prefix_cache_mb * 2**20 if self._prefix_reuse else 0
+        self._cache = PrefixCache(self._cache_bytes) if self._cache_bytes else None
+        self._statistics = Statistics()
+        self._lock = threading.Lock()
+        _ALIVE.add(self)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The tokens that were run since the graph was loaded, and how many of them were computed."""
+        return self._statistics
+
+    def run(
+        self, texts: Sequence[EncodedText], *, padding: bool | None = None, batch_tokens: int | None = None
+    ) -> list[Values | InferenceError]:
+        """Return the graph's outputs for each text, [outputs] float32: the raw reward, then the objectives.
+
+        Of a model that rewards steps they are [steps] float32, the raw reward of each.
+        A text for which the graph fails or gives no finite numbers has an InferenceError in its place. `padding` and
+        `batch_tokens` override the runner's own.
+        """
+        results: dict[int, Values | InferenceError] = {}
+        padding = self._padding if padding is None else padding
+        batch_tokens = batch_tokens or self._batch_tokens
+        chains = [] if padding or not self._takes_parts else self._plan_chains(texts)
+        one_by_one = {link.index for chain in chains for link in chain}
+        if padding and self._prefix_reuse and self.session.shares_past:
+            for group in plan_groups(texts, self._group_worth):
+                results |= self._run_group(texts, group, batch_tokens)
+        rest = [index for index in range(len(texts)) if index not in one_by_one and index not in results]
+        results |= self._run_batches(texts, rest, padding=padding, batch_tokens=batch_tokens)
+        for chain in chains:
+            results |= self._run_chain(texts, chain)
+        return [results[index] for index in range(len(texts))]
+
+    def token_rewards(self, text: EncodedText) -> Values | InferenceError:
+        """Return the raw reward after every token of a text, [tokens] float32, where the graph has them.
+
+        Tokens are those up to the one that the text's own reward is read at. Raises RewardRTError where it has not.
+        """
+        if not self.session.has_token_rewards:
+            raise RewardRTError("this bundle has no rewards of tokens; export it with --token-rewards")
+        try:
+            parts, _ = self._run_parts(text, None, keep=False, output="token_rewards")
+        except InferenceError as error:
+            return error
+        return self._check_finite(np.concatenate(parts)[:, 0])
+
+    def probe(self) -> InferenceError | None:
+        """Run a text of its own; return what is wrong with the graph, if anything is."""
+        ids, taps = np.zeros(4, dtype=np.int64), max(1, len(self._spec.taps))
+        type_ids = np.zeros(4, dtype=np.int64) if self._spec.text.type_ids else None
+        found = self.run([EncodedText(ids, 0, np.full(taps, 3), type_ids)])[0]
+        return found if isinstance(found, InferenceError) else None
+
+    def _run_batches(
+        self, texts: Sequence[EncodedText], indices: Sequence[int], *, padding: bool, batch_tokens: int
+    ) -> dict[int, Values | InferenceError]:
+        """Run texts in batches; of a batch that fails, each by itself."""
+        results: dict[int, Values | InferenceError] = {}
+        lengths = [texts[index].needed if self._spec.causal else len(texts[index].ids) for index in indices]
+        planned = plan_batches(lengths, batch_tokens=batch_tokens, padding=padding)
+        batches = [[indices[place] for place in batch] for batch in planned]
+        while batches:
+            chosen = batches.pop(0)
+            try:
+                rewards = self._run([texts[index] for index in chosen])
+            except InferenceError as error:
+                if len(chosen) > 1:  # one bad text must not take the others with it
+                    batches[:0] = [[index] for index in chosen]
+                else:
+                    results[chosen[0]] = error
+                continue
+            for index, values in zip(chosen, rewards, strict=True):
+                results[index] = self._check_finite(values)
+        return results
+
+    def _plan_chains(self, texts: Sequence[EncodedText]) -> list[list[Link]]:
+        """Return the texts that go through the graph one by one: those that share, and those of several parts."""
+        chains = plan_chains(texts) if self._prefix_reuse else [[Link(index, 0)] for index in range(len(texts))]
+        return [
+            chain
+            for chain in chains
+            if len(chain) > 1 or self._cache is not None or len(chunk_ends(0, texts[chain[0].index])) > 1
+        ]
+
+    def _run_group(
+        self, texts: Sequence[EncodedText], group: Group, batch_tokens: int
+    ) -> dict[int, Values | InferenceError]:
+        """Compute what texts begin with, and then the rest of them in padded batches; what fails is left out."""
+        results: dict[int, Values | InferenceError] = {}
+        first = texts[group.indices[0]]
+        positions = np.zeros_like(first.positions)[None] if self._spec.has_positions else None
+        # The rows hold keys and values of the beginning, too, so it counts for each of them.
+        batches = plan_batches(
+            [texts[index].needed for index in group.indices], batch_tokens=batch_tokens, padding=True
+        )
+        with suppress(InferenceError):  # of memory, for one: they are tried whole, and each by itself at last
+            past = self.session.run_part(first.ids[None, : group.cut], positions, keep=True).values
+            self._count(0, group.cut)
+            for batch in batches:
+                chosen = [group.indices[place] for place in batch]
+                rewards = self._run([texts[index] for index in chosen], past)
+                results |= {index: self._check_finite(values) for index, values in zip(chosen, rewards, strict=True)}
+        return results
+
+    def _run_chain(self, texts: Sequence[EncodedText], chain: Sequence[Link]) -> dict[int, Values | InferenceError]:
+        """Run texts one by one, each after the one that it shares most with."""
+        results: dict[int, Values | InferenceError] = {}
+        held: KeyValues | None = None
+        for link, following in zip(chain, [*(link.cut for link in chain[1:]), 0], strict=True):
+            text = texts[link.index]
+            if link.cut:
+                past = held.first(link.cut) if held is not None else None
+            else:
+                past = self._cache.find(text) if self._cache is not None else None
+            keep = following > (past.tokens if past is not None else 0) or (self._cache is not None and not link.cut)
+            try:
+                values, present = self._run_new(text, past, keep)
+                results[link.index] = self._check_finite(values)
+            except InferenceError as error:
+                results[link.index], present = error, None
+            held = present if keep else past
+            if self._cache is not None and not link.cut and present is not None:
+                self._cache.keep(text.ids[: text.needed], present)
+        return results
+
+    def _run_new(self, text: EncodedText, past: KeyValues | None, keep: bool) -> tuple[Values, KeyValues | None]:
+        """Compute what is new of one text, and count it; with `keep`, give its keys and values."""
+        first = past.tokens if past is not None else 0
+        steps = self._spec.input == "steps"
+        found, present = self._run_parts(text, past, keep=keep, output="token_rewards" if steps else "rewards")
+        self._count(text.needed, text.needed - first)
+        values = np.concatenate(found)[text.positions - first, 0] if steps else found[-1]
+        return values, present
+
+    def _run_parts(
+        self, text: EncodedText, past: KeyValues | None, *, keep: bool, output: Literal["rewards", "token_rewards"]
+    ) -> tuple[list[Values], KeyValues | None]:
+        """Return an output of every part of what is new of one text; with `keep`, the text's keys and values, too."""
+        start = past.tokens if past is not None else 0
+        found: list[Values] = []
+        for end in chunk_ends(start, text):
+            last = end == text.needed
+            positions = None
+            if self._spec.has_positions:
+                positions = (text.positions - start if last else np.zeros_like(text.positions))[None]
+            part = self.session.run_part(
+                text.ids[None, start:end],
+                positions,
+                past=past,
+                keep=keep or not last,
+                output=output,
+            )
+            past, start = part.values, end
+            found.append(part.rewards[0])
+        return found, past
+
+    def _run(self, texts: Sequence[EncodedText], past: KeyValues | None = None) -> Sequence[Values]:
+        """Compute a batch; where a past is given, of tokens that all of them begin with, what follows it."""
+        start = past.tokens if past is not None else 0
+        batch = make_batch(texts, causal=self._spec.causal, with_positions=self._spec.has_positions, start=start)
+        computed = int(batch.lengths.sum())
+        self._count(computed + start * len(texts), computed)
+        if self._spec.input != "steps":
+            return list(self.session.run(batch.input_ids, batch.lengths, batch.positions, batch.type_ids, past=past))
+        every = self.session.run(batch.input_ids, batch.lengths, past=past, output="token_rewards")
+        return [rewards[text.positions - start, 0] for rewards, text in zip(every, texts, strict=True)]
+
+    def _check_finite(self, values: Values) -> Values | InferenceError:
+        if np.isfinite(values).all():
+            return values
+        return InferenceError(f"the reward is {values.tolist()}; expected finite numbers{self._advice}")
+
+    def _count(self, given: int, computed: int) -> None:
+        with self._lock:
+            self._statistics = Statistics(self._statistics.given + given, self._statistics.computed + computed)
+
+    def forked(self) -> None:
+        """Replace what a thread of the other process may have held, or left half done, when this one was forked."""
+        self._lock = threading.Lock()
+        if self._cache is not None:
+            self._cache = PrefixCache(self._cache_bytes)
+
+
+_ALIVE: weakref.WeakSet[Runner] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for runner in list(_ALIVE):
+        runner.forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forked)
