@@ -253,7 +253,12 @@ def test_a_copy_is_loaded_with_the_options_of_the_original(again: Any, monkeypat
     assert copied is not original and copied.session is not original.session
     assert copied.bundle.path == BUNDLE
     assert {name: getattr(copied._opening.options, name) for name in OPTIONS} == OPTIONS
-    assert (copied.precision, copied.session.threads, copied.runner._batch_tokens, copied._padding) == ("half", 1, 777, True)
+    assert (copied.precision, copied.session.threads, copied.runner._batch_tokens, copied.runner._padding) == (
+        "half",
+        1,
+        777,
+        True,
+    )
     assert rewards(copied) == rewards(original)
 
 
