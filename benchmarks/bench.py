@@ -30,8 +30,9 @@ from tokenizers import Tokenizer
 from workloads import DEFAULT, FULL, QUICK, Sizes, write_workloads
 
 from rewardrt.bundle.manifest import Bundle, read_bundle
-from rewardrt.checks.bench import LATENCY_TOKENS, LENGTHS, Workload, compare, read_workload, texts_of_length
+from rewardrt.checks.bench import LATENCY_TOKENS, LENGTHS
 from rewardrt.checks.workers import Outputs, Worker
+from rewardrt.checks.workload import Workload, compare, read_workload, texts_of_length
 from rewardrt.errors import WorkerError
 from rewardrt.text.tokens import EncodedText
 

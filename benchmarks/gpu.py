@@ -23,16 +23,9 @@ from tokenizers import Tokenizer
 from workloads import Sizes, write_workloads
 
 from rewardrt.bundle.manifest import Bundle, read_bundle
-from rewardrt.checks.bench import (
-    LATENCY_TOKENS,
-    Workload,
-    compare,
-    list_candidates,
-    model_command,
-    read_workload,
-    texts_of_length,
-)
+from rewardrt.checks.bench import LATENCY_TOKENS, list_candidates, model_command
 from rewardrt.checks.workers import Outputs, Worker
+from rewardrt.checks.workload import Workload, compare, read_workload, texts_of_length
 
 MAX_LENGTH = 1024
 PAD = 3  # an id that no text of the reference model ends with

@@ -14,8 +14,9 @@ from commands import run
 from conftest import ROOT
 from rewardrt import RewardModel, RewardRTError
 from rewardrt.bundle.manifest import read_bundle
-from rewardrt.checks.bench import Workload, compare, list_candidates, model_command, texts_of_length
+from rewardrt.checks.bench import list_candidates, model_command
 from rewardrt.checks.workers import Worker
+from rewardrt.checks.workload import Workload, compare, texts_of_length
 from rewardrt.errors import WorkerError
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import EncodedText

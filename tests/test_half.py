@@ -15,7 +15,8 @@ from checkpoints import write_sequence_classification
 from rewardrt import RewardModel, reward_model
 from rewardrt.bundle import manifest as bundle
 from rewardrt.bundle import opening
-from rewardrt.bundle.manifest import Bundle, Fidelity, Variant
+from rewardrt.bundle.certificate import Fidelity
+from rewardrt.bundle.manifest import Bundle, Variant
 from rewardrt.errors import InferenceError, ProviderError
 from rewardrt.machine.processor import Processor
 from rewardrt.machine.providers import Selection

@@ -17,14 +17,14 @@ ORDER = {
         telemetry display errors
         machine: processor denormals providers kernels
         graph: graph_file session
-        bundle: spec manifest opening
-        text: template_limits chat_template items rendering tokens fields rows
+        bundle: spec certificate manifest opening
+        text: template_limits chat_template items rendering taps tokens fields rows
         scoring: scored batching prefix runner pairwise answers
         reward_model
         data: formats strict_json files
-        checks: workers bench doctor verify
-        server: options problem access body turns engine models schema call connection kserve log metrics state vllm
-          cohere openrlhf own sglang tei routes views openapi app reload process
+        checks: workers workload bench doctor verify
+        server: options problem access address body turns isolation engine models schema call connection log metrics state vocabulary
+          cohere kserve openrlhf own sglang tei vllm routes views openapi request app reload process
         cli: toplevel options output table bench doctor inspect score serve verify app
     """,
     "rewardrt_export": """
@@ -159,7 +159,6 @@ def test_a_library_has_one_home(library: str) -> None:
     assert {name for name in users if name != home and not name.startswith(f"{home}.")} == set()
 
 
-@pytest.mark.skip(reason="the server's modules are about to be cut")
 def test_protocols_share_a_vocabulary_and_not_each_other() -> None:
     for protocol in PROTOCOLS:
         used = {name.removeprefix("rewardrt.server.") for name in imported(MODULES[f"rewardrt.server.{protocol}"])}

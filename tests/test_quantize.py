@@ -16,7 +16,8 @@ import torch
 from checkpoints_encoders import write_encoder
 from rewardrt import RewardModel, reward_model
 from rewardrt.bundle import manifest as bundle
-from rewardrt.bundle.manifest import Bundle, Fidelity, read_bundle
+from rewardrt.bundle.certificate import Fidelity
+from rewardrt.bundle.manifest import Bundle, read_bundle
 from rewardrt.errors import BundleError, ExportError
 from rewardrt.machine import kernels
 from rewardrt.machine.processor import Processor, read_processor

@@ -10,7 +10,8 @@ import pytest
 from rewardrt.bundle.spec import Head, Layer, Spec, Tap, TapRule, from_json, to_json
 from rewardrt.errors import BundleError, RowError
 from rewardrt.scoring.batching import make_batch, plan_batches
-from rewardrt.text.tokens import EncodedText, tap_positions
+from rewardrt.text.taps import tap_positions
+from rewardrt.text.tokens import EncodedText
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rewardrt import RewardModel
-from rewardrt.bundle.manifest import GOLDEN, TOKENIZER, Certificate, Fidelity
+from rewardrt.bundle.certificate import Certificate, Fidelity
+from rewardrt.bundle.manifest import GOLDEN, TOKENIZER
 from rewardrt.bundle.spec import Spec
 from rewardrt.checks.verify import TOLERANCES, GoldenText, pair_order_agreement, read_golden, verify
 from rewardrt.errors import CertificateError, InferenceError, RowError

@@ -10,7 +10,6 @@ once for several texts, changes the seconds and not the tokens.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import statistics
@@ -25,17 +24,11 @@ from typing import Any
 import numpy as np
 
 from rewardrt.bundle.manifest import Bundle, Variant, read_bundle
-from rewardrt.bundle.spec import Spec
 from rewardrt.checks.workers import Outputs, Worker, serve, text_from_json, text_to_json
-from rewardrt.data.files import read_lines
-from rewardrt.data.formats import jsonl_lines, open_input
-from rewardrt.errors import BundleError, RewardRTError, RowError
+from rewardrt.checks.workload import Fidelity, Workload, compare, read_workload, texts_of_length
+from rewardrt.errors import BundleError, RewardRTError
 from rewardrt.machine.providers import Provider, ProviderChoice, select_provider
 from rewardrt.reward_model import RewardModel
-from rewardrt.scoring.answers import regroup
-from rewardrt.scoring.pairwise import plan
-from rewardrt.scoring.scored import Scored
-from rewardrt.text.rows import Row, parse_row
 from rewardrt.text.tokens import EncodedText
 
 LATENCY_TOKENS = (32, 256, 2048)  # of the single texts whose latency is measured
@@ -81,54 +74,6 @@ def _answer(model: RewardModel, request: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Rows of a file, and the texts that are scored for them in their order: what every candidate gets."""
-
-    name: str
-    rows: tuple[Row, ...]
-    texts: tuple[EncodedText, ...]
-
-    @property
-    def tokens(self) -> int:
-        """The tokens of all texts, as they are given."""
-        return sum(len(text.ids) for text in self.texts)
-
-    def answers(self, outputs: Outputs) -> list[list[float]]:
-        """Return the rewards of each row's answers."""
-        scores = (
-            Scored(values[0], len(text.ids), 0, tuple(values[1:]))
-            for text, values in zip(self.texts, outputs, strict=True)
-        )
-        rows = regroup(self.rows, scores)
-        return [[answer.reward for answer in row.answers] for row in rows if not isinstance(row, RewardRTError)]
-
-
-def read_workload(worker: Worker, spec: Spec, file: Path, *, rows: int | None, max_length: int | None) -> Workload:
-    """Read the first `rows` of a file and let a worker encode their texts; rows with an error are left out.
-
-    Raises RowError for a file that has no row to score.
-    """
-    found: list[dict[str, Any]] = []
-    parsed: list[Row] = []
-    try:
-        with open_input(file) as stream:
-            for line in itertools.islice(read_lines(jsonl_lines(stream, str(file))), rows):
-                if isinstance(line.row, RowError):
-                    continue
-                try:
-                    parsed.append(plan(parse_row(line.row), spec))
-                except RowError:
-                    continue
-                found.append(line.row)
-    except OSError as error:
-        raise RowError(f"{file}: cannot be read ({error.strerror}); expected a JSONL file") from error
-    if not found:
-        raise RowError(f"{file}: no row that this model can score; see `rewardrt score` for what is wrong with each")
-    texts = worker.ask({"rows": found, "max_length": max_length})["texts"]
-    return Workload(file.name, tuple(parsed), tuple(text_from_json(text) for text in texts))
-
-
-@dataclass(frozen=True)
 class Rounds:
     """What one worker did with a workload: the seconds of each round, and the outputs of the last."""
 
@@ -149,30 +94,6 @@ def run_rounds(workers: Sequence[Worker], texts: Sequence[EncodedText], rounds: 
 
 
 @dataclass(frozen=True)
-class Fidelity:
-    """How near rewards come to those of the reference."""
-
-    rms_std: float  # root mean square of the differences, in standard deviations of the reference's rewards
-    preferences: int  # pairs of answers to one prompt that the reference does not tie
-    agreement: float | None  # share of them that are ordered the same way, 0..1; None without any
-
-
-def compare(workload: Workload, outputs: Outputs, reference: Outputs) -> Fidelity:
-    """Compare rewards with the reference's: each text's reward, and the order of the answers of each row."""
-    found = np.array([value for values in outputs for value in values], dtype=np.float64)
-    expected = np.array([value for values in reference for value in values], dtype=np.float64)
-    std = float(expected.std())
-    rms = float(np.sqrt(np.mean((found - expected) ** 2)))
-    same = [
-        np.sign(ours[second] - ours[first]) == np.sign(theirs[second] - theirs[first])
-        for ours, theirs in zip(workload.answers(outputs), workload.answers(reference), strict=True)
-        for first, second in itertools.combinations(range(len(theirs)), 2)
-        if theirs[first] != theirs[second]
-    ]
-    return Fidelity(rms / std if std else float(rms > 0), len(same), float(np.mean(same)) if same else None)
-
-
-@dataclass(frozen=True)
 class Latency:
     """Seconds of a call with one text of `tokens` tokens, over `calls` calls with different texts."""
 
@@ -190,15 +111,6 @@ def measure_latency(worker: Worker, texts: Iterator[EncodedText], tokens: int, s
         times.append(worker.score([next(texts)]).seconds)
     p50, p99 = np.percentile(times, [50, 99])
     return Latency(tokens, len(times), float(p50), float(p99))
-
-
-def texts_of_length(workload: Workload, spec: Spec, tokens: int) -> Iterator[EncodedText]:
-    """Yield texts of exactly so many tokens out of a workload's, each beginning elsewhere; read at the last token."""
-    ids = np.concatenate([text.ids for text in workload.texts])
-    positions = np.full(max(len(spec.taps), 1), tokens - 1, dtype=np.int64)
-    type_ids = np.zeros(tokens, dtype=np.int64) if spec.text.type_ids else None
-    for start in itertools.count(step=37):
-        yield EncodedText(np.take(ids, np.arange(start, start + tokens), mode="wrap"), 0, positions, type_ids)
 
 
 @dataclass(frozen=True)

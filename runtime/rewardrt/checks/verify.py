@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rewardrt.bundle.manifest import GOLDEN, Deviation
+from rewardrt.bundle.certificate import Deviation
+from rewardrt.bundle.manifest import GOLDEN
 from rewardrt.bundle.spec import from_json, to_json
 from rewardrt.errors import BundleError, InferenceError, RewardRTError
 from rewardrt.machine.providers import Provider

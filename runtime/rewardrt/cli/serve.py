@@ -132,8 +132,8 @@ def serve(
         raise click.UsageError(f"--root-path {root_path}: expected a path such as /rewards")
     try:
         from rewardrt.server.access import api_keys
+        from rewardrt.server.address import Address
         from rewardrt.server.options import ServerOptions
-        from rewardrt.server.process import Address
         from rewardrt.server.process import serve as run
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

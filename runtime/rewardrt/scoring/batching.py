@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rewardrt.text.tokens import EncodedText, Ids
+from rewardrt.text.taps import Ids
+from rewardrt.text.tokens import EncodedText
 
 BATCH_TOKENS = 16_384  # default budget of one batch, padding included
 

@@ -17,7 +17,8 @@ from itertools import takewhile
 import numpy as np
 
 from rewardrt.graph.session import KeyValues
-from rewardrt.text.tokens import EncodedText, Ids
+from rewardrt.text.taps import Ids
+from rewardrt.text.tokens import EncodedText
 
 MIN_SHARED = 16  # tokens; for fewer, cutting and copying keys and values costs what it saves
 BLOCK = MIN_SHARED  # tokens that the cache keeps or drops together

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from rewardrt.bundle.spec import AggregateRule
 from rewardrt.errors import InferenceError, RewardRTError, RowError
 from rewardrt.scoring.answers import flatten, regroup
-from rewardrt.scoring.scored import Scored, ScoredRow, shortest
+from rewardrt.scoring.scored import Scored, ScoredRow
 from rewardrt.server.models import Models, Served
 from rewardrt.server.options import Overflow, ServerOptions
 from rewardrt.server.problem import Kind, Problem, shortened
 from rewardrt.server.schema import Schema
 from rewardrt.server.turns import Job, TokenReward, Work, characters
-from rewardrt.text.items import Input, RawText
+from rewardrt.text.items import Input
 from rewardrt.text.rows import Row
 
 # Rewards of tokens make long answers: so many fewer texts may be in a request.
@@ -69,7 +67,7 @@ class Call:
         """Return the items of all rows, with the server's defaults where the request says nothing."""
         items = [self._bounded(item, options) for item in flatten(self.rows)]
         if len(items) > options.max_items:
-            raise _too_many(len(items), options.max_items)
+            raise too_many(len(items), options.max_items)
         if self.every_token and len(items) > options.max_items // TOKEN_REWARDS:
             most = max(1, options.max_items // TOKEN_REWARDS)
             raise Problem("validation", f"{len(items)} texts with rewards of tokens; expected at most {most}")
@@ -141,8 +139,6 @@ class Scoring:
     answer: Schema  # of the JSON body of a 200
 
 
-# The fields of a request that make the text of a conversation.
-CONVERSATION = ("messages", "tools", "documents", "chat_template_kwargs")
 COMMON_STATUS: dict[Kind, int] = {
     "unauthorized": 401,
     "forbidden": 403,
@@ -160,76 +156,6 @@ COMMON_STATUS: dict[Kind, int] = {
 }
 
 
-def texts(served: Served, values: Sequence[str], *, special_tokens: bool = False) -> tuple[Row, ...]:
-    """Return a row for each text that is scored as sent, on request with the tokenizer's own special tokens."""
-    rows = []
-    for index, value in enumerate(values):
-        row = _parse(served, {"text": value}, f"item {index}")
-        if special_tokens:
-            row = Row(row.kind, tuple(RawText(value, special_tokens=True) for _ in row.items))
-        rows.append(row)
-    return tuple(rows)
-
-
-def answers(served: Served, pairs: Sequence[tuple[str, str]]) -> tuple[Row, ...]:
-    """Return a row for each (prompt, answer)."""
-    return tuple(
-        _parse(served, {"prompt": prompt, "response": answer}, f"item {index}")
-        for index, (prompt, answer) in enumerate(pairs)
-    )
-
-
-def ranking(served: Served, query: str, documents: Sequence[str]) -> tuple[Row, ...]:
-    """Return the one row of a query and its documents; () for no documents."""
-    if not documents:
-        return ()
-    row = {"prompt": query, "responses": list(documents)}
-    check_texts(served, [row])
-    return (_parse(served, row, ""),)
-
-
-def conversation(served: Served, wanted: Mapping[str, Any]) -> tuple[Row, ...]:
-    """Return the row of a conversation that ends with the assistant, with what its template is given beside it."""
-    return (_parse(served, {name: wanted[name] for name in CONVERSATION if wanted.get(name) is not None}, ""),)
-
-
-def check_texts(served: Served, rows: Sequence[Any]) -> None:
-    """Raise Problem for rows of too many texts, before anything is made of them; a row that is none counts as one."""
-    compared, most, found = served.model.spec.reads_two_answers, served.options.max_items, 0
-    for row in rows:
-        answers = row.get("responses") if isinstance(row, dict) else None
-        count = len(answers) if isinstance(answers, list) else 1
-        found += max(1, count * (count - 1) if compared else count)
-    if found > most:
-        raise _too_many(found, most)
-
-
-def _too_many(found: int, most: int) -> Problem:
+def too_many(found: int, most: int) -> Problem:
+    """Return why a request with so many texts is not answered."""
     return Problem("validation", f"{found} texts in one request; expected at most {most}")
-
-
-def single_rewards(served: Served) -> None:
-    """Refuse a model that has no one reward for a text, where a protocol has place for just that."""
-    if served.model.spec.input == "steps":
-        message = f"model {served.name!r} rewards steps; expected POST /v1/reward with steps"
-        raise Problem("validation", message)
-
-
-def reward_of(score: Scored, *, sigmoid: bool = False) -> float:
-    """Return the reward to send, on request between 0 and 1."""
-    if not sigmoid:
-        return shortest(score.reward)
-    value = float(score.reward)
-    return shortest(1 / (1 + np.exp(-value)) if value >= 0 else np.exp(value) / (1 + np.exp(value)))
-
-
-def cut(score: Scored) -> dict[str, int]:
-    """Return what is added to an item whose text was cut: by how many tokens."""
-    return {"truncated": score.truncated} if score.truncated else {}
-
-
-def _parse(served: Served, row: dict[str, Any], where: str) -> Row:
-    try:
-        return served.model.answers.parse(row)
-    except RowError as error:
-        raise Problem("validation", f"{where}: {error}" if where else str(error)) from error

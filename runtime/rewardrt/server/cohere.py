@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from rewardrt.server import vllm
+from rewardrt.server import vocabulary
 from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring
 from rewardrt.server.problem import Problem
 from rewardrt.server.schema import INTEGER, STRING, array, nullable, only
 
 DOCUMENT = {"type": "object", "properties": {"text": STRING}, "required": ["text"], "additionalProperties": True}
-RERANK_BODY = vllm.RERANK_BODY | {
-    "properties": vllm.RERANK_BODY["properties"]
+RERANK_BODY = vocabulary.RERANK_BODY | {
+    "properties": vocabulary.RERANK_BODY["properties"]
     | {
         "documents": array({"anyOf": [STRING, DOCUMENT]}),  # fields beside the text are not ranked by, and come back
         "rank_fields": nullable({"type": "array", "items": only("text"), "minItems": 1}),
@@ -28,13 +28,13 @@ RERANK_BODY = vllm.RERANK_BODY | {
 
 def refusal(status: int, problem: Problem) -> dict[str, Any]:
     """Return the body of a request that is not answered."""
-    return {"message": problem.message} | vllm.refusal(status, problem)
+    return {"message": problem.message} | vocabulary.openai_refusal(status, problem)
 
 
 def rerank(incoming: Incoming) -> Call:
     """Rank documents as answers to the query, best first."""
     wanted = incoming.body
-    call = vllm.rank(incoming.models.for_hosted_name(wanted.get("model")), wanted)
+    call = vocabulary.rank(incoming.models.for_hosted_name(wanted.get("model")), wanted)
     limit, least = wanted.get("max_tokens_per_doc"), call.served.model.spec.max_length
     if limit is not None and limit < least:
         # The model's own cut is of the whole text; a document is never cut by itself.
@@ -49,4 +49,4 @@ def rerank(incoming: Incoming) -> Call:
 
 
 DIALECT = Dialect("cohere", refusal)
-RERANK = Scoring(DIALECT, RERANK_BODY, rerank, vllm.RANKED)
+RERANK = Scoring(DIALECT, RERANK_BODY, rerank, vocabulary.RANKED)

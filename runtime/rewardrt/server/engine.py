@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from rewardrt.errors import InferenceError, RewardRTError, RowError
 from rewardrt.reward_model import RewardModel
 from rewardrt.scoring.answers import Values
 from rewardrt.scoring.scored import Scored, shortest
+from rewardrt.server.isolation import apart, place
 from rewardrt.server.problem import Problem
 from rewardrt.server.turns import SLICE_TOKENS, Job, Slice, TokenReward, Turns, Work
 from rewardrt.text.items import Input
@@ -29,9 +29,6 @@ from rewardrt.text.tokens import EncodedText
 TURN_TOKENS = 8192  # what is scored together: more makes larger batches, and longer waits for those who come next
 RESTARTS = 3  # of an engine's thread in RESTART_SECONDS; after one more the engine is dead
 RESTART_SECONDS = 60.0
-
-_Given = TypeVar("_Given")
-_Made = TypeVar("_Made")
 
 
 class OverflowRowError(RowError):
@@ -360,35 +357,5 @@ class Engine:
             self.fault = None if found is None else str(found)
 
 
-def apart(
-    work: Callable[[Sequence[_Given]], Sequence[_Made]],
-    things: Sequence[_Given],
-    failed: Callable[[BaseException], _Made],
-) -> list[_Made]:
-    """Do something with things together; if that fails, with halves of them, down to the one that it fails for.
-
-    A panic in a library's Rust code is a BaseException.
-    """
-    try:
-        return list(work(things)) if things else []
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        if len(things) == 1:
-            return [failed(error)]
-    half = len(things) // 2
-    return apart(work, things[:half], failed) + apart(work, things[half:], failed)
-
-
 def _failed(error: BaseException) -> InferenceError:
     return InferenceError(f"the engine failed at this text ({type(error).__name__} at {place(error)})")
-
-
-def place(error: BaseException) -> str:
-    """Return the file and line that an error comes from, for a log."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
-        return "?"
-    return f"{traceback.tb_frame.f_code.co_filename.rpartition('/')[2]}:{traceback.tb_lineno}"

@@ -13,19 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rewardrt.scoring.scored import shortest
-from rewardrt.server.call import (
-    Call,
-    Dialect,
-    Incoming,
-    Outcome,
-    Reply,
-    Scoring,
-    answers,
-    single_rewards,
-    texts,
-)
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Reply, Scoring
 from rewardrt.server.problem import Problem
 from rewardrt.server.schema import BOOLEAN, INTEGER, STRING, array, body, only
+from rewardrt.server.vocabulary import answers, single_rewards, texts
 
 LENGTH_HEADER = "inference-header-content-length"
 TENSORS = {"score": "FP32", "tokens": "INT64", "truncated": "INT64"}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring, reward_of, single_rewards, texts
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring
 from rewardrt.server.problem import Problem
 from rewardrt.server.schema import NUMBER, STRINGS, array, body
+from rewardrt.server.vocabulary import reward_of, single_rewards, texts
 
 BODY = body(
     {"query": STRINGS},

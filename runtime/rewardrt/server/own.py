@@ -7,9 +7,10 @@ from typing import Any
 from rewardrt.bundle.spec import AGGREGATE_RULES
 from rewardrt.errors import RewardRTError, RowError
 from rewardrt.scoring.scored import error_row, fill_row, shortest
-from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring, check_texts
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring
 from rewardrt.server.problem import Problem, shortened
 from rewardrt.server.schema import BOOLEAN, INTEGER, STRING, array, body, only
+from rewardrt.server.vocabulary import check_texts
 from rewardrt.text.rows import Row
 
 ROW = {"type": "object", "additionalProperties": True}

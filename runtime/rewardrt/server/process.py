@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import ssl
-import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +18,7 @@ import uvicorn
 
 from rewardrt.errors import RewardRTError
 from rewardrt.machine.providers import ProviderChoice
-from rewardrt.server.access import LOOPBACK
+from rewardrt.server.address import ACCEPTED_AT_ONCE, BACKLOG, Address, connection_limit, listening, shown, tls_context
 from rewardrt.server.app import make_app
 from rewardrt.server.connection import Connection
 from rewardrt.server.log import LOG, log
@@ -33,31 +30,10 @@ from rewardrt.server.reload import Reloader
 from rewardrt.server.state import Server
 
 KEEP_ALIVE_SECONDS = 75
-BACKLOG = 2048
-ACCEPTED_AT_ONCE = 4  # connections taken in one turn of the event loop; what is too many is closed two turns later
-SPARE_FILES = 8  # descriptors for what is opened now and then, such as a bundle's files
 TICK_SECONDS = 0.02
 SWEEP_SECONDS = 0.5
 UNFINISHED_SECONDS = 1.0  # for requests that are not whole when the server begins to drain
 SWITCH_SECONDS = 0.001  # Python's threads take turns: the event loop waits for others at most about so long
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a server listens, and what a proxy before it does."""
-
-    host: str = "127.0.0.1"
-    port: int = 5000
-    uds: Path | None = None  # a unix socket, in place of host and port
-    certificate: Path | None = None
-    key: Path | None = None
-    root_path: str = ""  # what a proxy has taken off the path
-    proxies: str = ""  # addresses whose X-Forwarded-For is believed
-
-    @property
-    def is_local(self) -> bool:
-        """Whether only this machine reaches it, by a name or an address."""
-        return self.uds is None and self.host in LOOPBACK
 
 
 def serve(
@@ -103,113 +79,6 @@ def serve(
             LOG.flush()
     if dead := [served for served in models.each if served.engine.dead]:
         raise RewardRTError(f"{dead[0].name}: {dead[0].engine.fault}; start the server again")
-
-
-@contextlib.contextmanager
-def listening(address: Address) -> Iterator[socket.socket]:
-    """Listen until the block ends; raises RewardRTError where that cannot be."""
-    listener = listen(address.host, address.port) if address.uds is None else listen_at_path(address.uds)
-    try:
-        yield listener
-    finally:
-        listener.close()
-        if address.uds is not None:
-            with contextlib.suppress(OSError):
-                address.uds.unlink()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, or raise RewardRTError."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise RewardRTError(f"--host {host}: {error.strerror or error}; name an address of this machine") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a crash the port is free at once
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise RewardRTError(
-            f"{host}:{port} cannot be had ({error.strerror}); stop what listens there, or choose another --port"
-        ) from error
-    return listener
-
-
-def listen_at_path(path: Path) -> socket.socket:
-    """Return a unix socket that listens, in the place of one that nobody listens at, or raise RewardRTError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
-                if other.connect_ex(str(path)) == 0:
-                    raise RewardRTError(f"--uds {path}: another server listens there; stop it, or choose another path")
-            path.unlink()
-        before = os.umask(0o117)  # for the owner and the group
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise RewardRTError(
-            f"--uds {path}: cannot be had ({error.strerror or error}); name a free path in a writable folder"
-        ) from error
-    except RewardRTError:
-        listener.close()
-        raise
-    return listener
-
-
-def tls_context(address: Address) -> ssl.SSLContext | None:
-    """Return what TLS needs, or None without it. Raises RewardRTError for files that are no certificate and its key."""
-    if address.certificate is None:
-        return None
-    for option, path in (("--tls-cert", address.certificate), ("--tls-key", address.key)):
-        if path is not None and not path.is_file():
-            raise RewardRTError(f"{option} {path}: no such file")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(address.certificate, address.key, password=lambda: "")
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise RewardRTError(
-            f"--tls-cert {address.certificate}: not a certificate with its key in PEM, unencrypted ({reason})"
-        ) from error
-    return context
-
-
-def connection_limit(wanted: int) -> int:
-    """Return how many connections there may be: as many as wanted, where this process may open so many files."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return wanted
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    if soft == resource.RLIM_INFINITY:
-        return wanted
-    try:
-        used = len(os.listdir("/proc/self/fd"))
-    except OSError:
-        used = 64
-    return max(1, min(wanted, soft - used - 3 * ACCEPTED_AT_ONCE - SPARE_FILES))
-
-
-def shown(address: Address, listener: socket.socket) -> str:
-    """Return the address for people, and for the tests that read it."""
-    if address.uds is not None:
-        return f"unix:{address.uds}"
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"{'http' if address.certificate is None else 'https'}://{host}:{listener.getsockname()[1]}"
 
 
 class _Process(uvicorn.Server):

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from rewardrt.errors import RewardRTError
-from rewardrt.server.engine import place
+from rewardrt.server.isolation import place
 from rewardrt.server.log import log
 from rewardrt.server.models import Loader, Models, Served, Uses
 from rewardrt.server.problem import Problem

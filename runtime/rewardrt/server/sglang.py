@@ -9,11 +9,11 @@ import base64
 import struct
 from typing import Any
 
-from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring, cut, ranking, reward_of, single_rewards
-from rewardrt.server.call import texts as rows_of
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring
 from rewardrt.server.problem import Problem
 from rewardrt.server.schema import BOOLEAN, INTEGER, NUMBER, STRING, STRINGS, array, body, only
-from rewardrt.server.vllm import INPUT, best_first, text_rows, usage
+from rewardrt.server.vocabulary import INPUT, best_first, cut, ranking, reward_of, single_rewards, text_rows, usage
+from rewardrt.server.vocabulary import texts as rows_of
 
 CLASSIFY_BODY = body({"text": {"anyOf": [STRING, STRINGS]}}, model=STRING, rid=STRING)
 RERANK_BODY = body(

@@ -8,23 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewardrt.server.call import (
-    Call,
-    Dialect,
-    Incoming,
-    Outcome,
-    Scoring,
-    answers,
-    cut,
-    ranking,
-    reward_of,
-    single_rewards,
-    texts,
-)
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring
 from rewardrt.server.models import Served
 from rewardrt.server.problem import Problem
 from rewardrt.server.schema import BOOLEAN, INTEGER, NUMBER, STRING, STRINGS, array, body, only
-from rewardrt.server.vllm import best_first
+from rewardrt.server.vocabulary import answers, best_first, cut, ranking, reward_of, single_rewards, texts
 from rewardrt.text.rows import Row
 
 SHARED: dict[str, Any] = {"truncate": BOOLEAN, "truncation_direction": only("right", "Right"), "raw_scores": BOOLEAN}

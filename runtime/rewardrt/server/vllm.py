@@ -13,21 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewardrt.scoring.scored import Scored, shortest
-from rewardrt.server.call import (
-    CONVERSATION,
-    Call,
-    Dialect,
-    Incoming,
-    Outcome,
-    Scoring,
-    answers,
-    conversation,
-    cut,
-    ranking,
-    reward_of,
-    single_rewards,
-    texts,
-)
+from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring
 from rewardrt.server.models import Served
 from rewardrt.server.problem import Problem
 from rewardrt.server.schema import (
@@ -43,25 +29,27 @@ from rewardrt.server.schema import (
     body,
     only,
 )
-from rewardrt.text.items import TokenIds
+from rewardrt.server.vocabulary import (
+    CONVERSATION,
+    INPUT,
+    RANKED,
+    RERANK_BODY,
+    SHARED,
+    USAGE,
+    answers,
+    conversation,
+    cut,
+    limits,
+    openai_refusal,
+    rank,
+    reward_of,
+    sigmoid,
+    single_rewards,
+    text_rows,
+    usage,
+)
 from rewardrt.text.rows import Row
 
-INPUT = {"anyOf": [STRING, STRINGS, array(INTEGER), array(array(INTEGER))]}
-# What vLLM takes everywhere and no score depends on.
-NEUTRAL = {
-    "model": STRING,
-    "user": STRING,
-    "request_id": STRING,
-    "priority": INTEGER,
-    "cache_salt": STRING,
-    "encoding_format": only("float"),
-}
-SHARED: dict[str, Any] = NEUTRAL | {
-    "use_activation": BOOLEAN,
-    "activation": BOOLEAN,
-    "truncate_prompt_tokens": INTEGER | {"minimum": -1},
-    "truncation_side": only("right"),
-}
 CHAT = {
     "messages": MESSAGES,
     "add_generation_prompt": only(False),
@@ -81,13 +69,6 @@ POOLING_BODY = body(
 )
 TEXT_OR_TEXTS = {"anyOf": [STRING, STRINGS]}
 SCORE_BODY = body(queries=TEXT_OR_TEXTS, documents=TEXT_OR_TEXTS, text_1=TEXT_OR_TEXTS, text_2=TEXT_OR_TEXTS, **SHARED)
-RERANK_BODY = body(
-    {"query": STRING, "documents": array({"anyOf": [STRING, body({"text": STRING})]})},
-    top_n=INTEGER | {"minimum": 0},
-    return_documents=BOOLEAN,
-    **SHARED,
-)
-USAGE = {"type": "object", "properties": {"prompt_tokens": INTEGER, "total_tokens": INTEGER}}
 
 
 def listed(item: dict[str, Any]) -> dict[str, Any]:
@@ -106,21 +87,6 @@ def listed(item: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered."""
-    if problem.kind == "unauthorized":
-        return {"error": "Unauthorized"}
-    kinds = {400: "BadRequestError", 404: "NotFoundError", 413: "BadRequestError", 503: "ServiceUnavailableError"}
-    kind = kinds.get(status, "InternalServerError")
-    return {"error": {"message": problem.message, "type": kind, "param": None, "code": status}}
-
-
-def usage(scores: Sequence[Scored]) -> dict[str, Any]:
-    """Return what a request was charged for."""
-    tokens = sum(score.tokens for score in scores)
-    return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
-
-
 def envelope(kind: str, served: Served, scores: Sequence[Scored], data: list[Any]) -> dict[str, Any]:
     """Return vLLM's answer around `data`."""
     return {
@@ -131,19 +97,6 @@ def envelope(kind: str, served: Served, scores: Sequence[Scored], data: list[Any
         "data": data,
         "usage": usage(scores),
     }
-
-
-def text_rows(served: Served, value: Any, *, special_tokens: bool) -> tuple[Row, ...]:
-    """Return a row for each text or list of token ids of an `input`."""
-    single_rewards(served)
-    if isinstance(value, str):
-        return texts(served, [value], special_tokens=special_tokens)
-    if value and isinstance(value[0], str):
-        return texts(served, value, special_tokens=special_tokens)
-    if not value:
-        raise Problem("validation", "input: expected at least one text, found none")
-    lists = value if isinstance(value[0], list) else [value]
-    return tuple(Row("single", (TokenIds(tuple(map(int, ids))),)) for ids in lists)
 
 
 def input_rows(served: Served, wanted: dict[str, Any]) -> tuple[Row, ...]:
@@ -160,24 +113,6 @@ def input_rows(served: Served, wanted: dict[str, Any]) -> tuple[Row, ...]:
         raise Problem("validation", "add_special_tokens: expected false with messages; the template writes them")
     single_rewards(served)
     return conversation(served, wanted)
-
-
-def limits(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return what `truncate_prompt_tokens` says: nothing, the model's own limit (-1), or a lower one."""
-    value = wanted.get("truncate_prompt_tokens")
-    if value is None:
-        return {}
-    if value == 0:
-        raise Problem("validation", "truncate_prompt_tokens: expected -1 or at least 1, found 0")
-    return {"overflow": "cut", "max_length": None if value == -1 else int(value)}
-
-
-def sigmoid(wanted: dict[str, Any]) -> bool:
-    """Return whether the request asks for a value between 0 and 1."""
-    new, old = wanted.get("use_activation"), wanted.get("activation")
-    if new is not None and old is not None and new != old:
-        raise Problem("validation", f"activation: expected the value of use_activation, {new}; found {old}")
-    return bool(new or old)
 
 
 def classify(incoming: Incoming) -> Call:
@@ -259,48 +194,7 @@ def rerank(incoming: Incoming) -> Call:
     return rank(incoming.models.choose(wanted.get("model")), wanted)
 
 
-def rank(served: Served, wanted: dict[str, Any]) -> Call:
-    """Rank documents with one model; what an object holds beside its `text` comes back with it."""
-    squash = sigmoid(wanted)
-    documents = [value if isinstance(value, str) else value["text"] for value in wanted["documents"]]
-    shown = wanted.get("return_documents") is not False
-
-    def render(outcome: Outcome) -> dict[str, Any]:
-        scores = outcome.scores
-        results = [
-            {"index": index}
-            | ({"document": _shown(wanted["documents"][index])} if shown else {})
-            | {"relevance_score": reward_of(scores[index], sigmoid=squash)}
-            | cut(scores[index])
-            for index in best_first(scores, wanted.get("top_n"))
-        ]
-        name = f"rerank-{secrets.token_hex(8)}"
-        return {"id": name, "model": served.name, "usage": usage(scores), "results": results}
-
-    return Call(served, ranking(served, wanted["query"], documents), render, **limits(wanted))
-
-
-def _shown(document: Any) -> dict[str, Any]:
-    return {"text": document} if isinstance(document, str) else dict(document)
-
-
-def best_first(scores: Sequence[Scored], top_n: int | None) -> list[int]:
-    """Return the indices of the highest rewards; equal ones keep their order. None and 0 are all of them."""
-    order = sorted(range(len(scores)), key=lambda index: -scores[index].reward)
-    return order[: int(top_n)] if top_n else order
-
-
-DIALECT = Dialect("vllm", refusal)
-RANKED = {
-    "type": "object",
-    "properties": {
-        "id": STRING,
-        "model": STRING,
-        "usage": USAGE,
-        "results": array({"type": "object", "properties": {"index": INTEGER, "relevance_score": NUMBER}}),
-    },
-    "required": ["id", "model", "usage", "results"],
-}
+DIALECT = Dialect("vllm", openai_refusal)
 CLASSIFY = Scoring(
     DIALECT,
     CLASSIFY_BODY,

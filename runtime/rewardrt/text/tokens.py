@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
-from rewardrt.bundle.spec import Spec, Tap
+from rewardrt.bundle.spec import Spec
 from rewardrt.errors import BundleError, RowError
 from rewardrt.text.rendering import RenderedText
-
-Ids = npt.NDArray[np.int64]
+from rewardrt.text.taps import Ids, run_starts, tap_positions
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,7 @@ class Tokenizer:
             whole = whole[1:]  # the text brought it: a second one is of no training
         ids, truncated = self._fit(whole, text, limit)
         if self._spec.input == "steps":
-            positions = self._step_positions(_run_starts(whole, self._spec.taps[0].ids), text, limit)
+            positions = self._step_positions(run_starts(whole, self._spec.taps[0].ids), text, limit)
         else:
             positions = tap_positions(ids, self._spec.taps, self._prompt_tokens(text))
         told = self._spec.text.type_ids
@@ -338,54 +336,3 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     if min(first, second) <= half:
         return (first, room - first) if first <= second else (room - second, second)
     return (half, room - half) if first <= second else (room - half, half)
-
-
-def tap_positions(ids: Ids, taps: Sequence[Tap], prompt: int | None = None) -> Ids:
-    """Return the index into `ids` ([tokens] int64, no padding) that each tap reads; for `all_ids` one per occurrence.
-
-    `prompt` is how many tokens the first message has. Raises RowError when a tap finds nothing to read in this text.
-    """
-    return np.concatenate([_find(ids, tap, prompt) for tap in taps])
-
-
-def _find(ids: Ids, tap: Tap, prompt: int | None) -> Ids:
-    """Apply one tap's rule, as spec.Tap states it.
-
-    last_not_id is transformers' `*ForSequenceClassification` now, before_first_id the same before its pull request
-    35911: modulo the length, as torch did, so that a match at 0 wraps to the last token, where no match ends too.
-    """
-    last = len(ids) - 1
-    if tap.rule in ("last_mask", "mean"):
-        found = np.array([last])
-    elif tap.rule == "first":
-        found = np.array([0])
-    elif tap.rule == "prompt_end":
-        if prompt is None:
-            raise RowError(f"tap {tap.name!r} reads at the end of the prompt: expected a prompt and its answer")
-        found = np.array([prompt - 1])
-    elif tap.rule == "last_not_id":
-        others = np.flatnonzero(ids != tap.ids[0])
-        found = others[-1:] if len(others) else np.array([0])
-    elif tap.rule == "before_first_id":
-        matches = np.flatnonzero(ids == tap.ids[0])[tap.skip : tap.skip + 1]
-        found = np.array([(int(matches[0]) - 1) % len(ids) if len(matches) else last])
-    else:
-        starts = _run_starts(ids, tap.ids[:1] if tap.rule == "last_id" else tap.ids)
-        found = starts if tap.rule == "all_ids" else starts[-1:]
-        if tap.rule == "only_id" and len(starts) > 1:
-            raise RowError(
-                f"tap {tap.name!r} reads at the id {tap.ids[0]}, and the text has {len(starts)} of them; expected one: "
-                "the prompt or an answer holds the model's own marker"
-            )
-    found = found.astype(np.int64) + tap.offset
-    if len(found) == 0 or found.min() < 0 or found.max() > last:
-        wanted = f"the ids {list(tap.ids)}" if tap.ids else f"a token {tap.offset} off"
-        raise RowError(f"tap {tap.name!r} needs {wanted}, and the text of {len(ids)} tokens (after the cut) has none")
-    return found
-
-
-def _run_starts(ids: Ids, pattern: Sequence[int]) -> Ids:
-    """Return where every run of `pattern` begins in ids."""
-    padded = np.concatenate([ids, np.full(len(pattern), -1)])  # no id is negative
-    windows = np.lib.stride_tricks.sliding_window_view(padded, len(pattern))
-    return np.flatnonzero((windows == np.array(pattern)).all(axis=1)).astype(np.int64)
