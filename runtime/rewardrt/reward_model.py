@@ -5,7 +5,6 @@ rows -> texts (scoring.answers) -> values (scoring.runner) -> rows with rewards 
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import warnings
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -40,6 +39,8 @@ def _in_thread(
     """Return the twin of a call for coroutines: it waits in a thread, and the event loop goes on."""
 
     async def twin(self: RewardModel, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        import asyncio  # a sixth of this package's import time, and not everybody's
+
         return await asyncio.to_thread(call, self, *args, **kwargs)
 
     functools.update_wrapper(twin, call)
