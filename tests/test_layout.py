@@ -34,7 +34,7 @@ ORDER = {
           language_model_head lm_row mlp_head pair_preference pairrm process urm value_head listing
         checkpoint explain
         tracing: attention_masks trace lower
-        precisions: calibrate operators fuse rounding smoothing quantize storage half table
+        precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half table
         certificate: golden published_class certify
         pipeline cli
     """,

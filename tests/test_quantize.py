@@ -25,6 +25,7 @@ from rewardrt_export.pipeline import export
 from rewardrt_export.precisions import fuse
 from rewardrt_export.precisions import quantize as quantize_module
 from rewardrt_export.precisions.calibrate import Calibration
+from rewardrt_export.precisions.pool import pool_early
 from rewardrt_export.precisions.quantize import quantize, quantize_weights
 from rewardrt_export.precisions.rounding import column_steps, make_factor, round_weight
 from rewardrt_export.precisions.smoothing import MIXED, Plan, Smoothing, hadamard
@@ -443,7 +444,7 @@ def test_fusions_keep_the_numbers(passes: tuple[str, ...], made: Bundle, monkeyp
                 getattr(fuse, f"fuse_{name}")(model)
             common_passes.RemoveUnusedNodesPass()(model)
             if names:
-                fuse.pool_early(model)
+                pool_early(model)
                 common_passes.RemoveUnusedNodesPass()(model)
 
         monkeypatch.setattr(quantize_module, "fuse", chosen)

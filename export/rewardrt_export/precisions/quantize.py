@@ -28,8 +28,10 @@ from onnx_ir.tape import Tape
 
 from rewardrt.errors import ExportError
 from rewardrt_export.precisions.calibrate import Calibration
+from rewardrt_export.precisions.functions import CHANNELS, DOMAIN, PANEL, pack
 from rewardrt_export.precisions.fuse import fuse
-from rewardrt_export.precisions.operators import CHANNELS, DOMAIN, PANEL, define, pack
+from rewardrt_export.precisions.nodes import input_of, register, weight_name
+from rewardrt_export.precisions.operators import Product, Rounding, define
 from rewardrt_export.precisions.rounding import column_steps, round_weight
 from rewardrt_export.precisions.smoothing import PLAIN, Plan
 
@@ -49,7 +51,7 @@ def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Mode
     for node in model.graph:
         name = weight_name(node)
         if name is not None and _rows(node) % CHANNELS == 0 and (plan is None or name in plan.weights):
-            readers.setdefault(_input(node, 0), []).append(node)
+            readers.setdefault(input_of(node, 0), []).append(node)
     if not readers:
         raise ExportError("int8: the backbone has no products with weights; export it in another precision")
     quantizers = [_Quantizer(model.graph, activation, nodes, plan) for activation, nodes in readers.items()]
@@ -62,18 +64,8 @@ def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Mode
     return model
 
 
-def weight_name(node: ir.Node) -> str | None:
-    """Return the name of the backbone's 2-D weight that this node multiplies with; None for any other node."""
-    if node.op_type != "MatMul" or node.domain:
-        return None
-    weight = _input(node, 1)
-    if not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
-        return None
-    return weight.name if weight.name and weight.name.startswith("backbone.") else None
-
-
 def _rows(node: ir.Node) -> int:
-    weight = _input(node, 1).const_value
+    weight = input_of(node, 1).const_value
     assert weight is not None
     return weight.shape.numpy()[0]
 
@@ -107,7 +99,7 @@ class _Quantizer:
             parts = [part for part in maker.inputs[1:] if part is not None]
         elif maker.op_type == "Mul":
             sides = [side.producer() for side in maker.inputs if side is not None and len(side.uses()) == 1]
-            parts = [_input(side, 1) for side in sides if side is not None and weight_name(side) is not None][:1]
+            parts = [input_of(side, 1) for side in sides if side is not None and weight_name(side) is not None][:1]
         else:
             return
         if not parts or not all(self._divides(part) for part in parts):
@@ -131,20 +123,20 @@ class _Quantizer:
 
     def replace(self) -> None:
         """Put the integer products in the place of the float32 ones."""
-        mixed, twice = "Mixed" if self.smoothing.mixed else "", "Twice" if self.smoothing.planes == 2 else ""
-        operands, scaled = [self.activation], ""
+        rounding = Rounding("" if self.scale is None else "Scale", self.smoothing.mixed, self.smoothing.planes)
+        operands = [self.activation]
         if self.scale is not None:
             operands.append(register(self.graph, ir.tensor(1 / self.scale, name=f"{self.first}.smooth")))
-            scaled = "Scale"
         rounded = self.tape.op_multi_out(
-            f"{scaled}RoundTokens{mixed}{twice}",
+            rounding.name,
             operands,
             {"channels": _rows(self.nodes[0])},
-            num_outputs=3 if twice else 2,
+            num_outputs=len(rounding.outputs),
             domain=DOMAIN,
         )
+        product = Product(rounding.planes)
         results = [
-            self.tape.op(f"Product{twice}", [*rounded, *self._weight(_input(node, 1))], domain=DOMAIN)
+            self.tape.op(product.name, [*rounded, *self._weight(input_of(node, 1))], domain=DOMAIN)
             for node in self.nodes
         ]
         self.graph.insert_before(self.nodes[0], self.tape.nodes)
@@ -174,17 +166,6 @@ class _Quantizer:
         return register(self.graph, integers), register(self.graph, ir.tensor(columns, name=f"{name}.steps"))
 
 
-def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """Return the graph's initializer of this tensor's name, made of it unless it is there."""
-    assert tensor.name is not None
-    if tensor.name not in graph.initializers:
-        value = ir.Value(
-            name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
-        )
-        graph.register_initializer(value)
-    return graph.initializers[tensor.name]
-
-
 def _integers(weight: ir.TensorProtocol, columns: Floats, quantizer: _Quantizer) -> ir.TensorProtocol:
     factor = quantizer.plan.factor(quantizer.first) if quantizer.plan is not None else None
     return ir.tensor(pack(round_weight(quantizer.smoothing.weight(weight.numpy()), columns, factor)))
@@ -192,12 +173,6 @@ def _integers(weight: ir.TensorProtocol, columns: Floats, quantizer: _Quantizer)
 
 def _quotient(stored: ir.TensorProtocol, scale: Floats) -> ir.TensorProtocol:
     return ir.tensor(stored.numpy() / scale, name=stored.name)
-
-
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None
-    return value
 
 
 def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
@@ -210,7 +185,7 @@ def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
     for node in list(model.graph):
         if weight_name(node) is None:
             continue
-        weight = _input(node, 1)
+        weight = input_of(node, 1)
         stored = weight.const_value
         assert stored is not None and weight.name is not None
         rows, columns = stored.shape.numpy()
@@ -228,7 +203,7 @@ def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
             name=f"{weight.name}.steps",
         )
         attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
-        inputs = [_input(node, 0), *(register(model.graph, tensor) for tensor in (packed, steps))]
+        inputs = [input_of(node, 0), *(register(model.graph, tensor) for tensor in (packed, steps))]
         product = tape.op("MatMulNBits", inputs, attributes, domain="com.microsoft")
         model.graph.insert_before(node, tape.nodes[-1:])
         product.shape, product.type = node.outputs[0].shape, node.outputs[0].type

@@ -31,7 +31,7 @@ import numpy.typing as npt
 import torch
 
 from rewardrt_export.precisions.calibrate import Calibration, Seen
-from rewardrt_export.precisions.operators import MIXED, hadamard
+from rewardrt_export.precisions.functions import MIXED, hadamard
 from rewardrt_export.precisions.rounding import Factor, make_factor
 
 Floats = npt.NDArray[np.float32]
