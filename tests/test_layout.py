@@ -17,7 +17,7 @@ ORDER = {
         telemetry display errors
         machine: processor denormals providers kernels
         graph: graph_file session
-        bundle: spec manifest
+        bundle: spec precisions manifest
         text: template_limits chat_template rendering tokens fields rows
         scoring: batching pairwise prefix
         reward_model
@@ -35,7 +35,7 @@ ORDER = {
         checkpoint explain
         tracing: attention_masks trace lower
         precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half table
-        certificate: golden published_class certify
+        certificate: memory golden encode published_class reference certify
         pipeline cli
     """,
 }

@@ -34,7 +34,7 @@ def halve(model: ir.Model) -> ir.Model:
     Raises ExportError for a weight that float16 cannot hold, when the model is saved.
     """
     pool_early(model, standard=True)
-    store(model, "fp16")
+    store(model, _SMALL)
     past = [value for value in model.graph.inputs if str(value.name).startswith("past_")]
     for value in past:
         value.type = ir.TensorType(_SMALL)

@@ -3,7 +3,7 @@
 Of a product x W, x [tokens, K] float32 as `smoothing` leaves it, W [K, N]:
 
     s = max |x| of a token / 127            [tokens, 1]
-    y = s * (q(x / s) Q * w)                Q int8 [K, N] with a step w [N] for each column
+    y = s * (q(x / s) Q * w)                Q int8 [K, N] with a step size w [N] for each column
 
 - A token is scaled by its own values alone, so that its result does not depend on what is in the batch.
 - Where 8 bits of an activation are too few, what rounding left over, x - s q(x / s), is rounded again in steps of
@@ -11,7 +11,7 @@ Of a product x W, x [tokens, K] float32 as `smoothing` leaves it, W [K, N]:
 - The scale that an activation is smoothed by goes into what makes it, the gain of a norm or the columns of a weight,
   where that makes nothing else.
 
-Rounding and products are calls of `operators`.
+Rounding and products are calls of `operators`. In graphs step sizes are called `steps`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from rewardrt_export.precisions.functions import CHANNELS, DOMAIN, PANEL, pack
 from rewardrt_export.precisions.fuse import fuse
 from rewardrt_export.precisions.nodes import input_of, register, weight_name
 from rewardrt_export.precisions.operators import Product, Rounding, define
-from rewardrt_export.precisions.rounding import column_steps, round_weight
+from rewardrt_export.precisions.rounding import column_step_sizes, round_weight
 from rewardrt_export.precisions.smoothing import PLAIN, Plan
 
 Floats = npt.NDArray[np.float32]
 
-BLOCK = 32  # rows of a weight that share a step, where only weights are rounded
+BLOCK = 32  # rows of a weight that share a step size, where only weights are rounded
 
 
 def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Model:
@@ -146,7 +146,7 @@ class _Quantizer:
         self.graph.remove(list(self.nodes), safe=True)
 
     def _weight(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return the integers of a weight, in panels, and the steps of its columns.
+        """Return the integers of a weight, in panels, and the step sizes of its columns.
 
         A weight that is multiplied with several activations (DeBERTa's, with hidden states and with the embeddings of
         distances) is there once for each way that these are smoothed.
@@ -155,7 +155,7 @@ class _Quantizer:
         assert stored is not None and name is not None
         if self.plan is not None and self.plan.smoothing(name) is not self.smoothing:
             name = f"{name}.as.{self.first}"
-        columns = column_steps(self.smoothing.weight(stored.numpy()))
+        columns = column_step_sizes(self.smoothing.weight(stored.numpy()))
         rows = stored.shape.numpy()[0]
         integers = ir.LazyTensor(
             partial(_integers, stored, columns, self),
@@ -176,7 +176,7 @@ def _quotient(stored: ir.TensorProtocol, scale: Floats) -> ir.TensorProtocol:
 
 
 def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
-    """Store the backbone's weights in `bits` bits, a step for each BLOCK of a column; products stay float32.
+    """Store the backbone's weights in `bits` bits, a step size for each BLOCK of a column; products stay float32.
 
     Less to read where memory is what a machine waits for: few tokens at a time, or a model near the memory's size.
     """
@@ -196,14 +196,14 @@ def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
             shape=ir.Shape([columns, blocks, BLOCK * bits // 8]),
             name=f"{weight.name}.int{bits}",
         )
-        steps = ir.LazyTensor(
-            partial(_block_steps, stored, bits),
+        step_sizes = ir.LazyTensor(
+            partial(_block_step_sizes, stored, bits),
             dtype=ir.DataType.FLOAT,
             shape=ir.Shape([columns, blocks]),
             name=f"{weight.name}.steps",
         )
         attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
-        inputs = [input_of(node, 0), *(register(model.graph, tensor) for tensor in (packed, steps))]
+        inputs = [input_of(node, 0), *(register(model.graph, tensor) for tensor in (packed, step_sizes))]
         product = tape.op("MatMulNBits", inputs, attributes, domain="com.microsoft")
         model.graph.insert_before(node, tape.nodes[-1:])
         product.shape, product.type = node.outputs[0].shape, node.outputs[0].type
@@ -219,19 +219,19 @@ def _blocks(weight: ir.TensorProtocol) -> Floats:
     return np.pad(columns, ((0, 0), (0, -columns.shape[1] % BLOCK))).reshape(len(columns), -1, BLOCK)
 
 
-def _steps(blocks: Floats, bits: int) -> Floats:
+def _step_sizes(blocks: Floats, bits: int) -> Floats:
     largest = np.abs(blocks).max(axis=-1)
     return np.maximum(largest / (2 ** (bits - 1) - 1), np.finfo(np.float32).tiny).astype(np.float32)
 
 
-def _block_steps(weight: ir.TensorProtocol, bits: int) -> ir.TensorProtocol:
-    return ir.tensor(_steps(_blocks(weight), bits), name=f"{weight.name}.steps")
+def _block_step_sizes(weight: ir.TensorProtocol, bits: int) -> ir.TensorProtocol:
+    return ir.tensor(_step_sizes(_blocks(weight), bits), name=f"{weight.name}.steps")
 
 
 def _packed(weight: ir.TensorProtocol, bits: int) -> ir.TensorProtocol:
     """Return the integers of a weight around 2 ** (bits - 1), uint8 [N, blocks, BLOCK * bits / 8], low bits first."""
     blocks = _blocks(weight)
-    integers = (np.rint(blocks / _steps(blocks, bits)[..., None]) + 2 ** (bits - 1)).astype(np.uint8)
+    integers = (np.rint(blocks / _step_sizes(blocks, bits)[..., None]) + 2 ** (bits - 1)).astype(np.uint8)
     if bits == 4:
         integers = integers[..., ::2] | (integers[..., 1::2] << 4)
     return ir.tensor(integers, name=f"{weight.name}.int{bits}")

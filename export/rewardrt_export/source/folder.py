@@ -51,7 +51,7 @@ from rewardrt_export.source.weights import (
 )
 
 CONFIG_FILE = "config.json"
-EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
+VOCABULARY_TENSORS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
 
 MAY_BE_ABSENT = ("quantization_config", "vision_config", "audio_config", "text_config", "auto_map")
 # Numbers of which transformers makes lists while it reads config.json, and what is out of all proportion for each.
@@ -59,8 +59,8 @@ COUNTED = {"num_labels": 1_000_000} | dict.fromkeys(
     ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 100_000
 )
 # Where LLaMA-Factory and TRL put a value head beside a model; TRL's name beside an adapter is the whole model's.
-HEAD_FILES = ("value_head.safetensors", "value_head.bin", "v_head.bin")
-ADAPTER_HEAD_FILES = (*HEAD_FILES, "model.safetensors", "pytorch_model.bin")
+VALUE_HEAD_FILES = ("value_head.safetensors", "value_head.bin", "v_head.bin")
+FILES_BESIDE_ADAPTERS = (*VALUE_HEAD_FILES, "model.safetensors", "pytorch_model.bin")
 # The class that PEFT's task types are trained in, by model_type; the base's config.json names another.
 TASK_CLASSES: dict[str, dict[str, str]] = {
     "SEQ_CLS": dict(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
@@ -193,7 +193,7 @@ def language_model_head(stored: dict[str, StoredTensor]) -> dict[str, str]:
 
 def _read_whole(folder: Path) -> dict[str, StoredTensor]:
     """Read the tensors of a whole model, and of a value head that was saved beside it."""
-    stored, beside = read_tensors(folder), _read_head_file(folder, HEAD_FILES)
+    stored, beside = read_tensors(folder), _read_head_file(folder, VALUE_HEAD_FILES)
     twice = sorted(stored.keys() & beside.keys())
     if twice:
         raise CheckpointError(
@@ -227,7 +227,7 @@ def _read_adapter_source(
     config = _read_config(described, raw)
     plain = _read_whole(base)
     _check_size(config, plain)
-    beside = _read_head_file(folder, ADAPTER_HEAD_FILES)
+    beside = _read_head_file(folder, FILES_BESIDE_ADAPTERS)
     strays = sorted(name for name in beside if not name.startswith("v_head."))
     if strays:
         raise CheckpointError(
@@ -261,7 +261,7 @@ def _follow_vocabulary(
 
 def _fit_vocabulary(config: PretrainedConfig, stored: dict[str, StoredTensor]) -> None:
     """Take the vocabulary's size from the tensors: trainers round it up, and the base model's config does not know."""
-    sizes = {tensor.shape[0] for name, tensor in stored.items() if name.endswith(EMBEDDINGS)}
+    sizes = {tensor.shape[0] for name, tensor in stored.items() if name.endswith(VOCABULARY_TENSORS)}
     if len(sizes) == 1:
         config.vocab_size = sizes.pop()
 

@@ -88,10 +88,10 @@ def describe_foreign(folder: Path) -> str:
     if shards:
         index = "model.safetensors.index.json" if shards[0].endswith("safetensors") else "pytorch_model.bin.index.json"
         return f"{folder}: {len(shards)} shards ({shards[0]}, ...) without their index; copy {index} beside them"
-    steps = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
-    if steps:
-        last = max(steps, key=lambda path: (len(path.name), path.name))
-        return f"{folder}: no weights, but {len(steps)} checkpoints of a training; export one of them, such as {last}"
+    saved = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    if saved:
+        last = max(saved, key=lambda path: (len(path.name), path.name))
+        return f"{folder}: no weights, but {len(saved)} checkpoints of a training; export one of them, such as {last}"
     for layout in LAYOUTS:
         for pattern in layout.names:
             if first := next(iter(sorted(folder.glob(pattern))), None):

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rewardrt.bundle.manifest import GOLDEN, Deviation
+from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.bundle.spec import from_json, to_json
 from rewardrt.errors import BundleError, InferenceError, RewardRTError
 from rewardrt.machine.providers import Provider
@@ -25,9 +26,7 @@ from rewardrt.text.rendering import Item
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import EncodedText
 
-# In standard deviations of the reference rewards, by precision.
-# A graph that rounds is held to what no working one comes near: how near it really is, its certificate says.
-TOLERANCES = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.5, "half": 0.5, "int8": 0.5, "weights8": 0.5, "weights4": 3.0}
+TOLERANCES = {name: precision.tolerance_std for name, precision in PRECISIONS.items()}
 BATCH_TOKENS = 4096  # of the padded batches: several texts each, and little memory
 
 
