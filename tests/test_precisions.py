@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from commands import run
-from rewardrt.bundle.precisions import PRECISIONS, current_name, listed
+from rewardrt.bundle.precisions import PRECISIONS, current_name, in_words
 from rewardrt.checks.verify import TOLERANCES
 from rewardrt.errors import ExportError
 from rewardrt_export.precisions.table import LOWERINGS, chosen_precisions
@@ -29,7 +29,7 @@ def test_a_precision_is_described_once() -> None:
     assert [current_name(name) for name in ("fp16", "bf16", "half", "fp8")] == [
         "weights-fp16", "weights-bf16", "half", "fp8",
     ]  # fmt: skip
-    assert f"Precision: {listed()};" in re.sub(r"\s+", " ", run("export", "--help").stdout)
+    assert f"Precision: {in_words()};" in re.sub(r"\s+", " ", run("export", "--help").stdout)
 
 
 def test_the_documentation_names_every_precision_with_its_tolerance() -> None:
@@ -37,6 +37,6 @@ def test_the_documentation_names_every_precision_with_its_tolerance() -> None:
     rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \|", exporting.partition("## Precisions")[2], re.MULTILINE))
     assert {name: precision.description for name, precision in PRECISIONS.items()} == rows
     bundle = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
-    assert listed(f"`{name}`" for name in PRECISIONS) in bundle
+    assert in_words(f"`{name}`" for name in PRECISIONS) in bundle
     for name, precision in PRECISIONS.items():
         assert re.search(rf"{precision.tolerance_std:g} for [^;]*`{name}`", bundle), name

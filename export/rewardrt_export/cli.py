@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rewardrt.bundle.precisions import listed
+from rewardrt.bundle.precisions import in_words
 from rewardrt.bundle.spec import POOLING_RULES, PoolingRule
 from rewardrt.errors import MissingExtraError
 
@@ -51,7 +51,7 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
     "--precision",
     "precisions",
     multiple=True,
-    help=f"Precision: {listed()}; again for several graphs.  [default: fp32]",
+    help=f"Precision: {in_words()}; again for several graphs.  [default: fp32]",
 )
 @click.option("--token-rewards", is_flag=True, help="Have the graphs give the reward after every token, to look at.")
 @click.option("--golden", type=click.Path(path_type=Path), help="JSONL rows to certify on, at least 16 texts.")

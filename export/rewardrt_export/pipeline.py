@@ -41,11 +41,12 @@ from rewardrt_export.certificate.memory import check_memory
 from rewardrt_export.certificate.reference import score_with_torch, spread
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.model.backbone import meta_backbone
-from rewardrt_export.precisions.calibrate import TOKENS, Calibration, cut
+from rewardrt_export.precisions.calibrate import KEPT_TOKENS, Calibration, cut
 from rewardrt_export.precisions.table import LOWERINGS, chosen_precisions
 from rewardrt_export.source.tokenizer import TokenizerChoice
+from rewardrt_export.tracing.attention import attention_name
 from rewardrt_export.tracing.lower import lower
-from rewardrt_export.tracing.trace import attention_name, trace
+from rewardrt_export.tracing.trace import trace
 
 Progress = Callable[[str], None]
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
@@ -133,7 +134,7 @@ def export(
         if calibration is not None and own_texts:
             progress(f"calibrating on {calibrate}")
             seen = [cut(text) for text in encode_texts(checkpoint, folder, calibrate)[1]]
-            every = -(-sum(text.needed for text in seen) // TOKENS)  # of so many texts, one: no more are kept
+            every = -(-sum(text.needed for text in seen) // KEPT_TOKENS)  # of so many texts, one: no more are kept
             seen_rewards = score_with_torch(checkpoint, seen[::every], calibration=calibration)
             calibration.reward_std = spread(seen_rewards)
         variants = []

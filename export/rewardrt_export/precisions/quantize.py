@@ -21,7 +21,6 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
@@ -32,10 +31,8 @@ from rewardrt_export.precisions.functions import CHANNELS, DOMAIN, PANEL, pack
 from rewardrt_export.precisions.fuse import fuse
 from rewardrt_export.precisions.nodes import input_of, register, weight_name
 from rewardrt_export.precisions.operators import Product, Rounding, define
-from rewardrt_export.precisions.rounding import column_step_sizes, round_weight
-from rewardrt_export.precisions.smoothing import PLAIN, Plan
-
-Floats = npt.NDArray[np.float32]
+from rewardrt_export.precisions.rounding import Floats, column_step_sizes, round_weight
+from rewardrt_export.precisions.smoothing import UNSMOOTHED, Plan
 
 BLOCK = 32  # rows of a weight that share a step size, where only weights are rounded
 
@@ -80,7 +77,7 @@ class _Quantizer:
         self.plan = plan
         self.tape = Tape()
         self.first = str(weight_name(nodes[0]))  # what holds of this weight's activation is done to all of them
-        self.smoothing = PLAIN if plan is None else plan.smoothing(self.first)
+        self.smoothing = UNSMOOTHED if plan is None else plan.smoothing(self.first)
         self.scale = self.smoothing.scale  # that is still to be divided by
 
     def fold_scale(self) -> None:

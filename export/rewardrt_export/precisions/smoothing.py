@@ -1,10 +1,10 @@
 """How an activation is made easy to round: scaled channel by channel, mixed in small blocks, or given in two planes.
 
 Each token of an activation x [tokens, K] is rounded in steps of one size, s = max |x| / 127, and each column of a
-weight W [K, N] too, w = max |W| / 127. A channel that carries far larger values than the rest makes a token's step size too
-coarse for all of them. With x / c and c W in their place, the product is the same. To which c? Rounding adds noise of
-s^2 / 12 to each channel of a token, and w^2 / 12 to each number of a column, and noise v in a number p moves the reward
-r by about v dr/dp. The damage of a product, the variance that rounding adds to the reward of a text, is so
+weight W [K, N] too, w = max |W| / 127. A channel that carries far larger values than the rest makes a token's step
+size too coarse for all of them. With x / c and c W in their place, the product is the same. To which c? Rounding adds
+noise of s^2 / 12 to each channel of a token, and w^2 / 12 to each number of a column, and noise v in a number p moves
+the reward r by about v dr/dp. The damage of a product, the variance that rounding adds to the reward of a text, is so
 
     A(c) = sum over tokens t   max_k (x_tk / c_k)^2 / 127^2 / 12   sum over k (c_k dr/dx_tk)^2
     B(c) = sum over columns n  max_k (c_k W_kn)^2 / 127^2 / 12     sum over k (dr/dW_kn / c_k)^2
@@ -26,19 +26,16 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from rewardrt_export.precisions.calibrate import Calibration, Seen
 from rewardrt_export.precisions.functions import MIXED, hadamard
-from rewardrt_export.precisions.rounding import Factor, make_factor
+from rewardrt_export.precisions.rounding import Factor, Floats, make_factor
 
-Floats = npt.NDArray[np.float32]
 _Largest = Callable[[torch.Tensor, int], torch.Tensor]  # over an axis
 
 GOAL = 0.016  # standard deviations of the reward that rounding the activations is to move it by; twice is measured
-TOKENS = 1_024  # that c is learnt on
+LEARNT_ON = 1_024  # that c is learnt on
 ROUNDS, RATE = 60, 0.15  # of Adam; 150 rounds found nothing better
 NORM = 12  # the p of the p-norm that stands for the largest value while c is learnt
 SMALLEST = 1e-6  # of a channel's c in relation to the largest one's: channels that were 0 in all texts
@@ -68,7 +65,7 @@ class Smoothing:
         return _mix(torch.from_numpy(scaled).T).T.contiguous().numpy() if self.mixed else scaled
 
 
-PLAIN = Smoothing()  # where no text was seen
+UNSMOOTHED = Smoothing()  # where no text was seen
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
@@ -129,7 +126,7 @@ def _ladder(calibration: Calibration, owner: str) -> Iterator[_Rung]:
     What was seen is asked for at each rung and not kept between them: in float32, it is large.
     """
     if not calibration.texts or not calibration.seen(owner).gradients.any():
-        yield _Rung(PLAIN, 0.0)
+        yield _Rung(UNSMOOTHED, 0.0)
         return
     scale, damage = _learn(calibration.seen(owner), mixed=False)
     mixed = len(scale) % MIXED == 0
@@ -143,9 +140,9 @@ def _ladder(calibration: Calibration, owner: str) -> Iterator[_Rung]:
 def _learn(seen: Seen, *, mixed: bool) -> tuple[Floats, float]:
     """Return the scale with the least damage of activations and weights, and the activations' damage there.
 
-    Damage is the sum over all texts; of their tokens, some TOKENS are looked at, and stand for all.
+    Damage is the sum over all texts; of their tokens, some LEARNT_ON are looked at, and stand for all.
     """
-    every = -(-len(seen.activations) // TOKENS)
+    every = -(-len(seen.activations) // LEARNT_ON)
     seen = replace(seen, activations=seen.activations[::every], gradients=seen.gradients[::every])
     sizes = seen.activations.square().mean(0).sqrt()
     smallest = (SMALLEST * sizes.max()).clamp_min(torch.finfo(torch.float32).tiny)

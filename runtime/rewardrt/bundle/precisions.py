@@ -99,7 +99,7 @@ def current_name(name: str) -> str:
     return _FORMERLY.get(name, name)
 
 
-def listed(names: Iterable[str] = PRECISIONS, last: str = "or") -> str:
+def in_words(names: Iterable[str] = PRECISIONS, last: str = "or") -> str:
     """Return names as a help text lists them: `fp32, half or int8`."""
     *most, end = names
     return f"{', '.join(most)} {last} {end}" if most else end

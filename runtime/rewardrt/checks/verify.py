@@ -27,7 +27,7 @@ from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import EncodedText
 
 TOLERANCES = {name: precision.tolerance_std for name, precision in PRECISIONS.items()}
-BATCH_TOKENS = 4096  # of the padded batches: several texts each, and little memory
+PADDED_TOKENS = 4096  # of the padded batches: several texts each, and little memory
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def verify(model: RewardModel) -> Verification:
     failures: list[str] = []
     single = _rewards([model.score_encoded([each])[0] for each in encoded], texts, failures)
     # Padded batches are how an accelerator is fed: checked on a CPU too, although it takes texts as they are.
-    batched = _rewards(model.score_encoded(encoded, padding=True, batch_tokens=BATCH_TOKENS), texts, failures)
+    batched = _rewards(model.score_encoded(encoded, padding=True, batch_tokens=PADDED_TOKENS), texts, failures)
     tolerance = TOLERANCES[model.precision]
     deviations = [_deviation(values, expected, std) for values in (single, batched)]
     problems = [*failures[:1], *_text_problems(model, texts)]
