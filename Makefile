@@ -8,7 +8,7 @@ DATA ?= ../shared/data
 BENCH_CACHE ?= .bench
 BENCH ?=
 
-.PHONY: demo test test-frameworks check format docs bench bench-bundle smollm2
+.PHONY: demo test test-frameworks check format docs kernel-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
@@ -33,6 +33,9 @@ format: $(VENV)/installed
 
 docs: $(VENV)/installed  ## the pages that are made from tables
 	$(BIN)/rewardrt families --markdown > docs/families.md
+
+kernel-table: $(VENV)/installed  ## what the C kernels know of the operators of int8 graphs
+	$(BIN)/python -m rewardrt_export.precisions.operators > runtime/kernels/table.h
 
 bench: $(VENV)/installed  ## docs/performance.md: make bench CHECKPOINT=... BUNDLE=... DATA=... [BENCH="--quick"]
 	$(BIN)/python benchmarks/bench.py $(CHECKPOINT) $(BUNDLE) $(DATA) --cache $(BENCH_CACHE) \

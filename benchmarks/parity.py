@@ -18,7 +18,7 @@ from rewardrt import RewardModel, RewardRTError
 from rewardrt.data.files import read_lines
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import EncodedText
-from rewardrt_export.certificate.certify import score_with_torch
+from rewardrt_export.certificate.reference import score_with_torch
 from rewardrt_export.checkpoint import read_checkpoint
 
 

@@ -30,7 +30,8 @@ from rewardrt import RewardModel, RewardRTError
 from rewardrt.cli.app import app
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.pipeline import export
-from rewardrt_export.source.adapters import KNOWN_FIELDS, find_adapter, merge_adapter
+from rewardrt_export.source.adapter_config import KNOWN_FIELDS, find_adapter
+from rewardrt_export.source.adapters import merge_adapter
 from rewardrt_export.source.folder import read_source
 from rewardrt_export.source.weights import read_tensors
 from texts import make_conversations

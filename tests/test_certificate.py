@@ -238,7 +238,7 @@ def test_golden_texts_go_past_every_window_and_the_manifest_says_how_far(tmp_pat
 
 def test_a_window_that_no_golden_text_can_pass_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sequence_classification(tmp_path / "rm", "mistral", sliding_window=700, max_position_embeddings=1024)
-    monkeypatch.setattr("rewardrt_export.certificate.certify.LONGEST_PROBE", 600)
+    monkeypatch.setattr("rewardrt_export.certificate.encode.LONGEST_PROBE", 600)
     bundle = export(tmp_path / "rm", tmp_path / "bundle")
     (certificate,) = bundle.manifest.certificates
     assert certificate.longest == 512

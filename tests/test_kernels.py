@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,8 @@ import pytest
 
 from rewardrt.errors import ProviderError
 from rewardrt.machine import kernels
-from rewardrt_export.precisions.operators import DOMAIN, define, pack, rounded_product
+from rewardrt_export.precisions.functions import DOMAIN, pack
+from rewardrt_export.precisions.operators import Product, Rounding, define, kernel_table, operator_of
 
 ROOT = Path(__file__).parent.parent
 RUNS = kernels.describe()
@@ -53,15 +54,17 @@ class Operator:
                 )
             )
         node = ir.node(name, values, attributes=attributes, domain=DOMAIN, num_outputs=outputs)
-        for index, value in enumerate(node.outputs):
-            value.name = f"out{index}"
+        called = operator_of(node)
+        assert called is not None
+        for index, (value, kind) in enumerate(zip(node.outputs, called.outputs, strict=True)):
+            value.name, value.type = f"out{index}", ir.TensorType(kind)
         graph = ir.Graph(
             [value for value in values if value.const_value is None], node.outputs, nodes=[node],
             initializers=[value for value in values if value.const_value is not None], opset_imports={"": 23}, name="call",
         )  # fmt: skip
         model = ir.Model(graph, ir_version=10)
         define(model)
-        self.model = ir.serde.serialize_model(model)
+        self.model = ir.serde.serialize_model(model).SerializeToString()
         self.names = [value.name for value in node.outputs]
 
     def run(self, *, kernel: bool, threads: int = 2, **inputs: Array) -> list[Array]:
@@ -70,21 +73,15 @@ class Operator:
         options.log_severity_level = 4
         if kernel:
             kernels.register(options)
-        session = onnxruntime.InferenceSession(_typed(self.model), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
         return session.run(None, self.inputs | inputs)
 
     def both(self) -> tuple[list[Array], list[Array]]:
         return self.run(kernel=True), self.run(kernel=False)
 
 
-def _typed(model: Any) -> bytes:
-    """Give the outputs the element types that the function's outputs have."""
-    (call,) = model.graph.node
-    kinds = {"RoundTokens": [2, 1], "RoundTokensTwice": [2, 2, 1], "Attention": [1, 10, 10]}
-    base = re.sub("^(Norm|Scale|Gate|Rotary)|Mixed", "", call.op_type).removeprefix("Causal")
-    for output, kind in zip(model.graph.output, kinds.get(base, [1] * len(model.graph.output)), strict=True):
-        output.type.tensor_type.elem_type = kind
-    return bytes(model.SerializeToString())
+def test_what_the_kernels_know_of_the_operators_is_what_these_say() -> None:
+    assert (ROOT / "runtime" / "kernels" / "table.h").read_text(encoding="utf-8") == kernel_table(), "make kernel-table"
 
 
 @needs["rounding"]
@@ -226,18 +223,19 @@ def test_rounding_and_multiplying_at_once_gives_the_bits_of_both(
         values["second"] = normal(*((2, tokens, 192) if before == "Gate" else (192,)))
     attributes = {"channels": 192} | ({"epsilon": 1e-5} if before == "Norm" else {})
     names = ["plane", "rest", "steps"] if twice else ["plane", "steps"]
-    rounding = f"{before}RoundTokens{mixed}{twice}"
-    planes = Operator(rounding, values, len(names), **attributes).run(kernel=True)
+    rounding = Rounding(before, bool(mixed), len(names) - 1)  # type: ignore[arg-type]
+    planes = Operator(rounding.name, values, len(names), **attributes).run(kernel=True)
     weights: dict[str, Array] = {}
     for place in range({"Triple": 3, "Gate": 2, "Pair": 2}.get(kind, 1)):
         one = product_inputs(tokens, 192, 70, "", "")
         weights |= {f"weight{place}": one["weight"], f"columns{place}": 1e-3 * one["columns"]}
     constants, outputs = tuple(weights), {"Triple": 3, "Pair": 2}.get(kind, 1)
     added = {"added": normal(2, tokens, 70)} if kind == "Add" else {}
-    product = f"Product{twice}{kind}"
-    apart = Operator(product, dict(zip(names, planes, strict=True)) | weights | added, outputs, constants)
-    name = rounded_product(rounding, product)
-    at_once = Operator(name, values | weights | added, outputs, constants, **attributes)
+    product = Product(rounding.planes, kind)  # type: ignore[arg-type]
+    apart = Operator(product.name, dict(zip(names, planes, strict=True)) | weights | added, outputs, constants)
+    at_once = Operator(
+        replace(product, rounding=rounding).name, values | weights | added, outputs, constants, **attributes
+    )
     found, expected = at_once.both()
     for each, other, near in zip(found, apart.run(kernel=True), expected, strict=True):
         assert np.array_equal(each, other)

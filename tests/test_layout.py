@@ -17,7 +17,7 @@ ORDER = {
         telemetry display errors
         machine: processor denormals providers kernels
         graph: graph_file session
-        bundle: spec certificate manifest opening
+        bundle: spec certificate precisions manifest opening
         text: template_limits chat_template items rendering taps tokens fields rows
         scoring: scored batching prefix runner pairwise answers
         reward_model
@@ -28,14 +28,15 @@ ORDER = {
         cli: toplevel options output table bench doctor inspect score serve verify app
     """,
     "rewardrt_export": """
-        source: foreign weights adapters chat_template layouts padding tokenizer tokenizer_files folder
+        source: foreign weights adapter_config adapters chat_template layouts config padding tokenizer tokenizer_files
+          tokenizer_loader folder
         model: backbone heads
         families: draft encoder objectives openrlhf sequence_classification gated general_preference ldl linear_heads
           language_model_head lm_row mlp_head pair_preference pairrm process urm value_head listing
         checkpoint explain
-        tracing: attention_masks trace lower
-        precisions: calibrate operators fuse rounding smoothing quantize storage half table
-        certificate: golden published_class certify
+        tracing: attention_masks attention graphs signature trace lower
+        precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half table
+        certificate: memory golden encode published_class reference certify
         pipeline cli
     """,
 }

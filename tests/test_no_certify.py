@@ -18,9 +18,10 @@ from rewardrt.errors import BundleError, CertificateError
 from rewardrt.machine.processor import read_processor
 from rewardrt.text.tokens import EncodedText
 from rewardrt_export import pipeline
-from rewardrt_export.certificate import certify
+from rewardrt_export.certificate import certify, memory
 from rewardrt_export.certificate.certify import PROBES_BY_LAYER
 from rewardrt_export.certificate.golden import MIN_TEXTS
+from rewardrt_export.certificate.reference import score_with_torch
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.model import backbone
 from rewardrt_export.model.backbone import bind, load, meta_backbone
@@ -42,7 +43,7 @@ def uncertified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certify, "score_with_torch", refuse)
         patch.setattr(pipeline, "score_with_torch", refuse)
-        patch.setattr(certify, "available_memory", lambda: 0)
+        patch.setattr(memory, "available_memory", lambda: 0)
         pipeline.export(TINY, folder, precisions=("fp32", "int8"), certified=False)
     return folder
 
@@ -85,7 +86,7 @@ def test_golden_texts_and_no_certificate_are_refused_together(tmp_path: Path) ->
 def test_a_model_that_torch_has_no_memory_for_is_refused_before_it_is_traced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(certify, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1_000_000)
     steps: list[str] = []
     with pytest.raises(CertificateError, match=r"0\.0 GB are free; .* --no-certify") as error:
         pipeline.export(TINY, tmp_path / "bundle", progress=steps.append)
@@ -98,7 +99,7 @@ def test_a_model_that_only_torch_has_no_memory_for_is_certified_layer_by_layer(
     tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parameters = sum(torch.Size(tensor.shape).numel() for tensor in read_tensors(TINY).values())
-    monkeypatch.setattr(certify, "available_memory", lambda: 2 * parameters)  # int8 fits, float32 does not
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * parameters)  # int8 fits, float32 does not
     steps: list[str] = []
     made = pipeline.export(TINY, tmp_path / "bundle", precisions=("int8",), progress=steps.append)
     assert "scoring the golden texts with torch, layer by layer" in steps
@@ -147,17 +148,17 @@ def test_a_model_that_reads_a_layer_from_outside_is_refused_in_one_line(
     with pytest.raises(
         CertificateError, match=r"RewardModel cannot be computed layer by layer \(.*--no-certify"
     ) as error:
-        certify.score_with_torch(checkpoint, [text], by_layer=True)
+        score_with_torch(checkpoint, [text], by_layer=True)
     assert "\n" not in str(error.value)
 
 
 def test_memory_left_is_the_smaller_of_the_machine_s_and_the_container_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(certify, "CGROUP", tmp_path)
-    machine = certify.available_memory()
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    machine = memory.available_memory()
     for name, text in (("max", "9000"), ("current", "8000"), ("stat", "anon 5000\ninactive_file 2500\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert certify.available_memory() == 3500
+    assert memory.available_memory() == 3500
     (tmp_path / "memory.max").write_text("max\n")
-    assert (certify.available_memory() is None) == (machine is None)
+    assert (memory.available_memory() is None) == (machine is None)

@@ -26,8 +26,9 @@ from rewardrt_export.pipeline import export
 from rewardrt_export.precisions import fuse
 from rewardrt_export.precisions import quantize as quantize_module
 from rewardrt_export.precisions.calibrate import Calibration
+from rewardrt_export.precisions.pool import pool_early
 from rewardrt_export.precisions.quantize import quantize, quantize_weights
-from rewardrt_export.precisions.rounding import column_steps, make_factor, round_weight
+from rewardrt_export.precisions.rounding import column_step_sizes, make_factor, round_weight
 from rewardrt_export.precisions.smoothing import MIXED, Plan, Smoothing, hadamard
 from test_prefix import awkward_texts, rewards
 
@@ -113,7 +114,7 @@ def test_the_factor_is_that_of_the_inverse_of_the_moments() -> None:
 def test_rounding_stays_in_range_and_survives_what_calibration_may_see() -> None:
     weight = RNG.standard_normal((128, 40)).astype(np.float32)
     weight[:, 7] = 0
-    steps = column_steps(weight)
+    steps = column_step_sizes(weight)
     seen = activations(20).reshape(-1, 128)  # fewer tokens than channels
     dead = seen.copy()
     dead[:, 10] = 0
@@ -444,7 +445,7 @@ def test_fusions_keep_the_numbers(passes: tuple[str, ...], made: Bundle, monkeyp
                 getattr(fuse, f"fuse_{name}")(model)
             common_passes.RemoveUnusedNodesPass()(model)
             if names:
-                fuse.pool_early(model)
+                pool_early(model)
                 common_passes.RemoveUnusedNodesPass()(model)
 
         monkeypatch.setattr(quantize_module, "fuse", chosen)

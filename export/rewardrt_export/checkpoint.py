@@ -23,7 +23,7 @@ from rewardrt_export.source.tokenizer import TokenizerChoice
 from rewardrt_export.source.weights import StoredTensor, shorten
 
 # A tokenizer that knows no limit says so with a number like 1e30.
-NO_LIMIT = 10_000_000
+UNLIMITED = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _positions(source: Source) -> int | None:
 
 def _choose_max_length(source: Source, wanted: int | None, positions: int | None) -> int:
     """Return the limit in tokens: the one asked for, or the smaller of what tokenizer and positions allow."""
-    limits = [limit for limit in (positions, source.tokenizer.model_max_length) if limit and limit < NO_LIMIT]
+    limits = [limit for limit in (positions, source.tokenizer.model_max_length) if limit and limit < UNLIMITED]
     if wanted is None:
         if not limits:
             raise CheckpointError(

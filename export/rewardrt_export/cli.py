@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rewardrt.bundle.precisions import in_words
 from rewardrt.bundle.spec import POOLING_RULES, PoolingRule
 from rewardrt.errors import MissingExtraError
 
@@ -50,7 +51,7 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
     "--precision",
     "precisions",
     multiple=True,
-    help="Precision: fp32, bf16, fp16, half, int8, weights8 or weights4; again for several graphs.  [default: fp32]",
+    help=f"Precision: {in_words()}; again for several graphs.  [default: fp32]",
 )
 @click.option("--token-rewards", is_flag=True, help="Have the graphs give the reward after every token, to look at.")
 @click.option("--golden", type=click.Path(path_type=Path), help="JSONL rows to certify on, at least 16 texts.")
@@ -133,7 +134,7 @@ def export(
         calibrate=calibrate,
         certified=certified,
         force=force,
-        progress=lambda step: click.echo(step, err=True),
+        progress=lambda stage: click.echo(stage, err=True),
     )
     manifest: Any = written.manifest
     if as_json:

@@ -31,27 +31,22 @@ from rewardrt.bundle.manifest import (
     record_file,
     write_manifest,
 )
+from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.bundle.spec import PoolingRule
 from rewardrt.checks.verify import write_golden
 from rewardrt.errors import ExportError
-from rewardrt_export.certificate.certify import (
-    GoldenSet,
-    certify,
-    check_memory,
-    encode_probes,
-    encode_texts,
-    measure_fidelity,
-    score_golden,
-    score_with_torch,
-    spread,
-)
+from rewardrt_export.certificate.certify import GoldenSet, certify, measure_fidelity, score_golden
+from rewardrt_export.certificate.encode import encode_probes, encode_texts
+from rewardrt_export.certificate.memory import check_memory
+from rewardrt_export.certificate.reference import score_with_torch, spread
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.model.backbone import meta_backbone
-from rewardrt_export.precisions.calibrate import TOKENS, Calibration, cut
-from rewardrt_export.precisions.table import PRECISIONS, check_precisions
+from rewardrt_export.precisions.calibrate import KEPT_TOKENS, Calibration, cut
+from rewardrt_export.precisions.table import LOWERINGS, chosen_precisions
 from rewardrt_export.source.tokenizer import TokenizerChoice
+from rewardrt_export.tracing.attention import attention_name
 from rewardrt_export.tracing.lower import lower
-from rewardrt_export.tracing.trace import attention_name, trace
+from rewardrt_export.tracing.trace import trace
 
 Progress = Callable[[str], None]
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
@@ -78,7 +73,7 @@ def export(
     calibrate: Path | None = None,
     certified: bool = True,
     force: bool = False,
-    progress: Progress = lambda step: None,
+    progress: Progress = lambda stage: None,
 ) -> Bundle:
     """Export the reward model in the folder `source` to the bundle folder `target`, and certify it.
 
@@ -87,16 +82,16 @@ def export(
     the folder; None takes the file's, with a word where the two differ.
     `pad_token` is the token, or its id, that training padded with, where the files allow two;
     `chat_template` one of several templates by its name, or a file.
-    `precisions` are names of `precision.PRECISIONS`: a graph each. int8 is calibrated on the texts of the JSONL file
-    `calibrate`, or else on every other one of the golden texts. With `token_rewards` the graphs also give the reward
-    after every token, where a model reads one answer at one token. Without `certified` the torch model scores nothing,
-    except the texts of `calibrate`: the bundle has no golden texts and says that it is uncertified. Where the torch
-    model in float32 does not fit in memory, it scores layer by layer, fewer texts, and int8 is not calibrated.
+    `precisions` are names in `rewardrt.bundle.precisions`: a graph each. int8 is calibrated on the texts of the JSONL
+    file `calibrate`, or else on every other one of the golden texts. With `token_rewards` the graphs also give the
+    reward after every token, where a model reads one answer at one token. Without `certified` the torch model scores
+    nothing, except the texts of `calibrate`: the bundle has no golden texts and says that it is uncertified. Where the
+    torch model in float32 does not fit in memory, it scores layer by layer, fewer texts, and int8 is not calibrated.
 
-    Raises a RewardRTError and leaves nothing behind when any step fails. An existing `target` is replaced only with
+    Raises a RewardRTError and leaves nothing behind when anything fails. An existing `target` is replaced only with
     `force`, and only once the new bundle is whole.
     """
-    check_precisions(precisions)
+    precisions = chosen_precisions(precisions)
     calibrated = any(PRECISIONS[name].calibrated for name in precisions)
     if golden is not None and not certified:
         raise ExportError("golden texts are to certify on, and this export is not to be certified; leave one out")
@@ -139,7 +134,7 @@ def export(
         if calibration is not None and own_texts:
             progress(f"calibrating on {calibrate}")
             seen = [cut(text) for text in encode_texts(checkpoint, folder, calibrate)[1]]
-            every = -(-sum(text.needed for text in seen) // TOKENS)  # of so many texts, one: no more are kept
+            every = -(-sum(text.needed for text in seen) // KEPT_TOKENS)  # of so many texts, one: no more are kept
             seen_rewards = score_with_torch(checkpoint, seen[::every], calibration=calibration)
             calibration.reward_std = spread(seen_rewards)
         variants = []
@@ -156,9 +151,7 @@ def export(
             progress(f"certifying the {precision} graph against torch")
             fidelity = None
             if PRECISIONS[precision].rounds:
-                seen_golden = PRECISIONS[precision].calibrated and calibration is not None and not own_texts
-                unseen = slice(1, None, 2) if seen_golden else slice(None)
-                fidelity = measure_fidelity(checkpoint, folder, precision, golden_set.own, unseen, by_layer=by_layer)
+                fidelity = measure_fidelity(checkpoint, folder, precision, golden_set, by_layer=by_layer)
             certificates.append(certify(checkpoint, folder, precision, fidelity, by_layer=by_layer))
         write_manifest(folder, dataclasses.replace(manifest, certificates=tuple(certificates)))
         return _move(folder, target)
@@ -180,7 +173,7 @@ def _write_graph(graph: ir.Model, precision: str, calibration: Calibration | Non
     name = "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
     made = PRECISIONS[precision]
     variant = Variant(precision, name, (f"{name}.data",), made.needs, made.made_for)
-    written = made.lower(graph.clone(), calibration)
+    written = LOWERINGS[precision](graph.clone(), calibration)
     written.producer_name, written.producer_version = "rewardrt", rewardrt.__version__
     ir.save(written, folder / variant.graph, external_data=variant.data[0], alignment=4096, align_threshold=65_536)
     return variant

@@ -2,6 +2,7 @@
  *
  * Each is a function in the graph too, of standard nodes. Where this library is not loaded, or a processor lacks what a
  * kernel needs, onnxruntime puts that function in its place. What an operator takes may never change under its name.
+ * Which operators there are, and what is told of each, is in table.h.
  */
 #include "kernels.h"
 #include "onnxruntime_abi.h"
@@ -433,55 +434,10 @@ static Status compute(void *data, void *context) {
         .input_presence = get_zero, .output_presence = get_zero, .input_memory = get_zero, .create = create,    \
         .compute = compute, .destroy = destroy, .first_version = get_version, .last_version = get_version       \
     }
-#define ROUNDING(title, second, first_step, is_mixed, is_twice, ...)                                              \
-    {.base = BASE, .name = title, .inputs = {FLOAT, second}, .outputs = {__VA_ARGS__}, .compute = compute_rounding, \
-     .before = first_step, .mixed = is_mixed, .twice = is_twice}
-#define ROUNDINGS(title, second, first_step)                                           \
-    ROUNDING(title "RoundTokens", second, first_step, 0, 0, UINT8, FLOAT),             \
-        ROUNDING(title "RoundTokensTwice", second, first_step, 0, 1, UINT8, UINT8, FLOAT), \
-        ROUNDING(title "RoundTokensMixed", second, first_step, 1, 0, UINT8, FLOAT),    \
-        ROUNDING(title "RoundTokensMixedTwice", second, first_step, 1, 1, UINT8, UINT8, FLOAT)
-#define PRODUCT(title, function, first_step, is_mixed, is_twice, second, third, ...)          \
-    .base = BASE, .name = title, .inputs = {__VA_ARGS__}, .outputs = {FLOAT, second, third}, \
-    .compute = function, .before = first_step, .mixed = is_mixed, .twice = is_twice
-#define WEIGHT INT8, FLOAT
-#define PRODUCTS_OF(title, function, before, mixed_, twice_, ...)                                                      \
-    {PRODUCT(title, function, before, mixed_, twice_, 0, 0, __VA_ARGS__, WEIGHT), .products = 1},                      \
-        {PRODUCT(title "Add", function, before, mixed_, twice_, 0, 0, __VA_ARGS__, WEIGHT, FLOAT), .products = 1,      \
-         .added = 1},                                                                                                  \
-        {PRODUCT(title "Gate", function, before, mixed_, twice_, 0, 0, __VA_ARGS__, WEIGHT, WEIGHT), .products = 2,    \
-         .gated = 1},                                                                                                  \
-        {PRODUCT(title "Pair", function, before, mixed_, twice_, FLOAT, 0, __VA_ARGS__, WEIGHT, WEIGHT), .products = 2}, \
-        {PRODUCT(title "Triple", function, before, mixed_, twice_, FLOAT, FLOAT, __VA_ARGS__, WEIGHT, WEIGHT, WEIGHT), \
-         .products = 3}
-#define ROUNDED_PRODUCTS(title, before, ...)                                                                           \
-    PRODUCTS_OF(title "RoundProduct", compute_rounded_products, before, 0, 0, __VA_ARGS__),                            \
-        PRODUCTS_OF(title "RoundProductTwice", compute_rounded_products, before, 0, 1, __VA_ARGS__),                   \
-        PRODUCTS_OF(title "RoundMixedProduct", compute_rounded_products, before, 1, 0, __VA_ARGS__),                   \
-        PRODUCTS_OF(title "RoundMixedProductTwice", compute_rounded_products, before, 1, 1, __VA_ARGS__)
-#define ATTENTION(title, ...)                                                                              \
-    {.base = BASE, .name = title, .inputs = {FLOAT, FLOAT, FLOAT, FLOAT16, FLOAT16, ##__VA_ARGS__},        \
-     .outputs = {FLOAT, FLOAT16, FLOAT16}, .compute = compute_attention}
 #define COUNT(table) (sizeof(table) / sizeof *(table))
 
-static const Operator ELEMENTS[] = {
-    ROUNDINGS("", 0, NOTHING),
-    ROUNDINGS("Scale", FLOAT, SCALE),
-    ROUNDINGS("Norm", FLOAT, NORM),
-    ROUNDINGS("Gate", FLOAT, GATE),
-};
-static const Operator PRODUCTS[] = {
-    PRODUCTS_OF("Product", compute_products, NOTHING, 0, 0, UINT8, FLOAT),
-    PRODUCTS_OF("ProductTwice", compute_products, NOTHING, 0, 1, UINT8, UINT8, FLOAT),
-    ROUNDED_PRODUCTS("", NOTHING, FLOAT),
-    ROUNDED_PRODUCTS("Scale", SCALE, FLOAT, FLOAT),
-    ROUNDED_PRODUCTS("Norm", NORM, FLOAT, FLOAT),
-    ROUNDED_PRODUCTS("Gate", GATE, FLOAT, FLOAT),
-};
-static const Operator ATTENTIONS[] = {
-    ATTENTION("CausalAttention"),
-    ATTENTION("RotaryCausalAttention", FLOAT, FLOAT),
-};
+#include "table.h"
+
 enum { VNNI = 1, BF16 = 2, AMX = 4 };
 
 static int features(void) {
@@ -514,7 +470,7 @@ EXPORTED Status RegisterCustomOps(void *options, const ApiBase *base) {
     void *domain;
     if (!found) return NULL;
     TRY(CREATE_DOMAIN(api, "rewardrt", &domain)); /* sessions need it as long as they live: it is never given back */
-    TRY(add(api, domain, ELEMENTS, COUNT(ELEMENTS)));
+    TRY(add(api, domain, ROUNDINGS, COUNT(ROUNDINGS)));
     if (!(found & AMX)) TRY(add(api, domain, PRODUCTS, COUNT(PRODUCTS)));
     if (found & BF16) TRY(add(api, domain, ATTENTIONS, COUNT(ATTENTIONS)));
     return ADD_DOMAIN(api, options, domain);

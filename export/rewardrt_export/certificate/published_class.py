@@ -21,7 +21,7 @@ from rewardrt.bundle.spec import Spec
 from rewardrt.text.tokens import EncodedText
 from rewardrt_export.checkpoint import Checkpoint
 
-TEXTS, TOKENS = 12, 512  # as many texts, of at most so many tokens each
+MOST_TEXTS, LONGEST_TEXT = 12, 512  # as many texts, of at most so many tokens each
 
 
 def rewards_of_class(checkpoint: Checkpoint, texts: Sequence[EncodedText], free: int | None) -> dict[int, float]:
@@ -45,8 +45,8 @@ def rewards_of_class(checkpoint: Checkpoint, texts: Sequence[EncodedText], free:
     model = _load(found, checkpoint)
     if model is None:
         return {}
-    short = [index for index, text in enumerate(texts) if len(text.ids) <= TOKENS]
-    chosen = short[:: max(1, len(short) // TEXTS)]
+    short = [index for index, text in enumerate(texts) if len(text.ids) <= LONGEST_TEXT]
+    chosen = short[:: max(1, len(short) // MOST_TEXTS)]
     rewards = {}
     for index in chosen:
         inputs = {"input_ids": torch.from_numpy(texts[index].ids).unsqueeze(0)}

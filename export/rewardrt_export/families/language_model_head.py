@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
 NAME = "lm_head.weight"
-
-
-EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
+TIED_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 # What some architectures do to the logits after the head; rows alone would not be the model's logits then.
 LOGIT_RULES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -36,7 +34,7 @@ def _head_tensor(source: Source) -> str:
     """Return the LM head's tensor; where it is tied to the embeddings, only they are stored."""
     if NAME in source.stored:
         return NAME
-    tied = [name for name in source.stored if name.endswith(EMBEDDINGS)]
+    tied = [name for name in source.stored if name.endswith(TIED_EMBEDDINGS)]
     if not source.config.tie_word_embeddings or len(tied) != 1:
         raise CheckpointError(
             f"no LM head: expected {NAME}, or tie_word_embeddings in config.json and one embedding matrix, "

@@ -36,7 +36,7 @@ PACKED = (torch.uint8, torch.int8, torch.int16, torch.float8_e4m3fn, torch.float
 
 
 @dataclass(frozen=True)
-class Source:
+class ParameterSource:
     """Where one parameter comes from: stored tensors and what makes the parameter of them."""
 
     stored: tuple[StoredTensor, ...]
@@ -47,7 +47,7 @@ class Source:
 class Binding:
     """`sources` by parameter name; `unused` are the stored tensors that the backbone has no place for."""
 
-    sources: dict[str, Source]
+    sources: dict[str, ParameterSource]
     unused: dict[str, StoredTensor]
 
 
@@ -161,7 +161,9 @@ def fill_with_fakes(module: nn.Module, mode: FakeTensorMode) -> None:
                     part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
-def load(model: PreTrainedModel, sources: dict[str, Source], dtype: torch.dtype, *, by_layer: bool = False) -> None:
+def load(
+    model: PreTrainedModel, sources: dict[str, ParameterSource], dtype: torch.dtype, *, by_layer: bool = False
+) -> None:
     """Give a meta backbone its weights in `dtype`; with `by_layer`, those of a layer only while it runs.
 
     They are then read each time. The layers are the model's largest list of modules. No gradients can be derived.
@@ -185,7 +187,7 @@ def _layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
 
 
-def _fetch(own: dict[str, Source], dtype: torch.dtype, layer: nn.Module, inputs: object) -> None:
+def _fetch(own: dict[str, ParameterSource], dtype: torch.dtype, layer: nn.Module, inputs: object) -> None:
     layer.load_state_dict({name: source.read().to(dtype) for name, source in own.items()}, strict=True, assign=True)
 
 
@@ -230,11 +232,11 @@ def bind(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> Binding:
         else:
             direct[target] = stored[name]
 
-    sources = {target: Source((tensor,), tensor.read) for target, tensor in direct.items()}
+    sources = {target: ParameterSource((tensor,), tensor.read) for target, tensor in direct.items()}
     for target, parts in collected.items():
         converter = by_pattern[parts[0][0]]
         for name, read in _converted(model, converter, target, parts).items():
-            sources[name] = Source(tuple(tensor for _, tensor in parts), read)
+            sources[name] = ParameterSource(tuple(tensor for _, tensor in parts), read)
 
     missing = sorted(set(wanted) - set(sources))
     if missing:

@@ -15,7 +15,7 @@ from rewardrt.text.tokens import EncodedText
 
 # The most that is kept of one activation. It takes tokens * K * 4 bytes for each: 400 KB a token at 135M parameters,
 # 1.6 MB at 1.5B.
-TOKENS = 4_096
+KEPT_TOKENS = 4_096
 LONGEST = 512  # tokens of a text whose reward is derived: the way back keeps the attention of all layers in memory
 COLUMNS = 256  # of a weight whose gradients are kept
 LARGEST = 1e15  # tokens with larger values are left out: sums of their squares are no float32
@@ -77,7 +77,7 @@ class Calibration:
         _, given, last_owner = self._last
         owner = self._owner.setdefault(weight, last_owner)
         parts = self._parts.setdefault(owner, [])
-        room = TOKENS - sum(map(len, parts))
+        room = KEPT_TOKENS - sum(map(len, parts))
         if owner == weight and room > 0:
             parts.append(_rows(activation, room))
             gradients = self._gradients.setdefault(owner, [])

@@ -17,8 +17,8 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
 
 from rewardrt.graph.session import PAST_BATCH
-from rewardrt_export.precisions.fuse import pool_early
-from rewardrt_export.precisions.quantize import register
+from rewardrt_export.precisions.nodes import register
+from rewardrt_export.precisions.pool import pool_early
 from rewardrt_export.precisions.storage import cast, store
 
 _SMALL, _LARGE = ir.DataType.FLOAT16, ir.DataType.FLOAT
@@ -34,7 +34,7 @@ def halve(model: ir.Model) -> ir.Model:
     Raises ExportError for a weight that float16 cannot hold, when the model is saved.
     """
     pool_early(model, standard=True)
-    store(model, "fp16")
+    store(model, _SMALL)
     past = [value for value in model.graph.inputs if str(value.name).startswith("past_")]
     for value in past:
         value.type = ir.TensorType(_SMALL)

@@ -3,7 +3,7 @@
 Of a product x W, x [tokens, K] float32 as `smoothing` leaves it, W [K, N]:
 
     s = max |x| of a token / 127            [tokens, 1]
-    y = s * (q(x / s) Q * w)                Q int8 [K, N] with a step w [N] for each column
+    y = s * (q(x / s) Q * w)                Q int8 [K, N] with a step size w [N] for each column
 
 - A token is scaled by its own values alone, so that its result does not depend on what is in the batch.
 - Where 8 bits of an activation are too few, what rounding left over, x - s q(x / s), is rounded again in steps of
@@ -11,7 +11,7 @@ Of a product x W, x [tokens, K] float32 as `smoothing` leaves it, W [K, N]:
 - The scale that an activation is smoothed by goes into what makes it, the gain of a norm or the columns of a weight,
   where that makes nothing else.
 
-Rounding and products are calls of `operators`.
+Rounding and products are calls of `operators`. In graphs step sizes are called `steps`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
 
 from rewardrt.errors import ExportError
 from rewardrt_export.precisions.calibrate import Calibration
+from rewardrt_export.precisions.functions import CHANNELS, DOMAIN, PANEL, pack
 from rewardrt_export.precisions.fuse import fuse
-from rewardrt_export.precisions.operators import CHANNELS, DOMAIN, PANEL, define, pack
-from rewardrt_export.precisions.rounding import column_steps, round_weight
-from rewardrt_export.precisions.smoothing import PLAIN, Plan
+from rewardrt_export.precisions.nodes import input_of, register, weight_name
+from rewardrt_export.precisions.operators import Product, Rounding, define
+from rewardrt_export.precisions.rounding import Floats, column_step_sizes, round_weight
+from rewardrt_export.precisions.smoothing import UNSMOOTHED, Plan
 
-Floats = npt.NDArray[np.float32]
-
-BLOCK = 32  # rows of a weight that share a step, where only weights are rounded
+BLOCK = 32  # rows of a weight that share a step size, where only weights are rounded
 
 
 def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Model:
@@ -49,7 +48,7 @@ def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Mode
     for node in model.graph:
         name = weight_name(node)
         if name is not None and _rows(node) % CHANNELS == 0 and (plan is None or name in plan.weights):
-            readers.setdefault(_input(node, 0), []).append(node)
+            readers.setdefault(input_of(node, 0), []).append(node)
     if not readers:
         raise ExportError("int8: the backbone has no products with weights; export it in another precision")
     quantizers = [_Quantizer(model.graph, activation, nodes, plan) for activation, nodes in readers.items()]
@@ -62,18 +61,8 @@ def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Mode
     return model
 
 
-def weight_name(node: ir.Node) -> str | None:
-    """Return the name of the backbone's 2-D weight that this node multiplies with; None for any other node."""
-    if node.op_type != "MatMul" or node.domain:
-        return None
-    weight = _input(node, 1)
-    if not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
-        return None
-    return weight.name if weight.name and weight.name.startswith("backbone.") else None
-
-
 def _rows(node: ir.Node) -> int:
-    weight = _input(node, 1).const_value
+    weight = input_of(node, 1).const_value
     assert weight is not None
     return weight.shape.numpy()[0]
 
@@ -88,7 +77,7 @@ class _Quantizer:
         self.plan = plan
         self.tape = Tape()
         self.first = str(weight_name(nodes[0]))  # what holds of this weight's activation is done to all of them
-        self.smoothing = PLAIN if plan is None else plan.smoothing(self.first)
+        self.smoothing = UNSMOOTHED if plan is None else plan.smoothing(self.first)
         self.scale = self.smoothing.scale  # that is still to be divided by
 
     def fold_scale(self) -> None:
@@ -107,7 +96,7 @@ class _Quantizer:
             parts = [part for part in maker.inputs[1:] if part is not None]
         elif maker.op_type == "Mul":
             sides = [side.producer() for side in maker.inputs if side is not None and len(side.uses()) == 1]
-            parts = [_input(side, 1) for side in sides if side is not None and weight_name(side) is not None][:1]
+            parts = [input_of(side, 1) for side in sides if side is not None and weight_name(side) is not None][:1]
         else:
             return
         if not parts or not all(self._divides(part) for part in parts):
@@ -131,20 +120,20 @@ class _Quantizer:
 
     def replace(self) -> None:
         """Put the integer products in the place of the float32 ones."""
-        mixed, twice = "Mixed" if self.smoothing.mixed else "", "Twice" if self.smoothing.planes == 2 else ""
-        operands, scaled = [self.activation], ""
+        rounding = Rounding("" if self.scale is None else "Scale", self.smoothing.mixed, self.smoothing.planes)
+        operands = [self.activation]
         if self.scale is not None:
             operands.append(register(self.graph, ir.tensor(1 / self.scale, name=f"{self.first}.smooth")))
-            scaled = "Scale"
         rounded = self.tape.op_multi_out(
-            f"{scaled}RoundTokens{mixed}{twice}",
+            rounding.name,
             operands,
             {"channels": _rows(self.nodes[0])},
-            num_outputs=3 if twice else 2,
+            num_outputs=len(rounding.outputs),
             domain=DOMAIN,
         )
+        product = Product(rounding.planes)
         results = [
-            self.tape.op(f"Product{twice}", [*rounded, *self._weight(_input(node, 1))], domain=DOMAIN)
+            self.tape.op(product.name, [*rounded, *self._weight(input_of(node, 1))], domain=DOMAIN)
             for node in self.nodes
         ]
         self.graph.insert_before(self.nodes[0], self.tape.nodes)
@@ -154,7 +143,7 @@ class _Quantizer:
         self.graph.remove(list(self.nodes), safe=True)
 
     def _weight(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return the integers of a weight, in panels, and the steps of its columns.
+        """Return the integers of a weight, in panels, and the step sizes of its columns.
 
         A weight that is multiplied with several activations (DeBERTa's, with hidden states and with the embeddings of
         distances) is there once for each way that these are smoothed.
@@ -163,7 +152,7 @@ class _Quantizer:
         assert stored is not None and name is not None
         if self.plan is not None and self.plan.smoothing(name) is not self.smoothing:
             name = f"{name}.as.{self.first}"
-        columns = column_steps(self.smoothing.weight(stored.numpy()))
+        columns = column_step_sizes(self.smoothing.weight(stored.numpy()))
         rows = stored.shape.numpy()[0]
         integers = ir.LazyTensor(
             partial(_integers, stored, columns, self),
@@ -172,17 +161,6 @@ class _Quantizer:
             name=f"{name}.int8",
         )
         return register(self.graph, integers), register(self.graph, ir.tensor(columns, name=f"{name}.steps"))
-
-
-def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """Return the graph's initializer of this tensor's name, made of it unless it is there."""
-    assert tensor.name is not None
-    if tensor.name not in graph.initializers:
-        value = ir.Value(
-            name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
-        )
-        graph.register_initializer(value)
-    return graph.initializers[tensor.name]
 
 
 def _integers(weight: ir.TensorProtocol, columns: Floats, quantizer: _Quantizer) -> ir.TensorProtocol:
@@ -194,14 +172,8 @@ def _quotient(stored: ir.TensorProtocol, scale: Floats) -> ir.TensorProtocol:
     return ir.tensor(stored.numpy() / scale, name=stored.name)
 
 
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None
-    return value
-
-
 def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
-    """Store the backbone's weights in `bits` bits, a step for each BLOCK of a column; products stay float32.
+    """Store the backbone's weights in `bits` bits, a step size for each BLOCK of a column; products stay float32.
 
     Less to read where memory is what a machine waits for: few tokens at a time, or a model near the memory's size.
     """
@@ -210,7 +182,7 @@ def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
     for node in list(model.graph):
         if weight_name(node) is None:
             continue
-        weight = _input(node, 1)
+        weight = input_of(node, 1)
         stored = weight.const_value
         assert stored is not None and weight.name is not None
         rows, columns = stored.shape.numpy()
@@ -221,14 +193,14 @@ def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
             shape=ir.Shape([columns, blocks, BLOCK * bits // 8]),
             name=f"{weight.name}.int{bits}",
         )
-        steps = ir.LazyTensor(
-            partial(_block_steps, stored, bits),
+        step_sizes = ir.LazyTensor(
+            partial(_block_step_sizes, stored, bits),
             dtype=ir.DataType.FLOAT,
             shape=ir.Shape([columns, blocks]),
             name=f"{weight.name}.steps",
         )
         attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
-        inputs = [_input(node, 0), *(register(model.graph, tensor) for tensor in (packed, steps))]
+        inputs = [input_of(node, 0), *(register(model.graph, tensor) for tensor in (packed, step_sizes))]
         product = tape.op("MatMulNBits", inputs, attributes, domain="com.microsoft")
         model.graph.insert_before(node, tape.nodes[-1:])
         product.shape, product.type = node.outputs[0].shape, node.outputs[0].type
@@ -244,19 +216,19 @@ def _blocks(weight: ir.TensorProtocol) -> Floats:
     return np.pad(columns, ((0, 0), (0, -columns.shape[1] % BLOCK))).reshape(len(columns), -1, BLOCK)
 
 
-def _steps(blocks: Floats, bits: int) -> Floats:
+def _step_sizes(blocks: Floats, bits: int) -> Floats:
     largest = np.abs(blocks).max(axis=-1)
     return np.maximum(largest / (2 ** (bits - 1) - 1), np.finfo(np.float32).tiny).astype(np.float32)
 
 
-def _block_steps(weight: ir.TensorProtocol, bits: int) -> ir.TensorProtocol:
-    return ir.tensor(_steps(_blocks(weight), bits), name=f"{weight.name}.steps")
+def _block_step_sizes(weight: ir.TensorProtocol, bits: int) -> ir.TensorProtocol:
+    return ir.tensor(_step_sizes(_blocks(weight), bits), name=f"{weight.name}.steps")
 
 
 def _packed(weight: ir.TensorProtocol, bits: int) -> ir.TensorProtocol:
     """Return the integers of a weight around 2 ** (bits - 1), uint8 [N, blocks, BLOCK * bits / 8], low bits first."""
     blocks = _blocks(weight)
-    integers = (np.rint(blocks / _steps(blocks, bits)[..., None]) + 2 ** (bits - 1)).astype(np.uint8)
+    integers = (np.rint(blocks / _step_sizes(blocks, bits)[..., None]) + 2 ** (bits - 1)).astype(np.uint8)
     if bits == 4:
         integers = integers[..., ::2] | (integers[..., 1::2] << 4)
     return ir.tensor(integers, name=f"{weight.name}.int{bits}")

@@ -4,7 +4,7 @@ Rounding to the nearest makes the error of each weight as small as it can be; wh
 Where texts were seen, the rows of a weight [K, N] are rounded one after the other, and those still to come are moved
 so that the product of the seen activations X [tokens, K] stays as near as it can: with H = X^T X and U^T U = H^-1,
 row i's error e_i = (w_i - q_i) / U_ii is taken from each later row j as U_ij e_i. This is GPTQ (Frantar et al. 2022,
-https://arxiv.org/abs/2210.17323), rows in the order of their activations' size, and one step for a whole column.
+https://arxiv.org/abs/2210.17323), rows in the order of their activations' size, and one step size for a whole column.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def make_factor(activations: Floats) -> Factor:
     return Factor(order, inverse.flip(0, 1).numpy())
 
 
-def column_steps(weight: Floats) -> Floats:
-    """Return the step of each column of a weight [K, N], float32 [N]: 1/127 of its largest value."""
+def column_step_sizes(weight: Floats) -> Floats:
+    """Return the step size of each column of a weight [K, N], float32 [N]: 1/127 of its largest value."""
     return np.maximum(np.abs(weight).max(axis=0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
 
 
-def round_weight(weight: Floats, steps: Floats, factor: Factor | None) -> npt.NDArray[np.int8]:
-    """Return the weight [K, N] in `steps` [N], int8 [K, N], each in -127..127; without a factor, the nearest."""
+def round_weight(weight: Floats, step_sizes: Floats, factor: Factor | None) -> npt.NDArray[np.int8]:
+    """Return the weight [K, N] in `step_sizes` [N], int8 [K, N], each in -127..127; without a factor, the nearest."""
     if factor is None:
-        return np.rint(weight / steps).astype(np.int8)
-    rows = weight[factor.order] / steps.astype(np.float64)
+        return np.rint(weight / step_sizes).astype(np.int8)
+    rows = weight[factor.order] / step_sizes.astype(np.float64)
     rounded = np.empty(rows.shape, dtype=np.int8)
     upper = factor.upper
     for start in range(0, len(rows), ROWS):

@@ -1,8 +1,8 @@
 """How an activation is made easy to round: scaled channel by channel, mixed in small blocks, or given in two planes.
 
-Each token of an activation x [tokens, K] is rounded in steps of its own, s = max |x| / 127, and each column of a weight
-W [K, N] in steps of its own, w = max |W| / 127. A channel that carries far larger values than the rest makes a token's
-steps too coarse for all of them. With x / c and c W in their place, the product is the same. To which c? Rounding adds
+Each token of an activation x [tokens, K] is rounded in steps of one size, s = max |x| / 127, and each column of a
+weight W [K, N] too, w = max |W| / 127. A channel that carries far larger values than the rest makes a token's step
+size too coarse for all of them. With x / c and c W in their place, the product is the same. To which c? Rounding adds
 noise of s^2 / 12 to each channel of a token, and w^2 / 12 to each number of a column, and noise v in a number p moves
 the reward r by about v dr/dp. The damage of a product, the variance that rounding adds to the reward of a text, is so
 
@@ -26,20 +26,17 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from rewardrt_export.precisions.calibrate import Calibration, Seen
-from rewardrt_export.precisions.operators import MIXED, hadamard
-from rewardrt_export.precisions.rounding import Factor, make_factor
+from rewardrt_export.precisions.functions import MIXED, hadamard
+from rewardrt_export.precisions.rounding import Factor, Floats, make_factor
 
-Floats = npt.NDArray[np.float32]
 _Largest = Callable[[torch.Tensor, int], torch.Tensor]  # over an axis
 
 GOAL = 0.016  # standard deviations of the reward that rounding the activations is to move it by; twice is measured
-TOKENS = 1_024  # that c is learnt on
-STEPS, RATE = 60, 0.15  # of Adam; 150 steps found nothing better
+LEARNT_ON = 1_024  # that c is learnt on
+ROUNDS, RATE = 60, 0.15  # of Adam; 150 rounds found nothing better
 NORM = 12  # the p of the p-norm that stands for the largest value while c is learnt
 SMALLEST = 1e-6  # of a channel's c in relation to the largest one's: channels that were 0 in all texts
 
@@ -68,7 +65,7 @@ class Smoothing:
         return _mix(torch.from_numpy(scaled).T).T.contiguous().numpy() if self.mixed else scaled
 
 
-PLAIN = Smoothing()  # where no text was seen
+UNSMOOTHED = Smoothing()  # where no text was seen
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
@@ -77,7 +74,7 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Rung:
     """One way to round an activation, and the variance that it adds to the reward."""
 
     smoothing: Smoothing
@@ -87,7 +84,7 @@ class _Step:
 class Plan:
     """How activations are smoothed and weights rounded, of each weight that texts went through, by its name.
 
-    The damage of all activations together is brought below GOAL: the one with most of it takes its next step, until it
+    The damage of all activations together is brought below GOAL: the one with most of it takes its next rung, until it
     is; of those that can be mixed, as long as there are any. Where nothing is known of the gradients, all have two
     planes.
     """
@@ -97,12 +94,12 @@ class Plan:
         ladders = {owner: _ladder(calibration, owner) for owner in calibration.owners}
         taken = {owner: next(ladder) for owner, ladder in ladders.items()}
         goal = (GOAL * calibration.reward_std) ** 2
-        while sum(step.damage for step in taken.values()) > goal:
-            cheap = [owner for owner, step in taken.items() if step.smoothing.mixable]
+        while sum(rung.damage for rung in taken.values()) > goal:
+            cheap = [owner for owner, rung in taken.items() if rung.smoothing.mixable]
             worst = max(cheap or taken, key=lambda owner: taken[owner].damage)
             taken[worst] = next(ladders[worst])
         self._calibration = calibration
-        self._steps = taken
+        self._rungs = taken
         self._made: tuple[str, Factor] | None = None  # weights that share an activation are written in a row
 
     @property
@@ -112,7 +109,7 @@ class Plan:
 
     def smoothing(self, weight: str) -> Smoothing:
         """Return what is done to the activation that this weight is multiplied with."""
-        return self._steps[self._calibration.owner(weight)].smoothing
+        return self._rungs[self._calibration.owner(weight)].smoothing
 
     def factor(self, weight: str) -> Factor:
         """Return what this weight, smoothed, is rounded by."""
@@ -123,29 +120,29 @@ class Plan:
         return self._made[1]
 
 
-def _ladder(calibration: Calibration, owner: str) -> Iterator[_Step]:
+def _ladder(calibration: Calibration, owner: str) -> Iterator[_Rung]:
     """Yield ways to round an activation, from the cheapest to the one without damage that counts.
 
-    What was seen is asked for at each step and not kept between them: in float32, it is large.
+    What was seen is asked for at each rung and not kept between them: in float32, it is large.
     """
     if not calibration.texts or not calibration.seen(owner).gradients.any():
-        yield _Step(PLAIN, 0.0)
+        yield _Rung(UNSMOOTHED, 0.0)
         return
     scale, damage = _learn(calibration.seen(owner), mixed=False)
     mixed = len(scale) % MIXED == 0
-    yield _Step(Smoothing(scale, planes=1), damage / calibration.texts)
+    yield _Rung(Smoothing(scale, planes=1), damage / calibration.texts)
     if mixed:
         scale, damage = _learn(calibration.seen(owner), mixed=True)
-        yield _Step(Smoothing(scale, mixed, planes=1), damage / calibration.texts)
-    yield _Step(Smoothing(scale, mixed, planes=2), 0.0)
+        yield _Rung(Smoothing(scale, mixed, planes=1), damage / calibration.texts)
+    yield _Rung(Smoothing(scale, mixed, planes=2), 0.0)
 
 
 def _learn(seen: Seen, *, mixed: bool) -> tuple[Floats, float]:
     """Return the scale with the least damage of activations and weights, and the activations' damage there.
 
-    Damage is the sum over all texts; of their tokens, some TOKENS are looked at, and stand for all.
+    Damage is the sum over all texts; of their tokens, some LEARNT_ON are looked at, and stand for all.
     """
-    every = -(-len(seen.activations) // TOKENS)
+    every = -(-len(seen.activations) // LEARNT_ON)
     seen = replace(seen, activations=seen.activations[::every], gradients=seen.gradients[::every])
     sizes = seen.activations.square().mean(0).sqrt()
     smallest = (SMALLEST * sizes.max()).clamp_min(torch.finfo(torch.float32).tiny)
@@ -155,18 +152,18 @@ def _learn(seen: Seen, *, mixed: bool) -> tuple[Floats, float]:
 
     def of_activations(largest: _Largest, scale: torch.Tensor) -> torch.Tensor:
         scaled = seen.activations / scale
-        steps = largest(_mix(scaled) if mixed else scaled, -1) / 127
-        return every * (steps.square() * (squares @ scale.square())).sum() / 12
+        step_sizes = largest(_mix(scaled) if mixed else scaled, -1) / 127
+        return every * (step_sizes.square() * (squares @ scale.square())).sum() / 12
 
     def of_weights(largest: _Largest, scale: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(())
         for weight in seen.weights:
             scaled = weight.columns * scale[:, None]
-            steps = largest(_mix(scaled.T).T if mixed else scaled, 0) / 127
-            total = total + (steps.square() * (scale**-2 @ weight.squares)).sum() / 12 / weight.share
+            step_sizes = largest(_mix(scaled.T).T if mixed else scaled, 0) / 127
+            total = total + (step_sizes.square() * (scale**-2 @ weight.squares)).sum() / 12 / weight.share
         return total
 
-    for _ in range(STEPS):
+    for _ in range(ROUNDS):
         scale = logarithm.exp()
         damage = of_activations(_nearly_largest, scale) + of_weights(_nearly_largest, scale)
         if not (torch.isfinite(damage) and damage > 0):

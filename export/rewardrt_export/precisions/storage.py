@@ -6,38 +6,40 @@ Where the checkpoint has the same type, nothing is rounded, and the rewards are 
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from rewardrt.errors import ExportError
 
-Stored = Literal["bf16", "fp16"]
-_TYPES: dict[Stored, ir.DataType] = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
+_ENDINGS = {ir.DataType.BFLOAT16: "bf16", ir.DataType.FLOAT16: "fp16"}  # of the names of stored weights, in graphs
 
 
-def store(model: ir.Model, kind: Stored) -> ir.Model:
+def store(model: ir.Model, dtype: ir.DataType) -> ir.Model:
     """Store the backbone's matrices in two bytes, in place. Vectors, which weigh little, and the heads stay float32.
 
     What a Gather looks up is turned into float32 after it: an embedding stays small in memory too.
+
+    Before: weights are float32 initializers named `backbone.*`. After: matrices among them are initializers of `dtype`,
+    and what reads them reads a Cast to float32; values that are computed have the types that they had, but for the rows
+    of a Gather before their Cast. Raises ExportError for a weight that `dtype` cannot hold, when the model is saved.
     """
+    ending = _ENDINGS[dtype]
     for name, weight in list(model.graph.initializers.items()):
         tensor = weight.const_value
         if tensor is None or not name.startswith("backbone.") or len(tensor.shape) < 2:
             continue
         if tensor.dtype != ir.DataType.FLOAT:
             continue
-        dtype = _TYPES[kind]
         small = ir.Value(
-            name=f"{name}.{kind}",
+            name=f"{name}.{ending}",
             shape=weight.shape,
             type=ir.TensorType(dtype),
             const_value=ir.LazyTensor(
-                partial(_rounded, tensor, kind),
+                partial(_rounded, tensor, dtype),
                 dtype=dtype,
                 shape=ir.Shape(tensor.shape.numpy()),
-                name=f"{name}.{kind}",
+                name=f"{name}.{ending}",
             ),
         )
         model.graph.register_initializer(small)
@@ -74,9 +76,11 @@ def _cast_after(graph: ir.Graph, gather: ir.Node, small: ir.Value) -> None:
         node.replace_input_with(index, made.outputs[0])
 
 
-def _rounded(weight: ir.TensorProtocol, kind: Stored) -> ir.TensorProtocol:
+def _rounded(weight: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
     with np.errstate(over="ignore"):
-        small = weight.numpy().astype(_TYPES[kind].numpy())
+        small = weight.numpy().astype(dtype.numpy())
     if not np.isfinite(small).all():
-        raise ExportError(f"{weight.name}: holds values that {kind} cannot; export it with another precision")
-    return ir.tensor(small, name=f"{weight.name}.{kind}")
+        raise ExportError(
+            f"{weight.name}: holds values that {dtype.name.lower()} cannot; export it with another precision"
+        )
+    return ir.tensor(small, name=f"{weight.name}.{_ENDINGS[dtype]}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,10 @@ from typing import Any
 import torch
 
 from rewardrt.errors import CheckpointError
-from rewardrt_export.source.weights import StoredTensor, read_file, read_json, shorten
+from rewardrt_export.source.adapter_config import ADAPTER_CONFIG, Adapter
+from rewardrt_export.source.weights import StoredTensor, read_file, shorten
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-
-# Fields of adapter_config.json that are followed here, or change nothing once training is over. A field that is set
-# and not listed is a variant that is not known here, and stops the export.
-KNOWN_FIELDS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "task_type", "use_dora", "use_rslora",
-}  # fmt: skip
-# Ways to start that leave the base as it is. The others (pissa, olora, loftq, ...) train against another base than the
-# one on disk, and PEFT's own conversion writes them as a plain adapter with `true`.
-KNOWN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-
-# Fields that are looked into, and what they have to be where they are set.
-FIELD_TYPES: tuple[tuple[tuple[str, ...], type, str], ...] = (
-    (("rank_pattern", "alpha_pattern"), dict, "an object by module"),
-    (("modules_to_save",), list, "a list of modules"),
-)
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
@@ -46,55 +26,6 @@ _PART = re.compile(
 )
 # How PEFT's wrappers call the module that they wrap.
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)\.")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter folder, and the base that it was found to belong to."""
-
-    folder: Path
-    base: Path
-    config: dict[str, Any]
-
-    @property
-    def task(self) -> str | None:
-        """PEFT's name for the class that was trained (SEQ_CLS, CAUSAL_LM, ...), if the adapter says."""
-        found = self.config.get("task_type")
-        return found if isinstance(found, str) else None
-
-    @property
-    def saved_modules(self) -> list[str]:
-        """Modules that were trained whole, and saved with the adapter."""
-        return [str(name) for name in self.config.get("modules_to_save") or []]
-
-
-def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
-    """Return the adapter that a checkpoint folder is, or None for a whole model; `base` says where its base lies.
-
-    Raises CheckpointError when the base is not here (it is never downloaded), or the adapter is of an unknown kind.
-    """
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return None
-    config = read_json(folder / ADAPTER_CONFIG)
-    _check_config(folder, config)
-    named = config.get("base_model_name_or_path")
-    if base is None:
-        base = Path(named) if isinstance(named, str) and named else None
-        if base is None or not _is_folder(base):
-            raise CheckpointError(
-                f"{folder}: an adapter of {named!r}, which is not a folder here; nothing is downloaded, so give "
-                "its base with --base FOLDER"
-            )
-    if (base / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(f"{base}: the base is an adapter itself; merge it into its own base first")
-    return Adapter(folder, base, config)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # no name that a file system takes
-        return False
 
 
 def merge_adapter(adapter: Adapter, base: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -120,27 +51,6 @@ def merge_adapter(adapter: Adapter, base: dict[str, StoredTensor]) -> dict[str, 
         merged |= _merge_module(adapter, module, parts, target, merged)
     _check_layers(adapter, changed, base)
     return merged
-
-
-def _check_config(folder: Path, config: dict[str, Any]) -> None:
-    where = folder / ADAPTER_CONFIG
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{where}: a {config.get('peft_type')} adapter; only LORA can be merged exactly")
-    odd = sorted(name for name, value in config.items() if name not in KNOWN_FIELDS and value)
-    if odd:
-        raise CheckpointError(f"{where}: {', '.join(odd)} is set, which cannot be merged exactly; merge it with PEFT")
-    for names, kind, said in FIELD_TYPES:
-        for name in names:
-            if config.get(name) and not isinstance(config[name], kind):
-                raise CheckpointError(f"{where}: {name} {str(config[name])[:80]!r}; expected {said}")
-    start = config.get("init_lora_weights")
-    if not any(start is known or start == known for known in KNOWN_STARTS):
-        raise CheckpointError(
-            f"{where}: init_lora_weights {start!r} trains against a changed base; save the adapter anew with PEFT's "
-            "path_initial_model_for_weight_conversion"
-        )
-    if config.get("use_dora") and config.get("lora_bias"):
-        raise CheckpointError(f"{where}: use_dora with lora_bias cannot be merged exactly")
 
 
 def _read_adapter_tensors(folder: Path) -> dict[str, StoredTensor]:

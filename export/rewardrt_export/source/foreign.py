@@ -20,7 +20,7 @@ class Foreign:
 
 
 _COPY = "then copy config.json and the tokenizer's files into OUT"
-LAYOUTS = (
+PROGRAMS = (
     Foreign(
         ("model_world_size_*_rank_*.pt", "*/model_world_size_*_rank_*.pt"),
         "shards of verl, one for each process",
@@ -88,11 +88,11 @@ def describe_foreign(folder: Path) -> str:
     if shards:
         index = "model.safetensors.index.json" if shards[0].endswith("safetensors") else "pytorch_model.bin.index.json"
         return f"{folder}: {len(shards)} shards ({shards[0]}, ...) without their index; copy {index} beside them"
-    steps = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
-    if steps:
-        last = max(steps, key=lambda path: (len(path.name), path.name))
-        return f"{folder}: no weights, but {len(steps)} checkpoints of a training; export one of them, such as {last}"
-    for layout in LAYOUTS:
+    saved = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    if saved:
+        last = max(saved, key=lambda path: (len(path.name), path.name))
+        return f"{folder}: no weights, but {len(saved)} checkpoints of a training; export one of them, such as {last}"
+    for layout in PROGRAMS:
         for pattern in layout.names:
             if first := next(iter(sorted(folder.glob(pattern))), None):
                 fill = {"folder": folder, "name": first.name, "parent": _holder(folder, first)}

@@ -26,7 +26,7 @@ TOKENIZER_CHOICES: tuple[TokenizerChoice, ...] = ("file", "transformers")
 TOKENIZER_FILE = "tokenizer.json"
 
 # What tokenizers disagree about: spaces, forms of Unicode, case, digits, scripts, control characters.
-PROBES = (
+TELLING_TEXTS = (
     " leading",
     "trailing  ",
     "  two  spaces\tand a tab\n\n  lines\r\nend\n",
@@ -149,14 +149,14 @@ def _differences(
         for token in special_tokens(tokenizer.backend_tokenizer)
         for text in (f"{token} stands first", f"in the{token}middle", f"after a space {token}")
     ]
-    for text in (*PROBES, *literal, *_golden_strings()):
+    for text in (*TELLING_TEXTS, *literal, *_golden_strings()):
         for special in (False, True):
             found = ours(text, None, special), theirs(text, None, special)
             if found[0] != found[1]:
                 yield text, *found
-    found = ours(PROBES[0], PROBES[6], True), theirs(PROBES[0], PROBES[6], True)
+    found = ours(TELLING_TEXTS[0], TELLING_TEXTS[6], True), theirs(TELLING_TEXTS[0], TELLING_TEXTS[6], True)
     if found[0] != found[1]:
-        yield f"{PROBES[0]} / {PROBES[6]}", *found
+        yield f"{TELLING_TEXTS[0]} / {TELLING_TEXTS[6]}", *found
 
 
 def _golden_strings() -> Iterator[str]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rewardrt.errors import CheckpointError, MissingExtraError
+from rewardrt_export.source.tokenizer import TOKENIZER_FILE
 from rewardrt_export.source.weights import check_pointer, first_line, read_json
 
-TOKENIZER_FILE = "tokenizer.json"
 # The names of transformers' classes (`vocab_files_names`) and of what it converts besides.
 VOCABULARIES = (
     TOKENIZER_FILE, "*.model", "*.model.v[0-9]*", "*.spm", "*.tiktoken", "tekken.json", "vocab*.json", "vocab*.txt",
@@ -25,7 +25,7 @@ VOCABULARIES = (
 # Read beside a vocabulary, and never enough alone.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CONVERTED = ("tekken.json", "tokenizer.model", "tiktoken.model")  # by any class, instead of its own file
-PROBES = ("the quick brown fox jumps over the lazy dog", "of 19 words, \u2603 is none!")
+SENTENCEPIECE_PROBES = ("the quick brown fox jumps over the lazy dog", "of 19 words, \u2603 is none!")
 NO_LIMIT = 10**30  # transformers' own sign for no limit
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")
 
@@ -90,7 +90,7 @@ def differs_from_sentencepiece(folder: Path, tokenizer: Any) -> str | None:
 
     processor = SentencePieceProcessor(model_file=str(folder / models[0]))
     unknown = processor.unk_id()
-    for probe in PROBES:
+    for probe in SENTENCEPIECE_PROBES:
         ids, theirs, ours = processor.encode(probe), processor.encode(probe, out_type=str), tokenizer.tokenize(probe)
         # Where pieces are unknown, converters differ in how many they make of them; they may not leave them out.
         known = unknown not in ids

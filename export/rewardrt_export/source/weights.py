@@ -24,7 +24,7 @@ from rewardrt_export.source.foreign import describe_foreign
 SAFETENSORS_INDEX, SAFETENSORS_FILE = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX, BIN_FILE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 # Heads that their authors save beside the model, each a state dict of its own.
-HEAD_FILES = ("regression_layer.pt", "gating_layer.pt")
+HEAD_LAYER_FILES = ("regression_layer.pt", "gating_layer.pt")
 # What torch.compile, FSDP and activation checkpointing put into names, and DataParallel before them: no model's own.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _FRONT = re.compile(r"(module\.)+(?=[^.]+\.)")
@@ -49,7 +49,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     a name that two files hold.
     """
     stored = _plain(_read_model(folder), folder)
-    for path in (folder / name for name in HEAD_FILES if (folder / name).is_file()):
+    for path in (folder / name for name in HEAD_LAYER_FILES if (folder / name).is_file()):
         head = {f"{path.stem}.{name}": tensor for name, tensor in read_file(path).items()}
         head = {name: replace(tensor, name=name) for name, tensor in head.items()}
         twice = sorted(stored.keys() & head.keys())

@@ -68,7 +68,7 @@ class WatchedMasks:
             return
         ends = {0, 1, 2, 3}
         for length in {*self._lengths, window, window // 2}:
-            ends |= {max(0, times * length + step) for times in (1, 2) for step in (-1, 0, 1)}
+            ends |= {max(0, times * length + beside) for times in (1, 2) for beside in (-1, 0, 1)}
         with _disable_current_modes():
             places = torch.tensor(sorted(ends))
             asking, asked = places.unsqueeze(1), places.unsqueeze(0)

@@ -5,7 +5,6 @@ Each step takes an `onnx_ir.Model` and changes it in place; `lower` is their ord
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -16,9 +15,8 @@ import onnxscript.rewriter.onnx_fusions
 import torch
 
 from rewardrt.errors import CheckpointError, TraceError
+from rewardrt_export.model.heads import Reader
 from rewardrt_export.tracing.trace import root_cause
-
-Reader = Callable[[], torch.Tensor]
 
 
 def lower(model: ir.Model, weights: dict[str, Reader]) -> ir.Model:

@@ -11,11 +11,12 @@ import json
 import math
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from rewardrt.bundle.certificate import Certificate
+from rewardrt.bundle.precisions import current_name
 from rewardrt.bundle.spec import OPTIONAL, Spec, from_json, to_json
 from rewardrt.errors import BundleError
 from rewardrt.graph.graph_file import external_files
@@ -48,7 +49,7 @@ class Variant:
     good for any machine.
     """
 
-    precision: str
+    precision: str  # by its name of today, whatever the file says
     graph: str
     data: tuple[str, ...]
     needs: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
@@ -118,7 +119,7 @@ class Bundle:
             plain = [variant for variant in suited if variant not in special]
             return (standing_in or plain or runs or self.manifest.variants)[0]
         for variant in self.manifest.variants:
-            if precision == variant.precision:
+            if current_name(precision) == variant.precision:
                 return variant
         found = ", ".join(variant.precision for variant in self.manifest.variants)
         raise BundleError(f"{self.path}: no {precision} graph; the bundle has {found}")
@@ -138,7 +139,8 @@ class Bundle:
 
     def certificate(self, precision: str) -> Certificate | None:
         """Return what was certified for this precision at export."""
-        return next((item for item in self.manifest.certificates if item.precision == precision), None)
+        wanted = current_name(precision)
+        return next((item for item in self.manifest.certificates if item.precision == wanted), None)
 
 
 def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
@@ -207,7 +209,14 @@ def _read_manifest(path: Path) -> Manifest:
             f"{path}: format version {version!r}, this runtime reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}; "
             "export the checkpoint again"
         )
-    return from_json(Manifest, data, str(path))
+    return _with_current_names(from_json(Manifest, data, str(path)))
+
+
+def _with_current_names(manifest: Manifest) -> Manifest:
+    """Call each precision by its name of today: bundles of before have others for two of them."""
+    variants = tuple(replace(item, precision=current_name(item.precision)) for item in manifest.variants)
+    certificates = tuple(replace(item, precision=current_name(item.precision)) for item in manifest.certificates)
+    return replace(manifest, variants=variants, certificates=certificates)
 
 
 def _check_file(folder: Path, record: FileRecord, check_hash: bool) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from rewardrt.bundle.certificate import Deviation
 from rewardrt.bundle.manifest import GOLDEN
+from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.bundle.spec import from_json, to_json
 from rewardrt.errors import BundleError, InferenceError, RewardRTError
 from rewardrt.machine.providers import Provider
@@ -27,10 +28,8 @@ from rewardrt.text.items import Item
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import EncodedText
 
-# In standard deviations of the reference rewards, by precision.
-# A graph that rounds is held to what no working one comes near: how near it really is, its certificate says.
-TOLERANCES = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.5, "half": 0.5, "int8": 0.5, "weights8": 0.5, "weights4": 3.0}
-BATCH_TOKENS = 4096  # of the padded batches: several texts each, and little memory
+TOLERANCES = {name: precision.tolerance_std for name, precision in PRECISIONS.items()}
+PADDED_TOKENS = 4096  # of the padded batches: several texts each, and little memory
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def verify(model: RewardModel) -> Verification:
     failures: list[str] = []
     single = _rewards([model.runner.run([each])[0] for each in encoded], texts, failures)
     # Padded batches are how an accelerator is fed: checked on a CPU too, although it takes texts as they are.
-    batched = _rewards(model.runner.run(encoded, padding=True, batch_tokens=BATCH_TOKENS), texts, failures)
+    batched = _rewards(model.runner.run(encoded, padding=True, batch_tokens=PADDED_TOKENS), texts, failures)
     tolerance = TOLERANCES[model.precision]
     deviations = [_deviation(values, expected, std) for values in (single, batched)]
     problems = [*failures[:1], *_text_problems(model, texts)]

@@ -1,0 +1,116 @@
+"""The reference: transformers' own forward pass in float32 with eager attention, one text at a time, nothing padded.
+
+Where the model does not fit in memory, a layer of it is there only while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rewardrt.bundle.spec import Spec
+from rewardrt.errors import CertificateError
+from rewardrt.text.tokens import EncodedText
+from rewardrt_export.checkpoint import Checkpoint
+from rewardrt_export.model.backbone import load, meta_backbone
+from rewardrt_export.model.heads import RewardHead
+from rewardrt_export.precisions.calibrate import LONGEST, Calibration
+
+
+def spread(rewards: Sequence[tuple[float, ...]]) -> float:
+    """Return the standard deviation of all rewards of several texts."""
+    return float(np.array([reward for each in rewards for reward in each]).std())
+
+
+def score_with_torch(
+    checkpoint: Checkpoint,
+    texts: Sequence[EncodedText],
+    *,
+    dtype: torch.dtype = torch.float32,
+    calibration: Calibration | None = None,
+    observed: Collection[int] | None = None,
+    by_layer: bool = False,
+) -> list[tuple[float, ...]]:
+    """Return the raw rewards of each text: one, one for each of its steps, or the vector that it is compared by.
+
+    The backbone computes in `dtype`, the head in float32. `calibration` takes in the input of each linear layer for the
+    texts with the indices `observed` (None: all), and its gradient for those that are not too long. The torch model is
+    in memory only while this runs; with `by_layer`, and no calibration, one of its layers at a time.
+    """
+    model = meta_backbone(checkpoint.source.config, "eager")
+    load(model, checkpoint.backbone.sources, dtype, by_layer=by_layer)
+    watching = _Watch(model, calibration) if calibration is not None else None
+    head = checkpoint.head()
+    head.load_state_dict({name: read() for name, read in head.sources.items()}, strict=True, assign=True)
+    head.requires_grad_(False)
+    rewards = []
+    for index, text in enumerate(texts):
+        score = partial(_score_text, model, head, checkpoint.spec, text)
+        if watching is not None and (observed is None or index in observed):
+            values = watching.score(score, derive=len(text.ids) <= LONGEST)
+        else:
+            try:
+                with torch.inference_mode():
+                    values = score()
+            except (RuntimeError, NotImplementedError) as error:  # weights on the meta device: they are not there
+                if not by_layer:
+                    raise
+                raise CertificateError(
+                    f"{checkpoint.source.architecture} cannot be computed layer by layer "
+                    f"({str(error).splitlines()[0]}); export where there is more memory, or with --no-certify"
+                ) from error
+        rewards.append(tuple(values.tolist()))
+    return rewards
+
+
+def _score_text(model: PreTrainedModel, head: RewardHead, spec: Spec, text: EncodedText) -> torch.Tensor:
+    inputs = {"input_ids": text.ids} | ({} if text.type_ids is None else {"token_type_ids": text.type_ids})
+    batch: dict[str, Any] = {name: torch.from_numpy(ids).unsqueeze(0) for name, ids in inputs.items()}
+    hidden = model(**batch, use_cache=False).last_hidden_state[0].float()
+    if spec.input == "steps":
+        states = {spec.taps[0].name: hidden[torch.from_numpy(text.positions)]}
+    else:
+        states = {
+            tap.name: hidden[-tap.count :].mean(0, keepdim=True) if tap.rule == "mean" else hidden[[position]]
+            for tap, position in zip(spec.taps, text.positions.tolist(), strict=True)
+        }
+    values: torch.Tensor = head(states)  # [1 or steps, outputs]
+    return values[0] if spec.combine.rule == "skew" else values[:, 0]
+
+
+class _Watch:
+    """Hands the inputs of linear layers to a calibration, while the texts that it is to see are scored."""
+
+    def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
+        self._calibration = calibration
+        self._on = False
+        model.requires_grad_(False)
+        model.get_input_embeddings().register_forward_hook(self._start)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear | Conv1D):
+                module.register_forward_pre_hook(partial(self._see, name))
+                calibration.watch(name, module.weight, transposed=isinstance(module, Conv1D))
+
+    def score(self, score: Callable[[], torch.Tensor], *, derive: bool) -> torch.Tensor:
+        """Score a text and, to `derive`, go back from its reward (or the sum of them) to the inputs of all layers."""
+        self._on = True
+        with torch.set_grad_enabled(derive):
+            values = score()
+        if derive:
+            values.sum().backward()
+            self._calibration.texts += 1
+        self._on = False
+        return values.detach()
+
+    def _start(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], embedding: torch.Tensor) -> None:
+        if self._on and torch.is_grad_enabled():
+            embedding.requires_grad_(True)  # where the way back ends
+
+    def _see(self, name: str, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+        return (self._calibration.observe(name, inputs[0]), *inputs[1:]) if self._on else None

@@ -1,0 +1,123 @@
+"""The modules that are traced: backbone, states at the taps, heads; of a decoder, with a prefix in and out."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rewardrt.bundle.spec import Spec
+from rewardrt.errors import TraceError
+from rewardrt_export.model.backbone import first_position
+from rewardrt_export.model.heads import RewardHead
+from rewardrt_export.tracing.attention import BIDIRECTIONAL, padding_masks, prefix
+
+
+class CausalGraph(nn.Module):
+    """What is traced of a decoder: backbone over a past and new tokens, states at the taps, heads.
+
+    With `every_token`, the heads over the state of every token too.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, head: RewardHead, every_token: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.every_token = every_token
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [batch, tokens] int64, right-padded
+        lengths: torch.Tensor,  # [batch] int64
+        past_keys: list[torch.Tensor],
+        past_values: list[torch.Tensor],
+        positions: torch.Tensor | None = None,  # [batch, taps] int64
+    ) -> tuple[torch.Tensor, ...]:
+        prefix.begin(list(zip(past_keys, past_values, strict=True)))
+        batch, tokens = input_ids.shape
+        place = (torch.arange(tokens) + past_keys[0].shape[2]).unsqueeze(0).expand(batch, tokens)
+        hidden = self.backbone(input_ids=input_ids, position_ids=place, use_cache=False).last_hidden_state
+        if len(prefix.present) != len(past_keys):
+            raise TraceError(
+                f"{type(self.backbone).__name__} ran {len(prefix.present)} attention layers where its config says "
+                f"{len(past_keys)}; this backbone cannot be exported yet"
+            )
+        spec = self.head.spec
+        every: tuple[torch.Tensor, ...] = ()
+        if self.every_token:
+            every = (self.head({spec.taps[0].name: hidden}),)  # [batch, tokens, outputs]
+        if spec.input == "steps":
+            rewards = every[0][torch.arange(batch), lengths - 1]
+        else:  # not taken from `every`: a reward has the same bits in a graph without it
+            rewards = self.head(tap_states(spec, hidden, lengths, positions))
+        return (rewards, *every, *[tensor for layer in range(len(past_keys)) for tensor in prefix.present[layer]])
+
+
+class EncoderGraph(nn.Module):
+    """What is traced of an encoder: backbone over whole texts, states at the taps, heads.
+
+    What is padding goes by `lengths` alone, never by an id. So do positions, unless the class counts them by the ids.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, head: RewardHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        # RoBERTa and its kin count positions over the ids that are not the padding id, wherever that stands in a text.
+        self.counts_positions = first_position(backbone) > 0
+        self.takes_type_ids = "token_type_ids" in inspect.signature(backbone.forward).parameters
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [batch, tokens] int64, right-padded
+        lengths: torch.Tensor,  # [batch] int64
+        token_type_ids: torch.Tensor | None = None,  # [batch, tokens] int64
+        positions: torch.Tensor | None = None,  # [batch, taps] int64
+    ) -> torch.Tensor:
+        batch, tokens = input_ids.shape
+        padding_masks.begin(tokens, lengths)
+        place = torch.arange(tokens).unsqueeze(0)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": (place < lengths.unsqueeze(1)).long(),
+        }
+        if not self.counts_positions:
+            inputs["position_ids"] = place.expand(batch, tokens)
+        if self.takes_type_ids:
+            inputs["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        hidden = self.backbone(**inputs).last_hidden_state
+        config = self.backbone.config
+        if config._attn_implementation == BIDIRECTIONAL and padding_masks.layers != config.num_hidden_layers:
+            raise TraceError(
+                f"{type(self.backbone).__name__} ran {padding_masks.layers} attention layers where its config says "
+                f"{config.num_hidden_layers}; this backbone cannot be exported yet"
+            )
+        return self.head(tap_states(self.head.spec, hidden, lengths, positions))
+
+
+def tap_states(
+    spec: Spec, hidden: torch.Tensor, lengths: torch.Tensor, positions: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Return the state [batch, hidden] of every tap, from hidden states [batch, tokens, hidden].
+
+    The one position tap of a causal model is the text's last token: the host leaves out what follows.
+    """
+    rows = torch.arange(hidden.shape[0])
+    states = {}
+    for index, tap in enumerate(spec.taps):
+        if tap.rule == "mean":
+            place = torch.arange(hidden.shape[1]).unsqueeze(0)
+            inside = place < lengths.unsqueeze(1)
+            if tap.count:
+                inside = inside & (place >= lengths.unsqueeze(1) - tap.count)
+            weights = inside.to(hidden.dtype)
+            # A product, not a sum over tokens: onnxruntime adds those in another order when the batch is another.
+            total = torch.bmm(weights.unsqueeze(1), hidden).squeeze(1)
+            states[tap.name] = total / weights.sum(1, keepdim=True)
+        elif tap.rule == "first":
+            states[tap.name] = hidden[:, 0]
+        else:
+            states[tap.name] = hidden[rows, lengths - 1 if positions is None else positions[:, index]]
+    return states
