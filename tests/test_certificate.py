@@ -23,9 +23,11 @@ from checkpoints_encoders import make_encoder_tokenizer, write_encoder
 from rewardrt import RewardModel
 from rewardrt.bundle.manifest import read_bundle
 from rewardrt.bundle.spec import Head, Layer, Tap
+from rewardrt.checks.verify import GoldenText
 from rewardrt.cli.app import app
 from rewardrt.errors import CertificateError, RewardRTError, RowError, TraceError
 from rewardrt_export import pipeline
+from rewardrt_export.certificate.certify import GoldenSet, Split
 from rewardrt_export.families import FAMILIES, sequence_classification
 from rewardrt_export.pipeline import export
 from rewardrt_export.source.folder import read_source
@@ -334,3 +336,15 @@ def test_golden_and_calibration_texts_that_are_no_jsonl_are_named(option: str, t
     with pytest.raises(RewardRTError, match=r"rows\.jsonl: .*gzip"):
         export(tmp_path / "rm", tmp_path / "bundle", precisions=precisions, **{option: tmp_path / "rows.jsonl"})
     assert not (tmp_path / "bundle").exists()
+
+
+def test_what_calibration_sees_and_what_is_measured_are_one_split() -> None:
+    for count in range(20):
+        split = Split.of(count, calibrated=True)
+        assert sorted([*split.seen, *split.unseen]) == list(range(count))
+        assert len(split.seen) - len(split.unseen) in (0, 1)
+        assert list(Split.of(count, calibrated=False).unseen) == list(range(count))
+    texts = tuple(GoldenText({"text": str(place)}, None, (1,), None, 0, (0,), (float(place),)) for place in range(5))
+    golden = GoldenSet(texts[:4], texts[4:], Split.of(4, calibrated=True))
+    assert [text.rewards[0] for text in golden.unseen] == [1, 3]
+    assert golden.every == texts

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rewardrt.bundle.precisions import in_words
+from rewardrt.bundle.precisions import PRECISIONS, in_words
 from rewardrt.bundle.spec import POOLING_RULES, PoolingRule
 from rewardrt.errors import MissingExtraError
 
@@ -27,7 +27,14 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
         raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.5,0.3,-0.2") from None
 
 
-@click.command()
+# A line for each precision: \b keeps click from filling the lines.
+_PRECISIONS = "\b\nPrecisions:\n" + "\n".join(
+    f"  {name}: weights {each.weights}, products {each.products}; {each.description}"
+    for name, each in PRECISIONS.items()
+)
+
+
+@click.command(epilog=_PRECISIONS)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--base", type=click.Path(path_type=Path), help="The base model's folder, if CHECKPOINT leaves it out.")
@@ -51,7 +58,7 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
     "--precision",
     "precisions",
     multiple=True,
-    help=f"Precision: {in_words()}; again for several graphs.  [default: fp32]",
+    help=f"Precision: {in_words(PRECISIONS)}; again for several graphs.  [default: fp32]",
 )
 @click.option("--token-rewards", is_flag=True, help="Have the graphs give the reward after every token, to look at.")
 @click.option("--golden", type=click.Path(path_type=Path), help="JSONL rows to certify on, at least 16 texts.")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
 
 import rewardrt
 from rewardrt.bundle.manifest import (
@@ -208,11 +207,10 @@ def _make_manifest(checkpoint: Checkpoint, variants: Sequence[Variant], folder: 
 
 def _provenance(checkpoint: Checkpoint) -> Provenance:
     adapter, folder = checkpoint.source.adapter, checkpoint.source.folder.resolve().name
-    sizes = [torch.Size(tensor.shape).numel() for tensor in checkpoint.source.stored.values()]
     return Provenance(
         checkpoint=folder if adapter is None else f"{folder} on {adapter.base.resolve().name}",
         architecture=checkpoint.source.architecture,
-        parameters=sum(sizes),
+        parameters=checkpoint.source.parameters,
         stored_dtypes=tuple(
             sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.source.stored.values()})
         ),

@@ -6,8 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rewardrt.bundle.manifest import TOKENIZER
 from rewardrt.errors import CertificateError, RowError
 from rewardrt.text.chat_template import ChatTemplate
@@ -54,8 +52,7 @@ def encode_probes(
 
 def certified_lengths(checkpoint: Checkpoint) -> list[int]:
     """Return the lengths that config.json names and that a golden text can be longer than, in reasonable time."""
-    sizes = [torch.Size(tensor.shape).numel() for tensor in checkpoint.source.stored.values()]
-    most = min(checkpoint.spec.max_length, LONGEST_PROBE, PROBE_WORK // max(sum(sizes), 1))
+    most = min(checkpoint.spec.max_length, LONGEST_PROBE, PROBE_WORK // max(checkpoint.source.parameters, 1))
     return sorted({length for length in named_lengths(checkpoint.source.config).values() if length + MARGIN <= most})
 
 

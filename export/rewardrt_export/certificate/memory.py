@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.errors import CertificateError
 from rewardrt_export.checkpoint import Checkpoint
@@ -20,8 +18,7 @@ def check_memory(checkpoint: Checkpoint, precisions: Sequence[str], *, calibrate
 
     Raises CertificateError where a graph that is to be compared with it does not, or where calibration needs all of it.
     """
-    sizes = [torch.Size(tensor.shape).numel() for tensor in checkpoint.source.stored.values()]
-    parameters, free = sum(sizes), available_memory()
+    parameters, free = checkpoint.source.parameters, available_memory()
     if free is None:
         return True
     for name in precisions:

@@ -31,7 +31,6 @@ def rewards_of_class(checkpoint: Checkpoint, texts: Sequence[EncodedText], free:
     """
     source, spec = checkpoint.source, checkpoint.spec
     found = getattr(transformers, source.architecture, None)
-    sizes = [torch.Size(tensor.shape).numel() for tensor in source.stored.values()]
     if (
         not source.architecture.endswith("ForSequenceClassification")
         or not (isinstance(found, type) and issubclass(found, PreTrainedModel))
@@ -39,7 +38,7 @@ def rewards_of_class(checkpoint: Checkpoint, texts: Sequence[EncodedText], free:
         or "family" in source.choices
         or source.padding.given is not None
         or not _reads_as_the_class(spec)
-        or (free is not None and 5 * sum(sizes) > free)
+        or (free is not None and 5 * source.parameters > free)
     ):
         return {}
     model = _load(found, checkpoint)

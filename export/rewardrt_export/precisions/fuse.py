@@ -1,7 +1,8 @@
 """Several nodes of an int8 graph become one call of an operator that has a kernel for all of them.
 
 Each pass takes an `onnx_ir.Model` and changes it in place. What it does not recognise stays as it is. All of them need
-the shapes of values, and promise that what the graph computes is the same, but for the order of roundings in float32.
+the shapes of values, and that heads follow: what is replaced is no output of the graph. All promise that the graph
+computes the same, but for the order of roundings in float32.
 """
 
 from __future__ import annotations

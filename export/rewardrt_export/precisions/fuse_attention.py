@@ -17,7 +17,10 @@ _LARGEST_HEAD = 256
 def fuse_attention(model: ir.Model) -> None:
     """Let causal attention, the transposes around it and, where there is one, the rotation before it be one call.
 
-    Its past and present become float16. Attention within a window (it has a mask) and with a softcap is left alone.
+    Attention within a window (it has a mask) and with a softcap is left alone.
+
+    Before: past and present are inputs and outputs of the graph, float32, and heads have a known size. After: of what
+    was taken they are float16; the transposes and rotations that went into the call are read by none.
     """
     for node in list(model.graph):
         if node.op_type == "Attention" and not node.domain:

@@ -31,6 +31,8 @@ _POINTWISE = ("Add", "Gelu", "Mul", "Relu", "Sigmoid")
 def halve(model: ir.Model) -> ir.Model:
     """Let products with the backbone's weights, attention, and what lies between them be float16, in place.
 
+    Before: weights are float32 initializers named `backbone.*`, and every value has a type. After: past and present are
+    float16, of one text or of as many as there are rows; norms, sums and heads read float32; no weight is stored twice.
     Raises ExportError for a weight that float16 cannot hold, when the model is saved.
     """
     pool_early(model, standard=True)
@@ -48,7 +50,10 @@ def halve(model: ir.Model) -> ir.Model:
 
 
 def share_past(graph: ir.Graph, past: list[ir.Value]) -> None:
-    """Let keys and values of one text stand for those of every row: the answers to a prompt are one batch after it."""
+    """Let keys and values of one text stand for those of every row: the answers to a prompt are one batch after it.
+
+    Before: the past [batch, ...] has as many rows as `input_ids`. After: it may have one, and is read expanded.
+    """
     tape = Tape()
     ids = next(value for value in graph.inputs if value.name == "input_ids")
     ones = register(graph, ir.tensor(np.ones(3, np.int64), name="past.ones"))

@@ -17,6 +17,10 @@ def pool_early(model: ir.Model, *, standard: bool = False) -> None:
     What follows the last attention is then computed of these tokens alone. Where something else reads the last states
     (rewards of every token do) nothing changes. With `standard` the nodes are ONNX's own as well: their products round
     a token otherwise where there are fewer beside it, which graphs of one reward to the bit cannot have.
+
+    Before: for heads, states [batch, tokens, size] are gathered at [pooled, 2] places, and have known shapes. After:
+    what lies between the last attention and the heads is computed of [pooled, ...], and the nodes that did it for all
+    tokens are read by none.
     """
     for node in list(model.graph):
         if node.op_type != "GatherND" or node.domain or attribute(node, "batch_dims", 0):

@@ -42,6 +42,10 @@ def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Mode
 
     Weights are rounded as `calibration` says, or else to the nearest, when the model is saved. Products of one
     activation share its planes. Raises ExportError where there are no such products.
+
+    Before: weights are float32 initializers named `backbone.*`, [K, N], as `lower` leaves them. After: those that are
+    multiplied, K a multiple of CHANNELS, are int8 in panels, with float32 step sizes of their columns; the graph calls
+    operators of DOMAIN and has the functions of all of them.
     """
     plan = None if calibration is None else Plan(calibration)
     readers: dict[ir.Value, list[ir.Node]] = {}
@@ -86,6 +90,8 @@ class _Quantizer:
         1. A norm: its gain and bias are divided.
         2. A product, element by element, one side of which is a product with a weight that nothing else reads: the
            weight's columns are.
+
+        Before: no activation's products were replaced yet. After: where `scale` is None nothing is left to divide by.
         """
         maker = self.activation.producer()
         if self.scale is None or maker is None or self.activation.is_graph_output():
@@ -176,6 +182,8 @@ def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
     """Store the backbone's weights in `bits` bits, a step size for each BLOCK of a column; products stay float32.
 
     Less to read where memory is what a machine waits for: few tokens at a time, or a model near the memory's size.
+
+    Before: as for `quantize`. After: each such product is one MatMulNBits, whose weight is uint8 [N, blocks, bytes].
     """
     model.opset_imports["com.microsoft"] = 1
     tape = Tape()

@@ -55,7 +55,7 @@ class Smoothing:
         return self.planes == 1 and not self.mixed and self.scale is not None and len(self.scale) % MIXED == 0
 
     def activation(self, seen: torch.Tensor) -> torch.Tensor:
-        """Return activations [tokens, K] as they are rounded."""
+        """Return activations [tokens, K] as they are rounded; with `weight` of a weight, the product is as it was."""
         scaled = seen if self.scale is None else seen / torch.from_numpy(self.scale)
         return _mix(scaled) if self.mixed else scaled
 

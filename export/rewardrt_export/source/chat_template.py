@@ -27,7 +27,7 @@ def read_chat_template(folder: Path, wanted: str | None = None) -> tuple[str | N
     own = _tokenizer_templates(folder)
     others = {name: templates for name in PROCESSOR_FILES if (templates := _from_json(folder / name))}
     if wanted is not None:
-        return _named(folder, wanted, own)
+        return _named(wanted, own)
     if own:
         return _choose(folder, own, others)
     for name, named in others.items():
@@ -96,7 +96,7 @@ def _choose(folder: Path, templates: dict[str, str], others: dict[str, dict[str,
     return template, f"{DEFAULT!r}, of {names}" if len(templates) > 1 else None
 
 
-def _named(folder: Path, wanted: str, templates: dict[str, str]) -> tuple[str, str]:
+def _named(wanted: str, templates: dict[str, str]) -> tuple[str, str]:
     if wanted in templates:
         return templates[wanted], f"{wanted!r} of {', '.join(sorted(templates))}, as --chat-template says"
     path = Path(wanted)

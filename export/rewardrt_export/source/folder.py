@@ -6,6 +6,7 @@ What needs more than one folder, or comes in a layout that transformers has no c
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,11 @@ class Source:
             return True
         bare = type(self.config).__name__.replace("Config", "Model")
         return self.architecture == bare or self.architecture.endswith(LANGUAGE_MODELS)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers all stored tensors hold."""
+        return sum(math.prod(tensor.shape) for tensor in self.stored.values())
 
     @property
     def width(self) -> int:

@@ -95,12 +95,12 @@ def describe_foreign(folder: Path) -> str:
     for layout in PROGRAMS:
         for pattern in layout.names:
             if first := next(iter(sorted(folder.glob(pattern))), None):
-                fill = {"folder": folder, "name": first.name, "parent": _holder(folder, first)}
+                fill = {"folder": folder, "name": first.name, "parent": _holder(first)}
                 return f"{folder}: {layout.what.format(**fill)}; {layout.remedy.format(**fill)}"
     return f"{folder}: no weights; {PLAIN}{_near(folder)}"
 
 
-def _holder(folder: Path, found: Path) -> Path:
+def _holder(found: Path) -> Path:
     """Return the folder that the shards are in."""
     return found if found.is_dir() and found.name.startswith("pytorch_model_fsdp") else found.parent
 

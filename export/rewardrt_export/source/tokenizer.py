@@ -22,7 +22,6 @@ from rewardrt.errors import CheckpointError
 from rewardrt_export.source.weights import read_json
 
 TokenizerChoice = Literal["file", "transformers"]
-TOKENIZER_CHOICES: tuple[TokenizerChoice, ...] = ("file", "transformers")
 TOKENIZER_FILE = "tokenizer.json"
 
 # What tokenizers disagree about: spaces, forms of Unicode, case, digits, scripts, control characters.

@@ -1,6 +1,6 @@
 """From the traced graph to the one that is written: weights bound, transposes gone, standard fusions applied.
 
-Each step takes an `onnx_ir.Model` and changes it in place; `lower` is their order.
+Each pass takes an `onnx_ir.Model` and changes it in place; `lower` is their order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from rewardrt_export.tracing.trace import root_cause
 def lower(model: ir.Model, weights: dict[str, Reader]) -> ir.Model:
     """Bind `weights` (by initializer name) and optimize.
 
-    Nothing is read here except small tensors: data stays lazy until the model is saved.
+    Before: a graph as the exporter traced it. After: no weight is read through a Transpose alone, no two nodes compute
+    the same, none is read by nothing, and no node names a file of this machine. Nothing is read here except small
+    tensors: data stays lazy until the model is saved.
     """
     bind_weights(model, weights)
     store_transposed(model)
@@ -43,7 +45,9 @@ def lower(model: ir.Model, weights: dict[str, Reader]) -> ir.Model:
 def bind_weights(model: ir.Model, weights: dict[str, Reader]) -> None:
     """Give each parameter's initializer its data, as float32, read when it is written.
 
-    Initializers without a reader must be real already (buffers computed from the config).
+    Before: initializers without a reader are real already (buffers computed from the config). After: every initializer
+    can be written. Raises TraceError for one that cannot; CheckpointError, when it is read, for a tensor of another
+    shape or with numbers that are not finite.
     """
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -75,6 +79,8 @@ def store_transposed(model: ir.Model) -> None:
 
     1. All uses of the weight are the same 2-D Transpose: the initializer itself is replaced.
     2. Otherwise (a tied embedding that is also looked up): left as it is.
+
+    Before: weights are bound. After: what is computed is the same to the bit, and each weight is stored once.
     """
     for name, value in list(model.graph.initializers.items()):
         uses = [usage.node for usage in value.uses()]

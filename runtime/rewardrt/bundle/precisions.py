@@ -19,7 +19,8 @@ INTEGER_DOT = ("avx512_vnni", "avx_vnni", "dotprod")
 class Precision:
     """One kind of graph.
 
-    `weights` is the type that the backbone's matrices are stored in, `products` the one that they are multiplied in.
+    `weights` is what the backbone's matrices are stored as, `products` what they are multiplied in, `description` what
+    that is good for; all three are for people.
     `tolerance_std` is how far any reward may be from torch's, in standard deviations of the rewards. A graph that
     rounds is held to what no working one comes near: how near it really is, its certificate says.
     `needs` are instruction sets, one of which a machine must have, as `rewardrt doctor` calls them. `made_for` are the
@@ -43,49 +44,43 @@ class Precision:
 PRECISIONS = {
     precision.name: precision
     for precision in (
-        Precision("fp32", "float32", "float32", "float32, as torch computes", tolerance_std=1e-4, rounds=False),
+        Precision("fp32", "float32", "float32", "as torch computes", tolerance_std=1e-4, rounds=False),
         Precision(
             "weights-bf16",
             "bfloat16",
             "float32",
-            "weights stored as bfloat16, computed in float32: half the disk, and nothing lost of a bfloat16 checkpoint",
+            "half the disk, and nothing lost of a bfloat16 checkpoint",
             formerly="bf16",
         ),
         Precision(
             "weights-fp16",
             "float16",
             "float32",
-            "weights stored as float16, computed in float32: half the disk, and nothing lost of a float16 checkpoint",
+            "half the disk, and nothing lost of a float16 checkpoint",
             formerly="fp16",
         ),
         Precision(
             "half",
             "float16",
             "float16",
-            "products and attention in float16, the rest in float32: fast on a GPU",
+            "attention too, the rest in float32: fast on a GPU",
             made_for=("cuda", "tensorrt"),
         ),
         Precision(
             "int8",
-            "int8",
-            "int8",
-            "integer products, each token by itself: fast on a CPU",
+            "8 bits",
+            "integers",
+            "each token by itself: fast on a CPU",
             calibrated=True,
             needs=INTEGER_DOT,
             held=1.1,
         ),
-        Precision(
-            "weights8",
-            "8 bits",
-            "float32",
-            "8-bit weights in blocks of 32, float32 products: a third of the memory",
-            held=1.4,
-        ),
+        Precision("weights8", "8 bits", "float32", "rounded in blocks of 32: a third of the memory", held=1.4),
         Precision(
             "weights4",
             "4 bits",
             "float32",
-            "4-bit weights in blocks of 32, float32 products: a sixth of the memory",
+            "rounded in blocks of 32: a sixth of the memory",
             tolerance_std=3.0,
             held=0.7,
         ),
@@ -99,7 +94,7 @@ def current_name(name: str) -> str:
     return _FORMERLY.get(name, name)
 
 
-def in_words(names: Iterable[str] = PRECISIONS, last: str = "or") -> str:
+def in_words(names: Iterable[str]) -> str:
     """Return names as a help text lists them: `fp32, half or int8`."""
-    *most, end = names
-    return f"{', '.join(most)} {last} {end}" if most else end
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last

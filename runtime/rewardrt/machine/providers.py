@@ -247,10 +247,10 @@ def why_no_gpu(cuda_version: str | None = None) -> str | None:
     return None
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the first line of an error's message, cut to `limit` characters."""
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, cut to 300 characters."""
     line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+    return line if len(line) <= 300 else line[:297] + "..."
 
 
 def _owners() -> list[importlib.metadata.Distribution]:
