@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,31 @@ def test_protocols_share_a_vocabulary_and_not_each_other() -> None:
     for protocol in PROTOCOLS:
         used = {name.removeprefix("rewardrt.server.") for name in imported(MODULES[f"rewardrt.server.{protocol}"])}
         assert not used & PROTOCOLS, protocol
+
+
+def test_every_step_of_the_walks_in_the_documentation_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for heading, package in (("One row", "rewardrt"), ("One checkpoint", "rewardrt_export")):
+        walk = text.partition(f"### {heading}")[2].partition("```")[2].partition("```")[0]
+        steps = re.findall(r"\b(?:[a-z_]+\.)+[A-Za-z_.]+", walk.replace("ir.Model", ""))
+        assert len(steps) >= 9
+        for step in steps:
+            parts = step.split(".")
+            module = next(
+                name for length in range(len(parts), 0, -1)
+                if (name := ".".join((package, *parts[:length]))) in MODULES
+            )  # fmt: skip
+            found = importlib.import_module(module)
+            for name in parts[module.count(".") :]:
+                found = getattr(found, name)
+
+
+def test_a_module_of_more_than_300_lines_is_explained() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    explained = text.partition("### Modules of more than 300 lines")[2].partition("\n#")[0]
+    for name, path in MODULES.items():
+        if path.read_text(encoding="utf-8").count("\n") > 300:
+            assert f"`{name.partition('.')[2]}`" in explained, name
 
 
 def test_the_folders_above_the_packages_are_no_packages() -> None:
