@@ -16,7 +16,7 @@ ORDER = {
     "rewardrt": """
         telemetry display errors
         machine: processor denormals providers kernels
-        graph: graph_file session
+        graph: graph_file shapes session
         bundle: spec manifest
         text: template_limits chat_template rendering tokens fields rows
         scoring: batching pairwise prefix
@@ -34,7 +34,7 @@ ORDER = {
           language_model_head lm_row mlp_head pair_preference pairrm process urm value_head listing
         checkpoint explain
         tracing: attention_masks trace lower
-        precisions: calibrate operators fuse rounding smoothing quantize storage half table
+        precisions: calibrate operators fuse rounding smoothing quantize storage half tensorrt engine table
         certificate: golden published_class certify
         pipeline cli
     """,

@@ -50,7 +50,7 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
     "--precision",
     "precisions",
     multiple=True,
-    help="Precision: fp32, bf16, fp16, half, int8, weights8 or weights4; again for several graphs.  [default: fp32]",
+    help="fp32, bf16, fp16, half, tensorrt, int8, weights8 or weights4; again for several graphs.  [default: fp32]",
 )
 @click.option("--token-rewards", is_flag=True, help="Have the graphs give the reward after every token, to look at.")
 @click.option("--golden", type=click.Path(path_type=Path), help="JSONL rows to certify on, at least 16 texts.")

@@ -534,7 +534,8 @@ class RewardModel:
         """Return an output of every part of what is new of one text; with `keep`, the text's keys and values, too."""
         start = past.tokens if past is not None else 0
         found: list[Values] = []
-        for end in chunk_ends(start, text):
+        # A graph without a past computes a text whole.
+        for end in chunk_ends(start, text) if self.session.past else (text.needed,):
             last = end == text.needed
             positions = None
             if self.spec.has_positions:
@@ -568,7 +569,8 @@ class RewardModel:
     def _check_finite(self, values: Values) -> Values | InferenceError:
         if np.isfinite(values).all():
             return values
-        advice = "; half has no numbers over 65504: score with fp32" if self.precision == "half" else ""
+        small = self.precision in ("half", "tensorrt")
+        advice = f"; {self.precision} has no numbers over 65504: score with fp32" if small else ""
         return InferenceError(f"the reward is {values.tolist()}; expected finite numbers{advice}")
 
     def _single_item(self, row: dict[str, Any]) -> Item | RowError:

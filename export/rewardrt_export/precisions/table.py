@@ -13,6 +13,7 @@ from rewardrt_export.precisions.calibrate import Calibration
 from rewardrt_export.precisions.half import halve
 from rewardrt_export.precisions.quantize import quantize, quantize_weights
 from rewardrt_export.precisions.storage import store
+from rewardrt_export.precisions.tensorrt import for_tensorrt
 
 # onnxruntime's products of unsigned with signed integers overflow on an x86 processor that has neither.
 INTEGER_DOT = ("avx512_vnni", "avx_vnni", "dotprod")
@@ -24,7 +25,9 @@ class Precision:
 
     `needs` are instruction sets, one of which a machine must have, as `rewardrt doctor` calls them. `made_for` are the
     providers that it is fast on. `held` are the bytes that a loaded graph holds in a CPU's memory for each parameter,
-    about: pages of a mapped file are not counted.
+    about: pages of a mapped file are not counted. `of` is another precision, whose graph this one is made of as it was
+    written, and whose file of weights it reads. `engine` says that it is for TensorRT, which can be asked whether it
+    takes it.
     """
 
     description: str
@@ -34,6 +37,8 @@ class Precision:
     needs: tuple[str, ...] = ()
     made_for: tuple[Provider, ...] = ()
     held: float = 4.0
+    of: str | None = None
+    engine: bool = False
 
 
 PRECISIONS: dict[str, Precision] = {
@@ -52,7 +57,15 @@ PRECISIONS: dict[str, Precision] = {
         "products and attention in float16, the rest in float32: fast on a GPU",
         lambda graph, calibration: halve(graph),
         rounds=True,
-        made_for=("cuda", "tensorrt"),
+        made_for=("cuda",),
+    ),
+    "tensorrt": Precision(
+        "half as TensorRT takes it, whole and as one engine; its weights are half's file",
+        lambda graph, calibration: for_tensorrt(graph),
+        rounds=True,
+        made_for=("tensorrt",),
+        of="half",
+        engine=True,
     ),
     "int8": Precision(
         "integer products, each token by itself: fast on a CPU",

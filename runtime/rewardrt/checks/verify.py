@@ -27,7 +27,9 @@ from rewardrt.text.tokens import EncodedText
 
 # In standard deviations of the reference rewards, by precision.
 # A graph that rounds is held to what no working one comes near: how near it really is, its certificate says.
-TOLERANCES = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.5, "half": 0.5, "int8": 0.5, "weights8": 0.5, "weights4": 3.0}
+TOLERANCES = {
+    "fp32": 1e-4, "bf16": 0.5, "fp16": 0.5, "half": 0.5, "tensorrt": 0.5, "int8": 0.5, "weights8": 0.5, "weights4": 3.0,
+}  # fmt: skip
 BATCH_TOKENS = 4096  # of the padded batches: several texts each, and little memory
 
 

@@ -215,6 +215,8 @@ class GraphSession:
         if past is None:
             for item in self.past:
                 feeds[item.name] = np.empty((len(input_ids), item.kv_heads, 0, item.head_dim), item.dtype)
+        elif not self.past:
+            raise InferenceError("the graph takes no past, and one was given")
         else:
             feeds |= {item.name: array for item, array in zip(self.past, past.arrays, strict=True)}
         session = self._live()
