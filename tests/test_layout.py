@@ -15,7 +15,7 @@ FOLDERS = {"rewardrt": ROOT / "runtime" / "rewardrt", "rewardrt_export": ROOT / 
 ORDER = {
     "rewardrt": """
         telemetry display errors
-        machine: processor denormals providers kernels
+        machine: processor denormals gpu engine_cache plugins providers kernels
         graph: graph_file shapes session
         bundle: spec manifest
         text: template_limits chat_template rendering tokens fields rows

@@ -144,14 +144,8 @@ def export(
             every = -(-sum(text.needed for text in seen) // TOKENS)  # of so many texts, one: no more are kept
             seen_rewards = score_with_torch(checkpoint, seen[::every], calibration=calibration)
             calibration.reward_std = spread(seen_rewards)
-        written: dict[str, Variant] = {}
-        for precision in sorted(precisions, key=lambda name: PRECISIONS[name].of is not None):
-            progress(f"writing the {precision} graph")
-            written[precision] = _write_graph(graph, precision, calibration, folder)
-        for precision in (name for name in precisions if PRECISIONS[name].engine):
-            profile = Profile.of(checkpoint.spec.max_length)
-            written[precision] = _build_engine(written[precision], folder, profile, progress)
-        variants = [written[precision] for precision in precisions]
+        variants = _write_graphs(graph, precisions, calibration, folder, progress)
+        variants = [_build_engine(each, folder, Profile.of(checkpoint.spec.max_length), progress) for each in variants]
         if certified:
             # After the weights, whose reader says which of them are not finite.
             write_golden(folder / GOLDEN, golden_set.every)
@@ -176,6 +170,17 @@ def _make_graph(checkpoint: Checkpoint, token_rewards: bool) -> ir.Model:
     model = trace(backbone, head, every_token=token_rewards)
     weights = {f"backbone.{name}": source.read for name, source in checkpoint.backbone.sources.items()}
     return lower(model, weights | {f"head.{name}": read for name, read in head.sources.items()})
+
+
+def _write_graphs(
+    graph: ir.Model, precisions: Sequence[str], calibration: Calibration | None, folder: Path, progress: Progress
+) -> list[Variant]:
+    """Write a graph for each precision, those that are made of another one last."""
+    written = {}
+    for precision in sorted(precisions, key=lambda name: PRECISIONS[name].of is not None):
+        progress(f"writing the {precision} graph")
+        written[precision] = _write_graph(graph, precision, calibration, folder)
+    return [written[precision] for precision in precisions]
 
 
 def _write_graph(graph: ir.Model, precision: str, calibration: Calibration | None, folder: Path) -> Variant:
@@ -214,7 +219,9 @@ def _graph_name(precision: str) -> str:
 
 
 def _build_engine(variant: Variant, folder: Path, profile: Profile, progress: Progress) -> Variant:
-    """Have TensorRT build the graph's engine, where it is installed; raises ExportError where it refuses."""
+    """Have TensorRT build the engine of a graph for it, where it is installed; raises ExportError where it refuses."""
+    if not PRECISIONS[variant.precision].engine:
+        return variant
     if (reason := engine.missing()) is not None:
         progress(f"the {variant.precision} graph was not built: {reason}")
         return variant

@@ -11,6 +11,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -56,7 +57,9 @@ def build(graph: Path, profile: Profile, *, timeout: float = SECONDS) -> Engine:
     """Parse a graph and build its engine; raises ExportError with the node and the reason where either refuses."""
     command = [sys.executable, "-m", __name__, str(graph), str(profile.rows), str(profile.tokens)]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
+        # The process finds modules where this one does, whatever changed sys.path.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False, env=environment)
     except subprocess.TimeoutExpired:
         raise ExportError(f"{graph.name}: TensorRT-RTX built no engine within {timeout:g} s; {_ADVICE}") from None
     try:
@@ -71,24 +74,20 @@ def build(graph: Path, profile: Profile, *, timeout: float = SECONDS) -> Engine:
     return Engine(**answer)
 
 
-_ADVICE = "export without --precision tensorrt, or report the node"
+_ADVICE = "export without --precision tensorrt, or report it"
 
 
 def _answer(graph: str, profile: Profile) -> dict[str, Any]:
     """Parse and build in this process; return an Engine's fields, or what was `refused`."""
     version = importlib.metadata.version("tensorrt-rtx-cu13-bindings").rpartition(".")[0]
-    trt = _load()
+    trt, errors = _load(), []
 
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+    def note(self: Any, severity: Any, message: str) -> None:
+        if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+            errors.append(message)
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    start, log = time.perf_counter(), Log()
+    # Made here, not by a class statement: the base class is there only once the library is.
+    start, log = time.perf_counter(), type("Log", (trt.ILogger,), {"log": note})()
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
@@ -96,7 +95,7 @@ def _answer(graph: str, profile: Profile) -> dict[str, Any]:
         found = [parser.get_error(index) for index in range(parser.num_errors)]
         nodes = [f"node {error.node_name()} ({error.node_operator()}): {_line(error.desc())}" for error in found]
         more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
-        return {"version": version, "refused": f"{nodes[0] if nodes else _line(' '.join(log.errors))}{more}"}
+        return {"version": version, "refused": f"{nodes[0] if nodes else _line(' '.join(errors))}{more}"}
     config, shapes = builder.create_builder_config(), builder.create_optimization_profile()
     for index in range(network.num_inputs):
         value = network.get_input(index)
@@ -105,7 +104,7 @@ def _answer(graph: str, profile: Profile) -> dict[str, Any]:
     config.add_optimization_profile(shapes)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        reason = _line(log.errors[0]) if log.errors else "the builder gave no engine and no reason"
+        reason = _line(errors[0]) if errors else "the builder gave no engine and no reason"
         return {"version": version, "refused": reason}
     return asdict(Engine(version, network.num_layers, engine.nbytes, time.perf_counter() - start))
 

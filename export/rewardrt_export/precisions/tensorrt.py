@@ -1,7 +1,8 @@
 """Graphs that TensorRT takes whole, as one engine: made of half's, whose weights they read from half's own file.
 
 TensorRT's parser has no `Attention` with a past, with several outputs or with a softcap, and its attention kernels are
-for float16. So the past goes, which is always empty, and a softcap is written out. What is computed stays half's.
+for float16 heads of some sizes. So the past goes, which is always empty, and attention that has no kernel is written
+out. What is computed stays half's.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
 
+from rewardrt.errors import TraceError
 from rewardrt_export.precisions.quantize import register
 
 _SMALL, _LARGE = ir.DataType.FLOAT16, ir.DataType.FLOAT
+_SMALLEST, _LARGEST = 16, 256  # heads that the kernels of TensorRT-RTX 1.7 take, in steps of 8
 
 
 def for_tensorrt(model: ir.Model) -> ir.Model:
     """Turn a half graph into one that TensorRT parses whole, in place."""
     drop_past(model)
     for node in list(model.graph):
-        if node.op_type == "Attention" and not node.domain and _attribute(node, "softcap", 0.0):
+        if node.op_type == "Attention" and not node.domain and not has_kernel(node):
             write_out_attention(model.graph, node)
     common_passes.RemoveUnusedNodesPass()(model)
     return model
@@ -73,39 +76,53 @@ def _rows_of(tape: Tape, value: ir.Value) -> ir.Value:
     return tape.op("Shape", [value], {"start": 0, "end": 1})
 
 
-def write_out_attention(graph: ir.Graph, node: ir.Node) -> None:
-    """Write attention [batch, heads, tokens, size] with a softcap as products and a softmax, which is float32.
+def has_kernel(node: ir.Node) -> bool:
+    """Whether TensorRT has a kernel for an `Attention`, as far as the node shows."""
+    sizes = [value.shape[-1] for value in node.inputs[:3] if value is not None and value.shape is not None]
+    fits = all(isinstance(size, int) and size % 8 == 0 and _SMALLEST <= size <= _LARGEST for size in sizes)
+    return fits and not _attribute(node, "softcap", 0.0)
 
-    Scores are taken in float16 as the operator takes them, a `softcap`-th of each, which is far from overflowing.
+
+def write_out_attention(graph: ir.Graph, node: ir.Node) -> None:
+    """Write attention [batch, heads, tokens, size] as products and a softmax.
+
+    Scores are float32, which a kernel has inside: of float16 operands TF32's products are exact.
     """
     query, key, value, mask = [*node.inputs, None][:4]
     assert query is not None and key is not None and value is not None
-    assert query.shape is not None and key.shape is not None
-    heads, kv_heads, size = int(query.shape[1]), int(key.shape[1]), int(query.shape[3])  # type: ignore[arg-type]
+    heads, kv_heads, size, deep = _known(query, 1), _known(key, 1), _known(query, 3), _known(value, 3)
     softcap, scale = float(_attribute(node, "softcap", 0.0)), float(_attribute(node, "scale", size**-0.5))
     tape = Tape()
     tokens = tape.op("Shape", [query], {"start": 2, "end": 3})
     rows = _rows_of(tape, query)
 
-    def grouped(tensor: ir.Value, *inner: int) -> ir.Value:
-        """Return [batch, kv_heads, group, tokens, size] of a tensor [batch, heads, tokens, size]."""
-        shape = tape.op("Concat", [rows, _integers(graph, inner), tokens, _integers(graph, [size])], {"axis": 0})
+    def shaped(tensor: ir.Value, *inner: int, last: int) -> ir.Value:
+        """Return [batch, *inner, tokens, last] of a tensor [batch, heads, tokens, last]."""
+        shape = tape.op("Concat", [rows, _integers(graph, inner), tokens, _integers(graph, [last])], {"axis": 0})
         return tape.op("Reshape", [tensor, shape])
 
-    scaled = tape.op("Mul", [query, _number(graph, scale / softcap, _SMALL)])
-    turned = tape.op("Transpose", [grouped(key, kv_heads, 1)], {"perm": (0, 1, 2, 4, 3)})
-    scores = tape.op("MatMul", [grouped(scaled, kv_heads, heads // kv_heads), turned])
-    capped = tape.op("Tanh", [tape.op("Cast", [scores], {"to": _LARGE})])
-    capped = tape.op("Mul", [capped, _number(graph, softcap, _LARGE)])
-    if mask is None:
+    large, turned = (tape.op("Cast", [item], {"to": _LARGE}) for item in (query, key))
+    turned = tape.op("Transpose", [shaped(turned, kv_heads, 1, last=size)], {"perm": (0, 1, 2, 4, 3)})
+    scores = tape.op("MatMul", [shaped(large, kv_heads, heads // kv_heads, last=size), turned])
+    scores = tape.op("Mul", [scores, _number(graph, scale / (softcap or 1))])
+    if softcap:
+        scores = tape.op("Mul", [tape.op("Tanh", [scores]), _number(graph, softcap)])
+    if mask is None and _attribute(node, "is_causal", 0):
         mask = _causal_mask(graph, tape, tokens)
-    elif mask.shape is not None and len(mask.shape) == 4:
+    elif mask is not None and mask.shape is not None and len(mask.shape) == 4:
         mask = tape.op("Unsqueeze", [mask, _integers(graph, [1])])
-    capped = tape.op("Where", [mask, capped, _number(graph, -1e30, _LARGE)])
-    weights = tape.op("Cast", [tape.op("Softmax", [capped], {"axis": -1})], {"to": _SMALL})
-    mixed = tape.op("MatMul", [weights, grouped(value, kv_heads, 1)])
-    shape = tape.op("Concat", [rows, _integers(graph, [heads]), tokens, _integers(graph, [size])], {"axis": 0})
-    _replace(graph, node, tape, tape.op("Reshape", [mixed, shape]))
+    if mask is not None:
+        scores = tape.op("Where", [mask, scores, _number(graph, -1e30)])
+    weights = tape.op("Cast", [tape.op("Softmax", [scores], {"axis": -1})], {"to": _SMALL})
+    mixed = tape.op("MatMul", [weights, shaped(value, kv_heads, 1, last=deep)])
+    _replace(graph, node, tape, shaped(mixed, heads, last=deep))
+
+
+def _known(value: ir.Value, axis: int) -> int:
+    size = value.shape[axis] if value.shape is not None else None
+    if not isinstance(size, int):
+        raise TraceError(f"{value.name}: attention whose heads have no fixed size cannot be written out for TensorRT")
+    return size
 
 
 def _causal_mask(graph: ir.Graph, tape: Tape, tokens: ir.Value) -> ir.Value:
@@ -122,9 +139,8 @@ def _integers(graph: ir.Graph, numbers: Sequence[int]) -> ir.Value:
     return register(graph, ir.tensor(np.array(numbers, np.int64), name=name))
 
 
-def _number(graph: ir.Graph, number: float, dtype: ir.DataType) -> ir.Value:
-    name = f"tensorrt.{number!r}.{'half' if dtype == _SMALL else 'float32'}"
-    return register(graph, ir.tensor(np.array(number, dtype.numpy()), name=name))
+def _number(graph: ir.Graph, number: float) -> ir.Value:
+    return register(graph, ir.tensor(np.array(number, np.float32), name=f"tensorrt.{number!r}"))
 
 
 def _replace(graph: ir.Graph, node: ir.Node, tape: Tape, new: ir.Value) -> None:

@@ -45,7 +45,7 @@ class Variant:
 
     `needs` are the instruction sets that it is good for, one of which will do, as `rewardrt doctor` calls them: such a
     graph is for CPUs. `made_for` are the providers that it is fast on; it runs on the others too. With neither it is
-    good for any machine. `built` says what TensorRT made of it at export, if it was asked. Two graphs may read one file.
+    good for any machine. `built` says what TensorRT made of it at export, where it was asked.
     """
 
     precision: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MOST_ROWS = 64
-MOST_TOKENS = 131_072  # of all rows: activations of a layer have fewer than 2^31 numbers then, which is all it counts to
+MOST_TOKENS = 131_072  # of all rows
 _SMALLEST = 16  # tokens
 
 
