@@ -16,8 +16,8 @@ ORDER = {
     "rewardrt": """
         telemetry display errors
         machine: processor denormals gpu engine_cache plugins providers kernels
-        graph: graph_file shapes session
-        bundle: spec manifest
+        graph: graph_file shapes engine session
+        bundle: spec manifest engines
         text: template_limits chat_template rendering tokens fields rows
         scoring: batching pairwise prefix
         reward_model

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from rewardrt.bundle.engines import check_whole, engine_request, warm_choice
 from rewardrt.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Bundle, Manifest, Variant, read_bundle
 from rewardrt.bundle.spec import AGGREGATE_RULES, Affine, AggregateRule, Spec, to_json
 from rewardrt.errors import BundleError, InferenceError, ProviderError, RewardRTError, RowError, TruncationWarning
@@ -184,10 +185,17 @@ class RewardModel:
 
     @classmethod
     def _load(cls, bundle: Bundle, opening: Opening) -> RewardModel:
-        selection = select_provider(opening.provider)
+        selection = select_provider(warm_choice(bundle, opening.provider))
         variant = _choose_variant(bundle, opening.precision, selection.provider)
+        check_whole(bundle, variant, selection.provider)
         opening = replace(opening, precision=variant.precision)
-        session = GraphSession.open(bundle.file(variant.graph), selection, opening.threads, unchanged=opening.read)
+        session = GraphSession.open(
+            bundle.file(variant.graph),
+            selection,
+            opening.threads,
+            unchanged=opening.read,
+            engine=engine_request(bundle, variant),
+        )
         return cls(
             bundle,
             session,

@@ -69,6 +69,10 @@ class Entry:
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             return False
 
+    def is_there(self) -> bool:
+        """Whether it was written, whatever has become of its files."""
+        return (self.folder / CONTENTS).is_file()
+
     def obtain(self, key: Key, build: Callable[[Path], None], say: Say = lambda line: None) -> None:
         """Have the entry whole: as it is, as another process is building it, or by `build`, which fills a folder.
 
@@ -106,6 +110,22 @@ class Entry:
             made.rename(self.folder)
         finally:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def holds(identity: str) -> bool:
+    """Whether the cache of this process has an entry whose key names this identity, for this machine or another."""
+    try:
+        return any(_made_for(path).get("identity") == identity for path in root().glob(f"*/{CONTENTS}"))
+    except OSError:
+        return False
+
+
+def _made_for(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["made_for"]
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 @contextlib.contextmanager
