@@ -25,7 +25,7 @@ ORDER = {
         checks: workers bench doctor verify
         server: options problem access body turns engine models schema call connection kserve log metrics state vllm
           cohere openrlhf own sglang tei routes views openapi app reload process
-        cli: toplevel app
+        cli: toplevel warm app
     """,
     "rewardrt_export": """
         source: foreign weights adapters chat_template layouts padding tokenizer tokenizer_files folder

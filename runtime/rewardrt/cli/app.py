@@ -25,6 +25,7 @@ import click
 
 from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule
 from rewardrt.cli import toplevel
+from rewardrt.cli.warm import engine_cache_option, engine_log, warm
 from rewardrt.display import visible, visible_lines
 from rewardrt.errors import RewardRTError
 from rewardrt.machine.providers import PROVIDER_CHOICES, ProviderChoice
@@ -32,13 +33,20 @@ from rewardrt.machine.providers import PROVIDER_CHOICES, ProviderChoice
 COMMANDS = "rewardrt.commands"  # the entry point group of further commands
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-provider_option = click.option(
+_provider_option = click.option(
     "--provider",
     type=click.Choice(PROVIDER_CHOICES),
     default="auto",
     show_default=True,
     help="Execution provider. A named one is obtained or refused; auto takes CUDA where it starts, else the CPU.",
 )
+
+
+def provider_option(command: Any) -> Any:
+    """Add --provider to a command, and with it where engines are kept."""
+    return _provider_option(engine_cache_option(command))
+
+
 precision_option = click.option(
     "--precision",
     default="auto",
@@ -71,6 +79,9 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 @click.version_option(package_name="rewardrt", message="rewardrt %(version)s")
 def app() -> None:
     """Export a trained reward model once; score text anywhere with onnxruntime."""
+
+
+app.add_command(warm)
 
 
 def main() -> None:
@@ -141,17 +152,19 @@ def score(
         raise click.UsageError("--aggregate is for rows with steps; --prompt with --response has none")
     if table and (as_json or output or prompt is not None):
         raise click.UsageError("--table prints a file's rows for people; it goes with no --json, --output or --prompt")
-    model = RewardModel.load(
-        bundle,
-        provider=provider,
-        precision=precision,
-        threads=threads,
-        batch_tokens=batch_tokens or BATCH_TOKENS,
-        prefix_reuse=not no_prefix_reuse,
-        prefix_cache_mb=prefix_cache_mb,
-    )
+    with engine_log():
+        model = RewardModel.load(
+            bundle,
+            provider=provider,
+            precision=precision,
+            threads=threads,
+            batch_tokens=batch_tokens or BATCH_TOKENS,
+            prefix_reuse=not no_prefix_reuse,
+            prefix_cache_mb=prefix_cache_mb,
+        )
     toplevel.say(
-        f"{bundle}: {model.precision} on {model.provider}" + (f" ({model.session.note})" if model.session.note else "")
+        f"{bundle}: {model.precision} on {model.session.runs_on}"
+        + (f" ({model.session.note})" if model.session.note else "")
     )
     labels = model.spec.output.labels if objectives else ()
     if objectives and not labels:

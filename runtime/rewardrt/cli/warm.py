@@ -1,0 +1,95 @@
+"""`rewardrt warm`: the engine of a bundle is built before it is needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from rewardrt.cli import toplevel
+from rewardrt.display import visible
+from rewardrt.errors import ProviderError
+from rewardrt.machine.engine_cache import VARIABLE
+from rewardrt.machine.providers import PROVIDER_CHOICES, ProviderChoice
+from rewardrt.scoring.batching import BATCH_TOKENS
+
+
+def _name_cache(context: click.Context, option: click.Parameter, folder: str | None) -> None:
+    """Name the folder to this process and to those that it starts."""
+    if folder is not None:
+        os.environ[VARIABLE] = folder
+
+
+engine_cache_option = click.option(
+    "--engine-cache",
+    metavar="DIR",
+    callback=_name_cache,
+    expose_value=False,
+    help=f"Where TensorRT's engines are kept.  [default: ${VARIABLE}, or ~/.cache/rewardrt]",
+)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--provider", type=click.Choice(PROVIDER_CHOICES), default="tensorrt", show_default=True)
+@engine_cache_option
+@click.option("--precision", default="auto", show_default=True, help="One of the bundle's graphs.")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=BATCH_TOKENS,
+    show_default=True,
+    help="Tokens in one batch, padding included, as scoring will have them.",
+)
+def warm(bundle: Path, provider: ProviderChoice, precision: str, batch_tokens: int) -> None:
+    """Build a bundle's TensorRT engine for this machine, and run every shape that batches come in.
+
+    What comes after finds it in the cache: score, verify and serve start at once, and auto takes TensorRT.
+    """
+    from rewardrt.reward_model import RewardModel
+
+    start = time.perf_counter()
+    with engine_log():
+        model = RewardModel.load(bundle, provider=provider, precision=precision, batch_tokens=batch_tokens)
+        profile = model.session.profile
+        if profile is None:
+            toplevel.say(f"{bundle}: {model.precision} on {model.session.runs_on}: there is no engine to build")
+            return
+        if model.session.note is not None:
+            raise ProviderError(model.session.note)
+        shapes = model.session.warm(batch_tokens, _show_tenths)
+    toplevel.say(
+        f"{bundle}: {model.precision} on {model.session.runs_on}: warm for {profile.describe()}, "
+        f"{shapes} shapes, in {time.perf_counter() - start:.1f} s"
+    )
+
+
+def _show_tenths(done: int, of: int) -> None:
+    if done * 10 // of > (done - 1) * 10 // of:
+        toplevel.say(f"ran {done} of {of} shapes")
+
+
+@contextmanager
+def engine_log() -> Iterator[None]:
+    """Show on standard error what building an engine is at."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            click.echo(visible(record.getMessage()), err=True)
+
+    log, handler = logging.getLogger("rewardrt.engine"), Shown()
+    level, propagates = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagates
