@@ -114,6 +114,7 @@ def _load() -> Any:
     found = importlib.util.find_spec(LIBRARIES)
     assert found is not None and found.origin is not None
     folder = Path(found.origin).parent
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"  # where the bindings look on Windows
     for name in ("libtensorrt_rtx", "libtensorrt_onnxparser_rtx"):
         for library in sorted(folder.glob(f"{name}.so.*"), key=lambda path: -len(path.name))[:1]:
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

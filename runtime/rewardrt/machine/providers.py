@@ -141,17 +141,25 @@ def describe(provider: Provider) -> str:
     if provider != "tensorrt":
         return provider
     way, gpu = way_of(provider), find_gpu()
-    version = plugins.version(_PLUGINS[way]) if way in _PLUGINS else _classic_version()
-    return f"{way} {version or ''}".strip() + (f" on {gpu.name}" if gpu is not None else "")
+    return f"{way} {way_version(way) or ''}".strip() + (f" on {gpu.name}" if gpu is not None else "")
+
+
+def way_version(way: Way) -> str | None:
+    """Return the version of what a way runs by, None where it is not there."""
+    if way in _PLUGINS:
+        return plugins.version(_PLUGINS[way])
+    if way == "tensorrt":
+        return _classic_version()
+    cuda: str | None = getattr(import_onnxruntime(), "cuda_version", None) if way == "cuda" else None
+    return cuda or None
 
 
 def what_runs(provider: Provider) -> dict[str, str]:
     """Return what an engine of a provider depends on besides the graph: the way, versions, GPU and driver."""
     way, gpu = way_of(provider), find_gpu()
-    version = plugins.version(_PLUGINS[way]) if way in _PLUGINS else _classic_version()
     return {
         "way": way,
-        "version": version or "",
+        "version": way_version(way) or "",
         "onnxruntime": import_onnxruntime().__version__,
         "gpu": str(gpu),
         "driver": gpu.cuda if gpu is not None else "",
