@@ -56,5 +56,5 @@ smollm2: $(VENV)/installed  ## build and export the 135M reference model: make s
 
 $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,dev,serve-test]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,dev,serve-test,tensorrt-test]'
 	@touch $@

@@ -17,9 +17,9 @@ FOLDERS = {"rewardrt": ROOT / "runtime" / "rewardrt", "rewardrt_export": ROOT / 
 ORDER = {
     "rewardrt": """
         telemetry display errors
-        machine: processor denormals providers kernels
-        graph: graph_file session
-        bundle: spec certificate precisions manifest opening
+        machine: processor denormals gpu engine_cache plugins providers kernels
+        graph: graph_file shapes engine session
+        bundle: spec certificate precisions manifest engines opening
         text: template_limits chat_template items rendering taps tokens fields rows
         scoring: scored batching prefix runner pairwise answers
         reward_model
@@ -27,7 +27,7 @@ ORDER = {
         checks: workers workload bench doctor verify
         server: options problem access address body turns isolation engine models schema call connection log metrics state vocabulary
           cohere kserve openrlhf own sglang tei vllm routes views openapi request app reload process
-        cli: toplevel options output table bench doctor inspect score serve verify app
+        cli: toplevel output engine_options options table warm bench doctor inspect score serve verify app
     """,
     "rewardrt_export": """
         source: foreign weights adapter_config adapters chat_template layouts config padding tokenizer tokenizer_files
@@ -37,7 +37,7 @@ ORDER = {
           language_model_head lm_row mlp_head pair_preference pairrm process urm value_head listing
         checkpoint explain
         tracing: attention_masks attention graphs signature trace lower
-        precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half table
+        precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half tensorrt engine table
         certificate: memory golden encode published_class reference certify
         pipeline cli
     """,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rewardrt.errors import ProviderError
-from rewardrt.machine import providers
+from rewardrt.machine import plugins, providers
 from rewardrt.machine.providers import (
     Selection,
     one_line,
@@ -25,7 +25,7 @@ from rewardrt.machine.providers import (
     why_not,
 )
 
-RUNTIME = Path(providers.__file__).parent
+RUNTIME = Path(providers.__file__).parent.parent
 cpu_wheel = pytest.mark.skipif("onnxruntime" not in onnxruntime_distributions(), reason="asks what the CPU wheel does")
 WORKING = """
 class SessionOptions: pass
@@ -160,14 +160,25 @@ def test_cpu_and_auto_run_on_the_cpu_wheel() -> None:
 
 
 @cpu_wheel
-@pytest.mark.parametrize("name", ["cuda", "tensorrt"])
-def test_a_named_provider_that_the_wheel_lacks_is_an_error(name: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("cuda", ": `pip uninstall -y onnxruntime && pip install 'rewardrt[gpu]'`"),
+        (
+            "tensorrt",
+            ", and TensorRT-RTX is not installed: `pip install 'rewardrt[tensorrt]'` (or `[gpu]` and NVIDIA's TensorRT)",
+        ),
+    ],
+)
+def test_a_named_provider_that_the_wheel_lacks_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, name: Any, remedy: str
+) -> None:
+    monkeypatch.setattr(plugins, "version", lambda plugin: None)
     version = onnxruntime_distributions()["onnxruntime"]
     with pytest.raises(ProviderError) as caught:
         select_provider(name)
     assert str(caught.value) == (
-        f"provider '{name}' cannot be had: onnxruntime {version} was not built with it: "
-        "`pip uninstall -y onnxruntime && pip install 'rewardrt[gpu]'`"
+        f"provider '{name}' cannot be had: onnxruntime {version} was not built with it{remedy}"
     )
 
 
@@ -257,9 +268,14 @@ def fake_gpu_wheel(monkeypatch: pytest.MonkeyPatch, obtained: list[str], result:
     def preload_dlls() -> None:
         print("Failed to load libcublasLt.so.13")  # noqa: T201 (onnxruntime's does)
 
+    class Options(SimpleNamespace):
+        def add_session_config_entry(self, name: str, value: str) -> None:
+            assert (name, value) == plugins.WHOLE_GRAPH  # a node that TensorRT does not take is an error
+
+    monkeypatch.setattr(plugins, "version", lambda plugin: None)
     wheel = SimpleNamespace(
         InferenceSession=Session,
-        SessionOptions=SimpleNamespace,
+        SessionOptions=Options,
         get_available_providers=lambda: list(providers.ORT_NAMES.values()),
         preload_dlls=preload_dlls,
         set_default_logger_severity=severities.append,

@@ -34,12 +34,14 @@ from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.bundle.spec import PoolingRule
 from rewardrt.checks.verify import write_golden
 from rewardrt.errors import ExportError
+from rewardrt.graph.shapes import Profile
 from rewardrt_export.certificate.certify import GoldenSet, certify, measure_fidelity, score_golden
 from rewardrt_export.certificate.encode import encode_probes, encode_texts
 from rewardrt_export.certificate.memory import check_memory
 from rewardrt_export.certificate.reference import score_with_torch, spread
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.model.backbone import meta_backbone
+from rewardrt_export.precisions import engine
 from rewardrt_export.precisions.calibrate import KEPT_TOKENS, Calibration, cut
 from rewardrt_export.precisions.table import LOWERINGS, chosen_precisions
 from rewardrt_export.source.tokenizer import TokenizerChoice
@@ -136,10 +138,8 @@ def export(
             every = -(-sum(text.needed for text in seen) // KEPT_TOKENS)  # of so many texts, one: no more are kept
             seen_rewards = score_with_torch(checkpoint, seen[::every], calibration=calibration)
             calibration.reward_std = spread(seen_rewards)
-        variants = []
-        for precision in precisions:
-            progress(f"writing the {precision} graph")
-            variants.append(_write_graph(graph, precision, calibration, folder))
+        variants = _write_graphs(graph, precisions, calibration, folder, progress)
+        variants = [_build_engine(each, folder, Profile.of(checkpoint.spec.max_length), progress) for each in variants]
         if certified:
             # After the weights, whose reader says which of them are not finite.
             write_golden(folder / GOLDEN, golden_set.every)
@@ -164,18 +164,63 @@ def _make_graph(checkpoint: Checkpoint, token_rewards: bool) -> ir.Model:
     return lower(model, weights | {f"head.{name}": read for name, read in head.sources.items()})
 
 
+def _write_graphs(
+    graph: ir.Model, precisions: Sequence[str], calibration: Calibration | None, folder: Path, progress: Progress
+) -> list[Variant]:
+    """Write a graph for each precision, those that are made of another one last."""
+    written = {}
+    for precision in sorted(precisions, key=lambda name: PRECISIONS[name].of is not None):
+        progress(f"writing the {precision} graph")
+        written[precision] = _write_graph(graph, precision, calibration, folder)
+    return [written[precision] for precision in precisions]
+
+
 def _write_graph(graph: ir.Model, precision: str, calibration: Calibration | None, folder: Path) -> Variant:
     """Write the graph in this precision, and its weights, one tensor in memory at a time.
 
     The weights are aligned to pages, so that onnxruntime can map the file.
     """
-    name = "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
     made = PRECISIONS[precision]
+    if made.of is not None:
+        return _write_sharing(graph, precision, made.of, calibration, folder)
+    name = _graph_name(precision)
     variant = Variant(precision, name, (f"{name}.data",), made.needs, made.made_for)
     written = LOWERINGS[precision](graph.clone(), calibration)
     written.producer_name, written.producer_version = "rewardrt", rewardrt.__version__
     ir.save(written, folder / variant.graph, external_data=variant.data[0], alignment=4096, align_threshold=65_536)
     return variant
+
+
+def _write_sharing(
+    graph: ir.Model, precision: str, other: str, calibration: Calibration | None, folder: Path
+) -> Variant:
+    """Write a graph that is made of another as it was written, and reads its file of weights."""
+    made, base = PRECISIONS[precision], folder / _graph_name(other)
+    asked_for = base.exists()
+    data = f"{base.name}.data"
+    if not asked_for:
+        _write_graph(graph, other, calibration, folder)
+    ir.save(LOWERINGS[precision](ir.load(base), calibration), folder / _graph_name(precision))
+    if not asked_for:
+        base.unlink()  # its weights stay
+    return Variant(precision, _graph_name(precision), (data,), made.needs, made.made_for)
+
+
+def _graph_name(precision: str) -> str:
+    return "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
+
+
+def _build_engine(variant: Variant, folder: Path, profile: Profile, progress: Progress) -> Variant:
+    """Have TensorRT build the engine of a graph for it, where it is installed; raises ExportError where it refuses."""
+    if not PRECISIONS[variant.precision].engine:
+        return variant
+    if (reason := engine.missing()) is not None:
+        progress(f"the {variant.precision} graph was not built: {reason}")
+        return variant
+    progress(f"building a TensorRT engine of the {variant.precision} graph")
+    built = engine.build(folder / variant.graph, profile).describe(profile)
+    progress(built)
+    return dataclasses.replace(variant, built=built)
 
 
 def _write_text_files(checkpoint: Checkpoint, folder: Path) -> None:
@@ -189,7 +234,8 @@ def _write_text_files(checkpoint: Checkpoint, folder: Path) -> None:
 def _make_manifest(checkpoint: Checkpoint, variants: Sequence[Variant], folder: Path, certified: bool) -> Manifest:
     """Describe what is in the folder; the certificates are not there yet."""
     names = [
-        *[name for variant in variants for name in (variant.graph, *variant.data)],
+        # Each once: two graphs may read one file of weights.
+        *dict.fromkeys(name for variant in variants for name in (variant.graph, *variant.data)),
         TOKENIZER,
         *([GOLDEN] if certified else []),
         *([CHAT_TEMPLATE] if checkpoint.source.chat_template is not None else []),

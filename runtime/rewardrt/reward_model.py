@@ -15,8 +15,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from rewardrt.bundle.engines import check_whole, engine_request, warm_choice
 from rewardrt.bundle.manifest import Bundle, read_bundle
 from rewardrt.bundle.opening import LoadOptions, Opening, choose_variant
+from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule, Spec
 from rewardrt.errors import BundleError, InferenceError, RewardRTError, RowError, TruncationWarning
 from rewardrt.graph.session import GraphSession
@@ -71,7 +73,7 @@ class RewardModel:
             padding=options.padding,
             prefix_reuse=options.prefix_reuse,
             prefix_cache_mb=options.prefix_cache_mb,
-            advice="; half has no numbers over 65504: score with fp32" if self.precision == "half" else "",
+            advice=_advice(self.precision),
         )
         self._opening = opening
 
@@ -111,11 +113,18 @@ class RewardModel:
 
     @classmethod
     def _load(cls, bundle: Bundle, opening: Opening) -> RewardModel:
-        selection = select_provider(opening.options.provider)
+        selection = select_provider(warm_choice(bundle, opening.options.provider))
         variant = choose_variant(bundle, opening.options.precision, selection.provider)
+        check_whole(bundle, variant, selection.provider)
         opening = replace(opening, options=replace(opening.options, precision=variant.precision))
-        graph, threads = bundle.file(variant.graph), opening.options.threads
-        return cls(bundle, GraphSession.open(graph, selection, threads, unchanged=opening.read), opening)
+        session = GraphSession.open(
+            bundle.file(variant.graph),
+            selection,
+            opening.options.threads,
+            unchanged=opening.read,
+            engine=engine_request(bundle, variant),
+        )
+        return cls(bundle, session, opening)
 
     @classmethod
     def _load_again(cls, opening: Opening) -> RewardModel:
@@ -287,6 +296,13 @@ class RewardModel:
     ascore_many = _in_thread(score_many)
     ascore_rows = _in_thread(score_rows)
     arank = _in_thread(rank)
+
+
+def _advice(precision: str) -> str:
+    """Return what to do about rewards that are no finite numbers."""
+    known = PRECISIONS.get(precision)
+    small = known is not None and known.products == "float16"
+    return f"; {precision} has no numbers over 65504: score with fp32" if small else ""
 
 
 def _given(**fields: Any) -> dict[str, Any]:

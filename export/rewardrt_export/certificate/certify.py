@@ -135,10 +135,10 @@ def measure_fidelity(
     model = RewardModel.load(bundle, provider="cpu", precision=precision, check_hashes=False)
     expected = np.array([reward for text in unseen for reward in text.rewards], dtype=np.float64)
     found = []
-    for values in model.runner.run(texts):
+    for text, values in zip(unseen, model.runner.run(texts), strict=True):
         if isinstance(values, InferenceError):
             raise CertificateError(f"{precision}: {values}")
-        found += values.tolist()
+        found += values[: len(text.rewards)].tolist()  # objectives come after the reward, and torch gave none
     rounded = np.array(found)
     del model  # two of them need not fit
     other = score_with_torch(checkpoint, texts, dtype=torch.bfloat16, by_layer=by_layer)

@@ -12,6 +12,7 @@ from rewardrt_export.precisions.calibrate import Calibration
 from rewardrt_export.precisions.half import halve
 from rewardrt_export.precisions.quantize import quantize, quantize_weights
 from rewardrt_export.precisions.storage import store
+from rewardrt_export.precisions.tensorrt import for_tensorrt
 
 # Each turns the float32 graph, whose weights are lazy, into its own; the graph is its own, to be changed.
 LOWERINGS: dict[str, Callable[[ir.Model, Calibration | None], ir.Model]] = {
@@ -19,6 +20,7 @@ LOWERINGS: dict[str, Callable[[ir.Model, Calibration | None], ir.Model]] = {
     "weights-bf16": lambda graph, calibration: store(graph, ir.DataType.BFLOAT16),
     "weights-fp16": lambda graph, calibration: store(graph, ir.DataType.FLOAT16),
     "half": lambda graph, calibration: halve(graph),
+    "tensorrt": lambda graph, calibration: for_tensorrt(graph),
     "int8": quantize,
     "weights8": lambda graph, calibration: quantize_weights(graph, bits=8),
     "weights4": lambda graph, calibration: quantize_weights(graph, bits=4),

@@ -38,6 +38,8 @@ class Precision:
     needs: tuple[str, ...] = ()
     made_for: tuple[Provider, ...] = ()
     held: float = 4.0
+    of: str | None = None  # another precision, whose graph this one is made of, and whose file of weights it reads
+    engine: bool = False  # for TensorRT, which can be asked whether it takes the graph
     formerly: str | None = None  # its name in older bundles and commands, which is taken everywhere
 
 
@@ -64,7 +66,16 @@ PRECISIONS = {
             "float16",
             "float16",
             "attention too, the rest in float32: fast on a GPU",
-            made_for=("cuda", "tensorrt"),
+            made_for=("cuda",),
+        ),
+        Precision(
+            "tensorrt",
+            "float16",
+            "float16",
+            "half as TensorRT takes it, whole and as one engine; its weights are half's file",
+            made_for=("tensorrt",),
+            of="half",
+            engine=True,
         ),
         Precision(
             "int8",

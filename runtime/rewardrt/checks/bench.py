@@ -50,11 +50,11 @@ def _load_model(bundle: str, options: dict[str, Any]) -> tuple[dict[str, Any], C
 def _answer(model: RewardModel, request: dict[str, Any]) -> dict[str, Any]:
     """Encode the texts of rows, or score encoded texts."""
     if "rows" in request:
-        encoded = model.answers.prepare(request["rows"], max_length=request["max_length"]).texts
-        for text in encoded:
-            if isinstance(text, RewardRTError):
-                raise text
-        return {"texts": [text_to_json(text) for text in encoded if isinstance(text, EncodedText)]}
+        prepared = model.answers.prepare(request["rows"], max_length=request["max_length"])
+        for found in (*prepared.rows, *prepared.texts):
+            if isinstance(found, RewardRTError):
+                raise found
+        return {"texts": [text_to_json(text) for text in prepared.texts if isinstance(text, EncodedText)]}
     texts = [text_from_json(text) for text in request["texts"]]
     callers = request.get("callers", 1)
     start = time.perf_counter()

@@ -10,21 +10,26 @@ from dataclasses import dataclass
 from rewardrt import telemetry
 from rewardrt.errors import ProviderError
 from rewardrt.machine import kernels
+from rewardrt.machine.gpu import find_gpu
 from rewardrt.machine.processor import Processor, read_processor
 from rewardrt.machine.providers import (
     ORT_NAMES,
     PROVIDERS,
     Provider,
+    Way,
     import_onnxruntime,
     onnxruntime_conflict,
     onnxruntime_distributions,
     reinstall_command,
+    way_version,
     why_no_gpu,
     why_not,
+    why_not_way,
 )
 
 _REQUIRED = ("numpy", "tokenizers", "jinja2", "click")
 _EXPORT = ("torch", "transformers")  # looked up, never imported
+_WAYS: dict[Way, str] = {"tensorrt": "by the classic provider", "tensorrt-rtx": "by the plug-in"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,15 @@ class ProviderReport:
 
 
 @dataclass(frozen=True)
+class WayReport:
+    """One way to TensorRT: its version (None: not installed), and why it does not run (None: it does)."""
+
+    name: Way
+    version: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Report:
     """What `examine` found. `ok` says that texts can be scored here, on the CPU at least."""
 
@@ -60,6 +74,8 @@ class Report:
     telemetry: str
     conflicts: tuple[str, ...]
     advice: tuple[str, ...]
+    gpu: str | None = None
+    ways: tuple[WayReport, ...] = ()
 
 
 def examine() -> Report:
@@ -69,6 +85,7 @@ def examine() -> Report:
     providers = _providers()
     processor = read_processor()
     missing = [item.name for item in packages if item.required and item.version is None]
+    gpu = find_gpu()
     return Report(
         ok=conflict is None and not missing and any(item.name == "cpu" and item.works for item in providers),
         rewardrt=_version("rewardrt") or "not installed, running from its source",
@@ -81,6 +98,8 @@ def examine() -> Report:
         telemetry=telemetry.describe(),
         conflicts=() if conflict is None else (conflict,),
         advice=_advice(missing, providers, processor),
+        gpu=None if gpu is None else f"{gpu}, CUDA {gpu.cuda}",
+        ways=_ways(),
     )
 
 
@@ -98,7 +117,11 @@ def format_report(report: Report) -> str:
         ("int8 kernels", report.kernels),
         ("telemetry", report.telemetry),
     ]
+    rows += [("gpu", report.gpu)] if report.gpu is not None else []
     rows += [(f"provider {item.name}", "works" if item.works else f"no: {item.reason}") for item in report.providers]
+    for way in report.ways:
+        installed = f"{way.version}, " if way.version is not None else ""
+        rows.append((f"  {_WAYS[way.name]}", f"{installed}{'works' if way.reason is None else f'no: {way.reason}'}"))
     rows += [("conflict", text) for text in report.conflicts]
     rows += [("advice", text) for text in report.advice]
     rows += [("result", "ready to score" if report.ok else "cannot score here")]
@@ -122,6 +145,15 @@ def _providers() -> tuple[ProviderReport, ...]:
     return tuple(ProviderReport(name, reason is None, reason) for name, reason in reasons)
 
 
+def _ways() -> tuple[WayReport, ...]:
+    """Try each way to TensorRT by itself."""
+    try:
+        import_onnxruntime()
+    except ProviderError:
+        return ()
+    return tuple(WayReport(way, way_version(way), why_not_way(way)) for way in _WAYS)
+
+
 def _advice(missing: list[str], providers: tuple[ProviderReport, ...], processor: Processor) -> tuple[str, ...]:
     advice = []
     if missing:
@@ -134,7 +166,8 @@ def _advice(missing: list[str], providers: tuple[ProviderReport, ...], processor
         reasons = {item.name: item.reason for item in providers}
         if reasons["cpu"] is not None:
             advice.append(f"the CPU provider does not work: {reasons['cpu']}")
-        if ORT_NAMES["cuda"] not in available and why_no_gpu() is None:
+        tensorrt = "tensorrt" in reasons and reasons["tensorrt"] is None
+        if ORT_NAMES["cuda"] not in available and not tensorrt and why_no_gpu() is None:
             advice.append(f"there is an NVIDIA GPU, but onnxruntime is for the CPU: `{reinstall_command('gpu')}`")
         if ORT_NAMES["cuda"] in available and reasons["cuda"] is not None:
             advice.append(

@@ -18,6 +18,7 @@ from rewardrt.cli.inspect import inspect
 from rewardrt.cli.score import score
 from rewardrt.cli.serve import serve
 from rewardrt.cli.verify import verify
+from rewardrt.cli.warm import warm
 
 COMMANDS = "rewardrt.commands"  # the entry point group of further commands
 
@@ -47,10 +48,13 @@ def app() -> None:
     """Export a trained reward model once; score text anywhere with onnxruntime."""
 
 
+app.add_command(warm)
+
+
 def main() -> None:
     """Run the command line; `toplevel` says how it ends."""
     toplevel.run(app)
 
 
-for command in (bench, doctor, inspect, score, serve, verify):
+for command in (bench, doctor, inspect, score, serve, verify, warm):
     app.add_command(command)

@@ -71,6 +71,7 @@ def describe_manifest(name: str, manifest: Any) -> str:
                 f"texts unseen in calibration (torch bfloat16: {near.bf16_rms_std:.3f}, "
                 f"{near.bf16_pair_order_agreement:.1%})"
             )
+    lines += [f"  built      {variant.precision}: {variant.built}" for variant in manifest.variants if variant.built]
     if not manifest.certificates:
         lines.append("  uncertified: never compared with torch (exported with --no-certify)")
     lines += [f"  {record.bytes:>13,}  {record.path}" for record in manifest.files]

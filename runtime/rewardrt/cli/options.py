@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
+from rewardrt.cli.engine_options import engine_cache_option
 from rewardrt.machine.providers import PROVIDER_CHOICES
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-provider_option = click.option(
+_provider_option = click.option(
     "--provider",
     type=click.Choice(PROVIDER_CHOICES),
     default="auto",
     show_default=True,
     help="Execution provider. A named one is obtained or refused; auto takes CUDA where it starts, else the CPU.",
 )
+
+
+def provider_option(command: Any) -> Any:
+    """Add --provider to a command, and with it where engines are kept."""
+    return _provider_option(engine_cache_option(command))
+
+
 precision_option = click.option(
     "--precision",
     default="auto",

@@ -15,6 +15,7 @@ import click
 
 from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule
 from rewardrt.cli import toplevel
+from rewardrt.cli.engine_options import engine_log
 from rewardrt.cli.options import json_option, precision_option, provider_option, threads_option
 from rewardrt.cli.output import for_people, show
 from rewardrt.cli.table import describe_row, objectives_lines, ranking_table
@@ -83,17 +84,19 @@ def score(
         raise click.UsageError("--aggregate is for rows with steps; --prompt with --response has none")
     if table and (as_json or output or prompt is not None):
         raise click.UsageError("--table prints a file's rows for people; it goes with no --json, --output or --prompt")
-    model = RewardModel.load(
-        bundle,
-        provider=provider,
-        precision=precision,
-        threads=threads,
-        batch_tokens=batch_tokens,
-        prefix_reuse=not no_prefix_reuse,
-        prefix_cache_mb=prefix_cache_mb,
-    )
+    with engine_log():
+        model = RewardModel.load(
+            bundle,
+            provider=provider,
+            precision=precision,
+            threads=threads,
+            batch_tokens=batch_tokens,
+            prefix_reuse=not no_prefix_reuse,
+            prefix_cache_mb=prefix_cache_mb,
+        )
     toplevel.say(
-        f"{bundle}: {model.precision} on {model.provider}" + (f" ({model.session.note})" if model.session.note else "")
+        f"{bundle}: {model.precision} on {model.session.runs_on}"
+        + (f" ({model.session.note})" if model.session.note else "")
     )
     labels = model.spec.output.labels if objectives else ()
     if objectives and not labels:

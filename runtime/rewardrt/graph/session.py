@@ -19,13 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from rewardrt.errors import BundleError, InferenceError, ProviderError
+from rewardrt.graph.engine import EngineRequest, open_engine, refusal
 from rewardrt.graph.graph_file import resolve
+from rewardrt.graph.shapes import Profile
 from rewardrt.machine import denormals
 from rewardrt.machine.kernels import register
 from rewardrt.machine.providers import (
     Provider,
     ProviderChoice,
     Selection,
+    describe,
     import_onnxruntime,
     one_line,
     open_session,
@@ -35,6 +38,7 @@ from rewardrt.machine.providers import (
 
 Ids = npt.NDArray[np.int64]
 
+PER_TOKEN = ("input_ids", "token_type_ids")
 OPTIONAL_INPUTS = ("positions", "token_type_ids")  # of models with several taps, and of encoders that read pairs
 PAST_BATCH = "past_batch"  # the first axis of keys and values where it may be 1 beside a larger batch
 _FLOATS: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -118,6 +122,7 @@ class GraphSession:
         self.provider: Provider = provider
         self.note = note
         self.threads = threads
+        self.profile: Profile | None = None  # of an engine, which has batches brought to few shapes
 
     @classmethod
     def open(
@@ -127,18 +132,24 @@ class GraphSession:
         threads: int | None = None,
         *,
         unchanged: Callable[[], object] = lambda: None,
+        engine: EngineRequest | None = None,
     ) -> GraphSession:
         """Load a graph by its path: onnxruntime maps the file of its weights, and copies what it packs for its kernels.
 
         `provider` is asked for, or was selected already and is not tried again. `threads` are those of one call on the
         CPU; None leaves it to onnxruntime: one for each physical core, whatever share of them a container may use.
         `unchanged` is called before the graph is opened again in a forked process, and raises if it is not the same.
+        `engine` is what TensorRT builds an engine for, which is kept then.
         Raises ProviderError if the provider cannot be had, BundleError if the file is not a graph of the contract.
         """
         if threads is not None and threads < 1:
             raise ProviderError(f"threads {threads}: expected at least 1, or None to leave it to onnxruntime")
         selection = provider if isinstance(provider, Selection) else select_provider(provider)
-        session = _open(graph, selection.provider, threads)
+        note = selection.note
+        if selection.provider == "tensorrt" and engine is not None:
+            session, note = _open_engine(graph, engine, threads)
+        else:
+            session = _open(graph, selection.provider, threads)
         absolute = Path(os.path.abspath(graph))  # a forked process may have moved to another folder
 
         def reopen() -> Any:
@@ -150,7 +161,28 @@ class GraphSession:
             unchanged()
             return _open(absolute, selection.provider, threads)
 
-        return cls(session, _read_contract(session, graph), selection.provider, selection.note, threads, reopen)
+        opened = cls(session, _read_contract(session, graph), selection.provider, note, threads, reopen)
+        opened.profile = engine.profile if selection.provider == "tensorrt" and engine is not None else None
+        return opened
+
+    @property
+    def runs_on(self) -> str:
+        """What really runs, for people: the provider, and of TensorRT the version and the GPU."""
+        return describe(self.provider)
+
+    def warm(self, batch_tokens: int, shown: Callable[[int, int], None] = lambda done, of: None) -> int:
+        """Run every shape once that batches of so many tokens are brought to, where there are such; return how many.
+
+        `shown` is told how many are done, of how many. Raises InferenceError.
+        """
+        shapes = self.profile.buckets(batch_tokens) if self.profile is not None else []
+        taps = [item.shape[1] for item in self._live().get_inputs() if item.name == "positions"]
+        for done, (rows, tokens) in enumerate(shapes):
+            ids = np.zeros((rows, tokens), np.int64)
+            places = np.zeros((rows, taps[0]), np.int64) if taps else None
+            self.run(ids, np.full(rows, tokens, np.int64), places, ids)
+            shown(done + 1, len(shapes))
+        return len(shapes)
 
     def run(
         self,
@@ -215,12 +247,20 @@ class GraphSession:
         if past is None:
             for item in self.past:
                 feeds[item.name] = np.empty((len(input_ids), item.kv_heads, 0, item.head_dim), item.dtype)
+        elif not self.past:
+            raise InferenceError("the graph takes no past, and one was given")
         else:
             feeds |= {item.name: array for item, array in zip(self.past, past.arrays, strict=True)}
         session = self._live()
         try:
             with denormals.as_zero():
-                found = session.run(outputs, feeds)
+                found = (
+                    session.run(outputs, feeds)
+                    if self.profile is None
+                    else _in_shapes(session, outputs, feeds, self.profile)
+                )
+        except InferenceError:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base class
             batch = f"{len(input_ids)} x {input_ids.shape[1]} tokens"
             raise InferenceError(f"the graph failed on {batch} ({one_line(error)})") from error
@@ -263,16 +303,53 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_forked)
 
 
-def _open(graph: Path, provider: Provider, threads: int | None) -> Any:
+def _in_shapes(
+    session: Any, outputs: list[str], feeds: Mapping[str, npt.NDArray[Any]], profile: Profile
+) -> list[npt.NDArray[Any]]:
+    """Run a batch in the shapes of a profile, some rows at a time, and leave out what was added."""
+    every, tokens = feeds["input_ids"].shape
+    if tokens > profile.tokens:
+        raise InferenceError(f"a text of {tokens} tokens: the engine is built for {profile.describe()}")
+    parts = []
+    for start in range(0, every, profile.rows):
+        rows = min(profile.rows, every - start)
+        wide = profile.bucket(rows, tokens)
+        padded = {}
+        for name, array in feeds.items():
+            sizes = (wide[0], *((wide[1],) if name in PER_TOKEN else array.shape[1:]))
+            # Rows that are added are texts of one token.
+            padded[name] = (np.ones if name == "lengths" else np.zeros)(sizes, array.dtype)
+            padded[name][(slice(rows), *(slice(size) for size in array.shape[1:]))] = array[start : start + rows]
+        found = zip(outputs, session.run(outputs, padded), strict=True)
+        parts.append([array[:rows, :tokens] if name == "token_rewards" else array[:rows] for name, array in found])
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+def _options_and_model(graph: Path, threads: int | None) -> tuple[Any, bytes | str]:
     options = _session_options(threads)
     model, folder = resolve(graph)
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return options, model if isinstance(model, bytes) else str(model)
+
+
+def _open_engine(graph: Path, engine: EngineRequest, threads: int | None) -> tuple[Any, str | None]:
+    _, model = _options_and_model(graph, threads)
+    try:
+        return open_engine(model, engine, lambda: _options_and_model(graph, threads)[0])
+    except ProviderError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ProviderError(f"{graph}: {refusal(error)}") from error
+
+
+def _open(graph: Path, provider: Provider, threads: int | None) -> Any:
+    options, model = _options_and_model(graph, threads)
     try:
         if provider == "cpu":
             register(options)
         with denormals.unchanged():  # onnxruntime sets the thread that opens a process's first session
-            return open_session(model if isinstance(model, bytes) else str(model), provider, options)
+            return open_session(model, provider, options)
     except ProviderError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base class

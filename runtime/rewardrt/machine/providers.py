@@ -3,6 +3,9 @@
 This is the only module that imports onnxruntime. onnxruntime itself hardly ever raises when a provider cannot be had:
 it logs a line and gives a session on the CPU. So every provider but the CPU is tried on a graph of one node, and what
 came out is looked at, not what was asked for.
+
+TensorRT can be had in two ways: the classic provider, which is built into onnxruntime-gpu and wants NVIDIA's libraries
+beside it, and a plug-in (see `plugins`).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import re
 import sys
 import typing
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +30,9 @@ import numpy as np
 
 from rewardrt import telemetry
 from rewardrt.errors import ProviderError
+from rewardrt.machine import plugins
+from rewardrt.machine.gpu import find_gpu
+from rewardrt.machine.plugins import TENSORRT_RTX, Plugin
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 ProviderChoice = Literal["auto", "cpu", "cuda", "tensorrt"]
@@ -46,8 +53,13 @@ _CUDA = (ORT_NAMES["cuda"], {"use_tf32": "0", "arena_extend_strategy": "kSameAsR
 _REQUESTS: dict[Provider, list[tuple[str, dict[str, str]]]] = {
     "cpu": [(ORT_NAMES["cpu"], {})],
     "cuda": [_CUDA],
-    "tensorrt": [(ORT_NAMES["tensorrt"], {}), _CUDA],
+    "tensorrt": [(ORT_NAMES["tensorrt"], {})],  # whole: what it does not take is an error, and not CUDA's or the CPU's
 }
+
+Way = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]  # what really runs; tensorrt is the classic provider
+WAYS: tuple[Way, ...] = typing.get_args(Way)
+WAYS_TO_TENSORRT: tuple[Way, ...] = ("tensorrt", "tensorrt-rtx")  # in the order in which they are taken
+_PLUGINS: dict[Way, Plugin] = {"tensorrt-rtx": TENSORRT_RTX}
 
 # 1.23.0 computes attention wrongly (the 135M model's reward of a text was 0.27 for -0.67), and no version before 1.24
 # quantizes by blocks, as int8 graphs do without their kernels.
@@ -91,19 +103,119 @@ def select_provider(choice: ProviderChoice) -> Selection:
 
 
 def why_not(provider: Provider) -> str | None:
-    """Try a provider on a graph of one node; return None if it ran there, else the reason and what mends it."""
+    """Try a provider on a graph of one node; return None if it ran there, else the reason and what mends it.
+
+    Of TensorRT every way is tried, until one runs.
+    """
+    if provider != "tensorrt":
+        return why_not_way(provider)
+    reasons = {}
+    for way in WAYS_TO_TENSORRT:
+        if (reason := why_not_way(way)) is None:
+            return None
+        reasons[way] = reason
+    import_onnxruntime()
+    if plugins.version(TENSORRT_RTX) is None and ORT_NAMES["tensorrt"] not in _available():
+        if (nowhere := plugins.why_not_here()) is not None:
+            return f"{_installed() or 'this onnxruntime'} was not built with it, and of {TENSORRT_RTX.title} {nowhere}"
+        return (
+            f"{_installed() or 'this onnxruntime'} was not built with it, and {TENSORRT_RTX.title} is not installed: "
+            f"`{TENSORRT_RTX.install_command}` (or `[gpu]` and NVIDIA's TensorRT)"
+        )
+    if plugins.version(TENSORRT_RTX) is None:
+        return reasons["tensorrt"]
+    if ORT_NAMES["tensorrt"] not in _available():
+        return reasons["tensorrt-rtx"]
+    return f"{reasons['tensorrt']}; nor by {TENSORRT_RTX.title}: {reasons['tensorrt-rtx']}"
+
+
+def way_of(provider: Provider) -> Way:
+    """Return the way in which a provider runs that `select_provider` gave."""
+    if provider != "tensorrt":
+        return provider
+    return next((way for way in WAYS_TO_TENSORRT if why_not_way(way) is None), "tensorrt")
+
+
+def describe(provider: Provider) -> str:
+    """Say what runs for people: "tensorrt-rtx 1.7.1 on NVIDIA ..."."""
+    if provider != "tensorrt":
+        return provider
+    way, gpu = way_of(provider), find_gpu()
+    return f"{way} {way_version(way) or ''}".strip() + (f" on {gpu.name}" if gpu is not None else "")
+
+
+def way_version(way: Way) -> str | None:
+    """Return the version of what a way runs by, None where it is not there."""
+    if way in _PLUGINS:
+        return plugins.version(_PLUGINS[way])
+    if way == "tensorrt":
+        return _classic_version()
+    cuda: str | None = getattr(import_onnxruntime(), "cuda_version", None) if way == "cuda" else None
+    return cuda or None
+
+
+def what_runs(provider: Provider) -> dict[str, str]:
+    """Return what an engine of a provider depends on besides the graph: the way, versions, GPU and driver."""
+    way, gpu = way_of(provider), find_gpu()
+    return {
+        "way": way,
+        "version": way_version(way) or "",
+        "onnxruntime": import_onnxruntime().__version__,
+        "gpu": str(gpu),
+        "driver": gpu.cuda if gpu is not None else "",
+    }
+
+
+_working: set[Way] = set()  # engines of TensorRT take a while: what ran once in this process is not tried again
+
+
+def why_not_way(way: Way) -> str | None:
+    """Try one way on a graph of one node; return None if it ran there, else the reason and what mends it."""
+    if way in _working:
+        return None
+    reason = _why_not_plugin(_PLUGINS[way]) if way in _PLUGINS else _why_not_built_in(way)
+    reason = reason or _why_not_a_node(way)
+    if reason is None and way in WAYS_TO_TENSORRT:
+        _working.add(way)
+    return reason
+
+
+def _why_not_built_in(way: Way) -> str | None:
     ort = import_onnxruntime()
-    if ORT_NAMES[provider] not in ort.get_available_providers():
+    if ORT_NAMES[typing.cast(Provider, way)] not in _available():
         return f"{_installed() or 'this onnxruntime'} was not built with it: `{reinstall_command('gpu')}`"
-    if provider != "cpu" and (reason := why_no_gpu(getattr(ort, "cuda_version", None))) is not None:
+    return why_no_gpu(getattr(ort, "cuda_version", None)) if way != "cpu" else None
+
+
+def _why_not_plugin(plugin: Plugin) -> str | None:
+    ort = import_onnxruntime()
+    if (nowhere := plugins.why_not_here()) is not None:
+        return nowhere
+    if plugins.version(plugin) is None:
+        return f"it is not installed: `{plugin.install_command}`"
+    if (reason := why_no_gpu(plugin.cuda, plugin.title)) is not None:
         return reason
+    gpu = find_gpu()
+    if gpu is not None and not plugin.takes(gpu.capability):
+        known = ", ".join(f"{major}.{minor}" for major, minor in plugin.capabilities)
+        newest = "" if plugin.newest is None else f" and from {plugin.newest[0]}.{plugin.newest[1]} on"
+        return f"{plugin.title} does not take {gpu}; it takes compute capabilities {known}{newest}: use provider 'cuda'"
     try:
-        session = open_session(_PROBE_MODEL, provider, quiet_options(ort))
+        plugins.devices(ort, plugin)
+    except ProviderError as error:
+        return str(error)
+    return None
+
+
+def _why_not_a_node(way: Way) -> str | None:
+    ort, mending = import_onnxruntime(), _PLUGINS[way].install_command if way in _PLUGINS else reinstall_command("gpu")
+    try:
+        session = _open(_PROBE_MODEL, way, quiet_options(ort), {})
         (result,) = session.run(None, {"x": _PROBE_INPUT})
     except ProviderError as error:
         return str(error)
     except Exception as error:  # onnxruntime's exceptions share no base class
-        return f"it failed on a graph of one node ({one_line(error)}): `{reinstall_command('gpu')}`"
+        return f"it failed on a graph of one node ({one_line(error)}): `{mending}`"
     if not np.array_equal(result, _PROBE_OUTPUT):
         return (
             f"it computed {result.tolist()} where {_PROBE_OUTPUT.tolist()} is right; update the driver or leave it out"
@@ -111,33 +223,72 @@ def why_not(provider: Provider) -> str | None:
     return None
 
 
-def open_session(model: bytes | str, provider: Provider, options: Any) -> Any:
-    """Create an `onnxruntime.InferenceSession` that really is on `provider`.
+def open_session(
+    model: bytes | str, provider: Provider, options: Any, settings: Mapping[str, str] | None = None
+) -> Any:
+    """Create an `onnxruntime.InferenceSession` that really is on `provider`; `settings` are its own, by its names.
 
     Raises ProviderError if it is not, and whatever onnxruntime raises if the model is at fault.
     """
+    return _open(model, way_of(provider), options, settings or {})
+
+
+def compile_graph(model: bytes | str, provider: Provider, options: Any, settings: Mapping[str, str], to: Path) -> None:
+    """Have a plug-in write the graph as what it makes of it, an engine. Raises as `open_session` does."""
+    ort, way = import_onnxruntime(), way_of(provider)
+    plugins.add_provider(ort, options, _PLUGINS[way], settings)
+    ort.ModelCompiler(options, model).compile_to_file(str(to))
+
+
+def _open(model: bytes | str, way: Way, options: Any, settings: Mapping[str, str]) -> Any:
     ort = import_onnxruntime()
-    if provider != "cpu":
+    if way in _PLUGINS:
+        plugins.add_provider(ort, options, _PLUGINS[way], settings)
+        # With providers named by devices, none are named here.
+        session = ort.InferenceSession(model, options, enable_fallback=0)
+        return _checked(ort, session, way, _PLUGINS[way].ep)
+    if way != "cpu":
         _preload_nvidia_libraries(ort)
         # A library that cannot be loaded is logged as an error, to stderr and whatever the session's own options say.
         ort.set_default_logger_severity(4)
+    if way == "tensorrt":
+        options.add_session_config_entry(*plugins.WHOLE_GRAPH)
+    provider = typing.cast(Provider, way)
+    requests = [(name, own | dict(settings)) for name, own in _REQUESTS[provider]]
     try:
         # Without enable_fallback=0 onnxruntime prints to stdout, and moves to the CPU on a failure here or in run().
-        session = ort.InferenceSession(model, options, providers=_REQUESTS[provider], enable_fallback=0)
+        session = ort.InferenceSession(model, options, providers=requests, enable_fallback=0)
     except Exception as error:
-        if provider != "cpu" and (reason := _missing_library(ort, provider)) is not None:
+        if way != "cpu" and (reason := _missing_library(ort, provider)) is not None:
             raise ProviderError(reason) from error
         raise
     finally:
-        if provider != "cpu":
+        if way != "cpu":
             ort.set_default_logger_severity(2)  # onnxruntime's own default; what it was cannot be asked for
+    return _checked(ort, session, way, ORT_NAMES[provider])
+
+
+def _checked(ort: ModuleType, session: Any, way: Way, name: str) -> Any:
+    """Return the session, or raise ProviderError unless it really is on the provider of this name."""
     obtained = session.get_providers()
-    if obtained[0] != ORT_NAMES[provider]:
-        reason = _missing_library(ort, provider)
-        raise ProviderError(
-            reason or f"asked for {ORT_NAMES[provider]}, onnxruntime gave {', '.join(obtained)}; its log says why"
-        )
+    if obtained[0] != name:
+        reason = _missing_library(ort, typing.cast(Provider, way)) if way not in _PLUGINS else None
+        raise ProviderError(reason or f"asked for {name}, onnxruntime gave {', '.join(obtained)}; its log says why")
     return session
+
+
+def _available() -> list[str]:
+    found: list[str] = import_onnxruntime().get_available_providers()
+    return found
+
+
+def _classic_version() -> str | None:
+    """Return the version of TensorRT that onnxruntime's own provider has loaded."""
+    try:
+        number = int(ctypes.CDLL("libnvinfer.so.10").getInferLibVersion())
+    except (OSError, AttributeError):
+        return None
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def quiet_options(ort: ModuleType) -> Any:
@@ -217,8 +368,11 @@ def _mending_command() -> str:
     return reinstall_command("gpu" if any("gpu" in name for name in onnxruntime_distributions()) else "cpu")
 
 
-def why_no_gpu(cuda_version: str | None = None) -> str | None:
-    """Ask the NVIDIA driver for a GPU that CUDA `cuda_version` can use; return None, or what stands against it."""
+def why_no_gpu(cuda_version: str | None = None, built: str = "onnxruntime") -> str | None:
+    """Ask the NVIDIA driver for a GPU that CUDA `cuda_version` can use; return None, or what stands against it.
+
+    `built` is what was built for this version.
+    """
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         driver = ctypes.CDLL(name)
@@ -243,7 +397,7 @@ def why_no_gpu(cuda_version: str | None = None) -> str | None:
     needed = int(cuda_version.split(".")[0]) if cuda_version else 0
     if version.value // 1000 < needed:
         found = f"{version.value // 1000}.{version.value % 1000 // 10}"
-        return f"the NVIDIA driver goes up to CUDA {found}, onnxruntime was built for {cuda_version}; update the driver"
+        return f"the NVIDIA driver goes up to CUDA {found}, {built} was built for {cuda_version}; update the driver"
     return None
 
 

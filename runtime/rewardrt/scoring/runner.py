@@ -212,7 +212,8 @@ class Runner:
         """Return an output of every part of what is new of one text; with `keep`, the text's keys and values, too."""
         start = past.tokens if past is not None else 0
         found: list[Values] = []
-        for end in chunk_ends(start, text):
+        # A graph without a past computes a text whole.
+        for end in chunk_ends(start, text) if self.session.past else (text.needed,):
             last = end == text.needed
             positions = None
             if self._spec.has_positions:

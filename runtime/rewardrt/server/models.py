@@ -19,6 +19,7 @@ from rewardrt.checks.verify import TOLERANCES, read_golden
 from rewardrt.errors import BundleError, InferenceError, RewardRTError
 from rewardrt.machine.providers import ProviderChoice
 from rewardrt.reward_model import RewardModel
+from rewardrt.scoring.batching import BATCH_TOKENS
 from rewardrt.server.engine import Engine, Turn
 from rewardrt.server.options import ServerOptions
 from rewardrt.server.problem import Problem
@@ -155,6 +156,7 @@ class Loader:
             raise type(error)(f"{path}: {error}") from error
         # What is imported and set up by the first text (templates, kernels) is not for the first client to wait for.
         model.score_rows([{"prompt": "a", "response": "b"}])
+        model.session.warm(BATCH_TOKENS)  # kernels of an engine: no client is to wait while they are made
         if check:
             check_golden_text(model)
         engine = Engine(

@@ -64,7 +64,7 @@ def serve(
         metrics.watch(models, server.connections)
         document()  # made once, before anybody waits for it
         for served in models.each:
-            log(f"{served.name}: {served.model.precision} on {served.model.provider}, sha256 {served.sha256}")
+            log(f"{served.name}: {served.model.precision} on {served.model.session.runs_on}, sha256 {served.sha256}")
         where = shown(address, listener)
         log(f"serving {', '.join(models.names)} at {where} (loaded in {time.perf_counter() - started:.2f} s)")
         sys.setswitchinterval(SWITCH_SECONDS)

@@ -1,0 +1,42 @@
+"""The TensorRT engines of a bundle: what they are built for, and whether one is kept for this machine."""
+
+from __future__ import annotations
+
+from rewardrt.bundle.manifest import Bundle, Variant
+from rewardrt.errors import ProviderError
+from rewardrt.graph.engine import EngineRequest
+from rewardrt.graph.shapes import Profile
+from rewardrt.machine.engine_cache import Entry, holds
+from rewardrt.machine.providers import Provider, ProviderChoice, why_not
+
+TENSORRT: Provider = "tensorrt"
+
+
+def engine_request(bundle: Bundle, variant: Variant) -> EngineRequest:
+    """Return what the engine of a graph is built for; the hashes are the manifest's."""
+    spec = bundle.manifest.spec
+    hashes = {record.path: record.sha256 for record in bundle.manifest.files}
+    identity = "+".join(hashes[name] for name in (variant.graph, *variant.data))
+    taps = len(spec.taps) if spec.has_positions else 0
+    return EngineRequest(identity, Profile.of(spec.max_length), taps, bool(spec.text.type_ids))
+
+
+def check_whole(bundle: Bundle, variant: Variant, provider: Provider) -> None:
+    """Raise ProviderError for a graph that was not made for TensorRT: it would run there in part at best."""
+    if provider == TENSORRT and TENSORRT not in variant.made_for:
+        raise ProviderError(
+            f"{bundle.path}: TensorRT does not take the {variant.precision} graph whole; export with "
+            "`--precision tensorrt`, or score with provider 'cuda'"
+        )
+
+
+def warm_choice(bundle: Bundle, choice: ProviderChoice) -> ProviderChoice:
+    """Return what to choose from: auto is TensorRT where an engine of this bundle is kept for this machine."""
+    made = [variant for variant in bundle.manifest.variants if TENSORRT in variant.made_for]
+    if choice != "auto" or not made:
+        return choice
+    request = engine_request(bundle, made[0])
+    # The GPU is asked only where it can matter.
+    if not holds(request.identity) or why_not(TENSORRT) is not None:
+        return choice
+    return TENSORRT if Entry.of(request.key()).is_there() else choice

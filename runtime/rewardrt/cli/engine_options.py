@@ -1,0 +1,49 @@
+"""Where TensorRT's engines are kept, and what is said while one is built."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from rewardrt.display import visible
+from rewardrt.machine.engine_cache import VARIABLE
+
+
+def _name_cache(context: click.Context, option: click.Parameter, folder: str | None) -> None:
+    """Name the folder to this process and to those that it starts."""
+    if folder is not None:
+        os.environ[VARIABLE] = folder
+
+
+engine_cache_option = click.option(
+    "--engine-cache",
+    metavar="DIR",
+    callback=_name_cache,
+    expose_value=False,
+    help=f"Where TensorRT's engines are kept.  [default: ${VARIABLE}, or ~/.cache/rewardrt]",
+)
+
+
+@contextmanager
+def engine_log() -> Iterator[None]:
+    """Show on standard error what building an engine is at."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            click.echo(visible(record.getMessage()), err=True)
+
+    log, handler = logging.getLogger("rewardrt.engine"), Shown()
+    level, propagates = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagates

@@ -1,0 +1,68 @@
+"""The shapes that a TensorRT engine is built for, and the few of them that batches are brought to.
+
+An engine takes every shape within its profile, and has kernels made for each that it meets first: texts of all lengths
+would have it make some all the time. So rows and tokens are rounded up to one of few sizes. What is added is masked or
+behind the text, as padding is, and what comes of it is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MOST_ROWS = 64
+MOST_TOKENS = 131_072  # of all rows
+_SMALLEST = 16  # tokens
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One to `rows` texts of one to `tokens` tokens each."""
+
+    rows: int
+    tokens: int
+
+    @classmethod
+    def of(cls, max_length: int) -> Profile:
+        """Return the profile for a model whose texts are cut at `max_length` tokens."""
+        return cls(max(1, min(MOST_ROWS, MOST_TOKENS // max_length)), max_length)
+
+    @property
+    def best(self) -> tuple[int, int]:
+        """The rows and tokens that kernels are chosen for."""
+        return min(8, self.rows), min(256, self.tokens)
+
+    def bucket(self, rows: int, tokens: int) -> tuple[int, int]:
+        """Return the shape, within the profile, that a batch of this one is brought to."""
+        return min(_power_of_two(rows), self.rows), min(_half_step(tokens), self.tokens)
+
+    def buckets(self, batch_tokens: int) -> list[tuple[int, int]]:
+        """Return the shapes of all batches of at most `batch_tokens` tokens; one text may have more. Largest first."""
+        lengths = {self.bucket(1, tokens)[1] for tokens in _sizes(self.tokens)}
+        counts = {self.bucket(rows, 1)[0] for rows in range(1, self.rows + 1)}
+        return sorted(
+            ((rows, tokens) for rows in counts for tokens in lengths if rows == 1 or rows * tokens <= batch_tokens),
+            key=lambda shape: (-shape[0] * shape[1], shape),
+        )
+
+    def describe(self) -> str:
+        """Say it for people."""
+        return f"1-{self.rows} texts of 1-{self.tokens:,} tokens"
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _half_step(number: int) -> int:
+    """Return the least of 16, 24, 32, 48, 64, 96, ... that is not below a number."""
+    if number <= _SMALLEST:
+        return _SMALLEST
+    whole = _power_of_two(number)
+    return whole // 4 * 3 if number <= whole // 4 * 3 else whole
+
+
+def _sizes(most: int) -> list[int]:
+    sizes = [_SMALLEST]
+    while sizes[-1] < most:
+        sizes.append(_half_step(sizes[-1] + 1))
+    return sizes
