@@ -8,11 +8,14 @@ DATA ?= ../shared/data
 BENCH_CACHE ?= .bench
 BENCH ?=
 
-.PHONY: demo test test-frameworks check format docs kernel-table bench bench-bundle smollm2
+.PHONY: demo test test-fast test-frameworks check format docs kernel-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
 	$(BIN)/rewardrt score .demo/tiny examples/answers.jsonl --table
+
+test-fast: $(VENV)/installed  ## what neither exports nor is slow, in under 90 s
+	$(BIN)/python -m pytest --fast -n 2 --dist loadfile
 
 test: $(VENV)/installed  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -76,6 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", sorted(MANIFEST))
 def test_every_value_of_a_manifest_may_be_anything(folder: Path, part: str) -> None:
     refused = 0

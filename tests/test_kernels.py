@@ -390,6 +390,7 @@ def test_an_installation_without_a_compiler_says_why(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_the_sources_compile_without_a_warning(build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "cc -Wall -Wextra -Werror")

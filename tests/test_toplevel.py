@@ -197,7 +197,7 @@ def test_a_fault_of_ours_says_so_and_shows_where_but_no_text_and_no_path(tmp_pat
         f"Python {sys.version.split()[0]}",
         "onnxruntime 1.",
         "KeyError: ...; at ",
-        "rewardrt/files.py:",
+        "rewardrt/data/files.py:",
         "program.py:",
     ):
         assert part in report
