@@ -8,7 +8,7 @@ DATA ?= ../shared/data
 BENCH_CACHE ?= .bench
 BENCH ?=
 
-.PHONY: demo test test-fast test-frameworks check format docs kernel-table bench bench-bundle smollm2
+.PHONY: demo test test-fast sanitize test-frameworks check format docs kernel-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
@@ -19,6 +19,9 @@ test-fast: $(VENV)/installed  ## what neither exports nor is slow, in under 90 s
 
 test: $(VENV)/installed  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+sanitize: $(VENV)/installed  ## the tests of the C kernels, under gcc's address and undefined behaviour sanitizers
+	$(BIN)/python tests/sanitize.py
 
 test-frameworks: $(VENV)/installed  ## bundles against the real classes of OpenRLHF and TRL
 	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,dev,train]' datasets

@@ -71,6 +71,7 @@ class Operator:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
+        options.enable_cpu_mem_arena = False  # each tensor in memory of its own, whose ends `make sanitize` knows
         if kernel:
             kernels.register(options)
         session = onnxruntime.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
