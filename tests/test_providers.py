@@ -25,7 +25,7 @@ from rewardrt.machine.providers import (
     why_not,
 )
 
-RUNTIME = Path(providers.__file__).parent
+RUNTIME = Path(providers.__file__).parent.parent
 cpu_wheel = pytest.mark.skipif("onnxruntime" not in onnxruntime_distributions(), reason="asks what the CPU wheel does")
 WORKING = """
 class SessionOptions: pass
