@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from commands import run
 from rewardrt import RewardModel, RewardRTError
 from rewardrt.bundle.manifest import read_bundle
-from rewardrt.cli.app import describe_manifest
+from rewardrt.cli.inspect import describe_manifest
 from rewardrt.errors import BundleError
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
