@@ -7,15 +7,37 @@ CHECKPOINT ?= .demo/smollm2/checkpoint
 DATA ?= ../shared/data
 BENCH_CACHE ?= .bench
 BENCH ?=
+OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
+# Bits, graphs, kernels, providers, templates and tokens; and an export of each kind of attention: causal, in windows, with
+# soft caps, of experts, of both directions.
+NEWEST_TESTS := $(patsubst %,tests/test_%.py,bundles_of_earlier_versions session graph_file kernels providers \
+  chat_templates template_inputs tokens_and_batches hostile_bundles encoders) \
+  tests/test_sequence_classification.py::test_every_backbone_scores_as_in_transformers
 
-.PHONY: demo test test-frameworks check format docs kernel-table bench bench-bundle smollm2
+.PHONY: demo test test-fast test-oldest test-newest coverage sanitize test-frameworks check format docs kernel-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
 	$(BIN)/rewardrt score .demo/tiny examples/answers.jsonl --table
 
+test-fast: $(VENV)/installed  ## what neither exports nor is slow, in under 90 s
+	$(BIN)/python -m pytest --fast -n 2 --dist loadfile
+
 test: $(VENV)/installed  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+coverage: $(VENV)/installed  ## which lines and branches the tests reach: make coverage [COVERAGE=--fast]
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(COVERAGE)
+
+test-oldest: $(OLDEST)/installed  ## the fast tier with the oldest releases that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest --fast -n 2 --dist loadfile
+
+test-newest: $(NEWEST)/installed  ## what depends on onnxruntime, tokenizers and transformers, with their newest releases
+	$(NEWEST)/bin/python -m pytest -n 2 $(NEWEST_TESTS)
+
+sanitize: $(VENV)/installed  ## the tests of the C kernels, under gcc's address and undefined behaviour sanitizers
+	$(BIN)/python tests/sanitize.py
 
 test-frameworks: $(VENV)/installed  ## bundles against the real classes of OpenRLHF and TRL
 	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,dev,train]' datasets
@@ -57,4 +79,19 @@ smollm2: $(VENV)/installed  ## build and export the 135M reference model: make s
 $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,dev,serve-test,tensorrt-test]'
+	@touch $@
+
+$(OLDEST)/installed: pyproject.toml constraints-oldest.txt hatch_build.py $(wildcard runtime/kernels/*)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[cpu,serve]' \
+	  pytest pytest-xdist pytest-timeout hypothesis httpx onnx onnxscript hatchling
+	@touch $@
+
+# constraints.txt, but for what constraints-newest.txt says otherwise
+$(NEWEST)/installed: pyproject.toml constraints.txt constraints-newest.txt hatch_build.py $(wildcard runtime/kernels/*)
+	$(PYTHON) -m venv $(NEWEST)
+	awk -F== 'NR == FNR { newest[$$1] = 1; print; next } !($$1 in newest)' constraints-newest.txt constraints.txt \
+	  > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip install -q -c $(NEWEST)/constraints.txt -e '.[export,cpu,serve]' \
+	  pytest pytest-xdist pytest-timeout hypothesis httpx hatchling
 	@touch $@

@@ -11,5 +11,5 @@ def run(*arguments: object, stdin: bytes | None = None) -> subprocess.CompletedP
     """Return what the command printed, and its exit status."""
     command = [sys.executable, "-c", "from rewardrt.cli.app import main; main()", *map(str, arguments)]
     environment = os.environ | {"PYTHONUTF8": "1", "COLUMNS": "100"}
-    done = subprocess.run(command, input=stdin or b"", capture_output=True, check=False, env=environment)
+    done = subprocess.run(command, input=stdin or b"", capture_output=True, check=False, env=environment, timeout=150)
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())

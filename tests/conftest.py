@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import fcntl
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,50 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import onnxruntime before rewardrt
 
+from tiers import reaches_torch
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
+EXPORTING = {"tiny_bundle"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests that neither export nor are marked slow")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files that need torch, unread: importing it takes longer than many a test."""
+    if config.getoption("--fast") and collection_path.name.startswith("test_") and collection_path.suffix == ".py":
+        return True if reaches_torch(collection_path) else None
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--fast"):
+        return
+    slow = [
+        item for item in items if item.get_closest_marker("slow") or EXPORTING & set(getattr(item, "fixturenames", ()))
+    ]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Look at what happened: a test of the fast tier that imported torch by a way that `tiers` does not see fails."""
+    if item.config.getoption("--fast"):
+        assert "torch" not in sys.modules, f"{item.nodeid} imported torch: mark it slow, or let it score tests/bundles"
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """models/tiny, exported once for all tests; copy it before changing anything in it."""
-    from rewardrt_export.pipeline import export
+    """models/tiny, exported once for all tests of a run; copy it before changing anything in it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # each worker's folder lies in the run's
+    target = shared / "tiny"
+    with (shared / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker exports, the others wait for it
+        if not (target / "reward.json").exists():
+            from rewardrt_export.pipeline import export
 
-    target = tmp_path_factory.mktemp("bundles") / "tiny"
-    export(TINY, target)
+            export(TINY, target)
     return target

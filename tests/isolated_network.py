@@ -82,7 +82,7 @@ class Recorder:
             threading.Thread(target=self._answer, args=(server,), daemon=True).start()
 
     def _answer(self, server: socket.socket) -> None:
-        while True:
+        while True:  # bounded: a daemon's thread ends with the process
             question, info, _, asker = server.recvmsg(4096, 256)
             name, end = _read_name(question)
             self.names.append(name)
@@ -95,7 +95,7 @@ class Recorder:
             server.sendmsg([reply], ours, 0, asker)
 
     def _watch(self, packets: socket.socket) -> None:
-        while True:
+        while True:  # bounded: as above
             data, (_, _, kind, *_) = packets.recvfrom(65536)
             if kind == socket.PACKET_OUTGOING and (found := _describe(data)) is not None:
                 self.connections.append(found)
@@ -135,7 +135,7 @@ def main() -> None:
     except OSError as error:
         sys.stderr.write(f"no network namespace can be made here: {error}\n")
         sys.exit(NOT_PERMITTED)
-    status = subprocess.run(command, check=False).returncode
+    status = subprocess.run(command, check=False, timeout=160).returncode
     time.sleep(0.2)  # for packets that are under way
     report.write_text(
         json.dumps({"names": recorder.names, "connections": recorder.connections, "status": status}), encoding="utf-8"

@@ -63,8 +63,8 @@ def serving(
     finally:
         if process.poll() is None:
             process.kill()
-        process.wait()
-        reader.join()
+        process.wait(30)
+        reader.join(30)
         assert process.stderr is not None
         process.stderr.close()
 

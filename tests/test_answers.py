@@ -92,7 +92,7 @@ def test_the_twins_for_coroutines_give_the_same_and_leave_the_event_loop_free(mo
 
         async def tick() -> None:
             nonlocal ticks
-            while True:
+            while True:  # bounded: the task is cancelled below
                 ticks += 1
                 await asyncio.sleep(0)
 

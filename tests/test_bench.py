@@ -66,7 +66,7 @@ def test_a_worker_gives_the_rewards_of_the_model_in_this_process(tiny_bundle: Pa
     worker = Worker("fp32", model_command(tiny_bundle, options))
     try:
         assert worker.score(encoded).outputs == here
-        assert worker.wait()["precision"] == "fp32"
+        assert worker.wait()["precision"] == "fp32"  # bounded: a worker that ends or answers is read
         with pytest.raises(WorkerError, match=r"fp32: .*expected"):
             worker.ask({"rows": [{"prompt": "no answer"}], "max_length": None})
         assert worker.score(encoded[:1]).outputs == here[:1]  # it is still there
@@ -77,7 +77,7 @@ def test_a_worker_gives_the_rewards_of_the_model_in_this_process(tiny_bundle: Pa
 def test_a_worker_that_cannot_load_its_model_says_why(tmp_path: Path) -> None:
     worker = Worker("none", model_command(tmp_path, {}))
     with pytest.raises(WorkerError, match=r"none: BundleError: .*is not a bundle"):
-        worker.wait()
+        worker.wait()  # bounded: as above
     worker.close()
     silent = Worker("silent", [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(WorkerError, match="silent: its process ended with exit status 3"):

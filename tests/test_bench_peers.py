@@ -72,7 +72,7 @@ def test_a_peer_that_cannot_load_says_why(tmp_path: Path) -> None:
     command = [sys.executable, str(PEERS / "optimum_onnx.py"), str(tmp_path), str(tmp_path / "fp32"), "fp32"]
     worker = Worker("optimum-onnx fp32", command)
     with pytest.raises(WorkerError, match=r"optimum-onnx fp32: \w+Error: "):
-        worker.wait()
+        worker.wait()  # bounded: a process that ends or answers
     worker.close()
 
 
@@ -81,7 +81,13 @@ def test_a_checkpoint_that_the_peers_cannot_load_is_refused(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     environment = {"PYTHONPATH": str(ROOT / "benchmarks")}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (

@@ -325,4 +325,4 @@ def test_messages_reach_the_template_as_plain_values_in_their_order() -> None:
 
 def test_importing_the_module_does_not_import_jinja() -> None:
     code = "import sys, rewardrt.text; sys.exit('jinja2' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -41,7 +41,7 @@ def test_torch_is_looked_up_and_never_imported() -> None:
         "import sys; from rewardrt.checks.doctor import examine; names = [item.name for item in examine().packages]; "
         "print('torch' in names, [name for name in ('torch', 'transformers', 'rewardrt_export') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert (done.stdout, done.stderr) == ("True []\n", "")
 
 

@@ -316,7 +316,10 @@ def test_weights_behind_links_are_in_memory_once(tmp_path: Path) -> None:
     plain, links = (
         int(
             subprocess.run(
-                [sys.executable, "-c", code, str(tmp_path / folder / "g.onnx")], capture_output=True, check=True
+                [sys.executable, "-c", code, str(tmp_path / folder / "g.onnx")],
+                capture_output=True,
+                check=True,
+                timeout=60,
             ).stdout
         )
         for folder in ("plain", "links")

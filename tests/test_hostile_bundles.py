@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from commands import run
 from rewardrt import RewardModel, RewardRTError
 from rewardrt.bundle.manifest import read_bundle
-from rewardrt.cli.app import describe_manifest
+from rewardrt.cli.inspect import describe_manifest
 from rewardrt.errors import BundleError
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
@@ -76,6 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", sorted(MANIFEST))
 def test_every_value_of_a_manifest_may_be_anything(folder: Path, part: str) -> None:
     refused = 0

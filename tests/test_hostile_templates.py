@@ -91,6 +91,7 @@ HOSTILE: dict[str, str] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # some reach the limit of their time; the next but one has a part of them in the fast tier
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_ends_with_the_rows_error(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -162,6 +163,7 @@ def test_a_long_conversation_is_far_from_the_limits() -> None:
     assert len(ChatTemplate(source, {}).render(long)) > 20_000_000
 
 
+@pytest.mark.slow
 def test_each_rendering_has_limits_of_its_own() -> None:
     template = ChatTemplate("{% for a in range(90000) %}{% for b in range(10) %}{% endfor %}{% endfor %}ok", {})
     assert [template.apply(HI) for _ in range(6)] == ["ok"] * 6  # 6 million turns, of which one may take 5

@@ -168,6 +168,7 @@ def test_protocols_share_a_vocabulary_and_not_each_other() -> None:
         assert not used & PROTOCOLS, protocol
 
 
+@pytest.mark.slow  # imports the export
 def test_every_step_of_the_walks_in_the_documentation_is_there() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for heading, package in (("One row", "rewardrt"), ("One checkpoint", "rewardrt_export")):

@@ -13,6 +13,7 @@ import pytest
 
 from rewardrt.machine import kernels
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # pip installs what it may have to download
 ROOT = Path(__file__).parent.parent
 # The runtime's own dependencies, and what tokenizers and onnxruntime bring along.
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx-ir", "optimum", "safetensors", "pandas", "scipy"}
@@ -24,13 +25,14 @@ def lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lean") / "venv"
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", f"{ROOT}[cpu]"], check=True, capture_output=True)
+    pip = [python, "-m", "pip", "install", "-q", f"{ROOT}[cpu]"]
+    subprocess.run(pip, check=True, capture_output=True, timeout=500)
     return folder / "bin"
 
 
 def command(lean: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([*map(str, arguments)], capture_output=True, text=True, check=False, env=clean, cwd=lean)
+    return subprocess.run([*map(str, arguments)], capture_output=True, text=True, check=False, env=clean, cwd=lean, timeout=120)  # fmt: skip
 
 
 def test_score_and_verify_work_and_nothing_heavy_is_installed(lean: Path, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -43,7 +45,7 @@ def test_score_and_verify_work_and_nothing_heavy_is_installed(lean: Path, tiny_b
     assert scored.returncode == 0, scored.stderr
     here = subprocess.run(
         [sys.executable, "-c", "from rewardrt.cli.app import main; main()", "score", tiny_bundle, tmp_path / "in.jsonl"],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert scored.stdout == here.stdout
     verified = command(lean, lean / "rewardrt", "verify", tiny_bundle)
@@ -53,6 +55,24 @@ def test_score_and_verify_work_and_nothing_heavy_is_installed(lean: Path, tiny_b
 def test_the_wheel_has_the_kernels_that_are_compiled_here(lean: Path) -> None:
     report = json.loads(command(lean, lean / "rewardrt", "doctor", "--json").stdout)
     assert report["kernels"] == kernels.describe()
+
+
+def test_both_packages_bring_their_types(lean: Path, tmp_path: Path) -> None:
+    """py.typed is in the wheel, so that a user's mypy reads the types instead of taking everything for Any."""
+    (tmp_path / "program.py").write_text(
+        "from rewardrt import RewardModel\nimport rewardrt_export\nreveal_type(RewardModel.load('bundle').score(text='a'))\n"
+    )
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", lean / "python", tmp_path / "program.py"]
+    done = subprocess.run(
+        [*map(str, mypy), "--cache-dir", str(tmp_path)], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=170,
+        env={name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")},
+    )  # fmt: skip
+    assert 'Revealed type is "float"' in done.stdout.replace("builtins.", ""), done.stdout
+    assert done.returncode == 0, done.stdout
+    for package in ("rewardrt", "rewardrt_export"):
+        code = f"import importlib.util as u; print(u.find_spec({package!r}).submodule_search_locations[0])"
+        folder = Path(command(lean, lean / "python", "-c", code).stdout.strip())
+        assert (folder / "py.typed").is_file() and lean.parent in folder.parents
 
 
 def test_importing_and_scoring_load_neither_torch_nor_transformers_nor_the_export(

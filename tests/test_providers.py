@@ -76,7 +76,7 @@ def select_in(site: Path) -> str:
     """What `select_provider("auto")` says in a process that sees this folder and the standard library."""
     environment = {**os.environ, "PYTHONPATH": str(site)}
     command = [sys.executable, "-S", "-c", SELECT, str(RUNTIME)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=site)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=site, timeout=60)
     assert done.stderr == ""
     return done.stdout.strip()
 

@@ -21,6 +21,7 @@ from conftest import ROOT
 from rewardrt import RewardModel
 from rewardrt.server.openapi import document
 from server_process import Running, serving
+from waiting import until
 
 TEXTS = [f"text {index} of several " * (1 + index % 7) for index in range(64)]
 
@@ -154,14 +155,12 @@ def test_sigterm_answers_what_was_accepted_and_ends_with_0(tiny_bundle: Path, of
     texts = [f"{index} " + "word " * 1500 for index in range(12)]
     with serving(tiny_bundle, "--threads", 1) as running, concurrent.futures.ThreadPoolExecutor(4) as clients:
         accepted = clients.submit(post, running, "/get_reward", {"query": texts})
-        while 'rewardrt_queue_tokens{model="tiny"} 0.0' in httpx.get(f"{running.url}/metrics").text:
-            pass
+        until(lambda: 'rewardrt_queue_tokens{model="tiny"} 0.0' not in httpx.get(f"{running.url}/metrics").text)
         running.process.send_signal(signal.SIGTERM)
-        while httpx.get(f"{running.url}/ready").status_code == 200:
-            pass
+        until(lambda: httpx.get(f"{running.url}/ready").status_code != 200)
         refused = post(running, "/get_reward", {"query": ["late"]})
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        answer = accepted.result()
+        answer = accepted.result(60)
         assert answer.status_code == 200
         assert as_bits(answer.json()["rewards"][:2]) == as_bits([offline.score(text=text) for text in texts[:2]])
         assert running.process.wait(timeout=30) == 0
@@ -202,12 +201,11 @@ def test_a_full_queue_is_a_503_that_says_when_to_try_again(tiny_bundle: Path) ->
         texts = ["word " * 1500] * 12  # taken although it is too much: nothing else waits
         with concurrent.futures.ThreadPoolExecutor(1) as client:
             large = client.submit(post, running, "/get_reward", {"query": texts})
-            while 'rewardrt_queue_tokens{model="tiny"} 0.0' in httpx.get(f"{running.url}/metrics").text:
-                pass
+            until(lambda: 'rewardrt_queue_tokens{model="tiny"} 0.0' not in httpx.get(f"{running.url}/metrics").text)
             refused = post(running, "/get_reward", {"query": ["a"]})
             assert refused.status_code == 503
             assert 1 <= int(refused.headers["retry-after"]) <= 60
-            assert large.result().status_code == 200
+            assert large.result(60).status_code == 200
 
 
 def test_metrics_tell_how_many_tokens_were_shared_in_a_turn_and_kept_between_turns(

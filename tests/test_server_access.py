@@ -182,7 +182,7 @@ def test_a_log_that_cannot_be_written_or_is_not_read_stops_no_scoring(tiny_bundl
                 assert process.wait(10) == 0
             finally:
                 process.kill()
-                process.wait()
+                process.wait(30)
 
 
 def test_forwarded_headers_are_believed_of_named_proxies_only(tiny_bundle: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_unix_socket_is_taken_over_from_nobody_and_left_to_who_listens(tiny_bu
                 assert (second.returncode, "another server listens there" in second.stderr) == (2, True)
         finally:
             process.kill()
-            process.wait()
+            process.wait(30)
             process.stderr.close()
     (tmp_path / "file").write_text("kept")
     assert commands.run("serve", tiny_bundle, "--uds", tmp_path / "file").returncode == 2
@@ -233,7 +233,7 @@ def test_https_is_served_with_a_certificate_and_refused_without_a_good_one(tiny_
     subprocess.run(
         [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
          "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
+        check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     program = [
         sys.executable,
@@ -257,7 +257,7 @@ def test_https_is_served_with_a_certificate_and_refused_without_a_good_one(tiny_
         assert answer.status_code == 200
     finally:
         process.kill()
-        process.wait()
+        process.wait(30)
         process.stderr.close()  # type: ignore[union-attr]
     refused = commands.run("serve", tiny_bundle, "--tls-cert", key, "--tls-key", cert)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
@@ -307,7 +307,7 @@ def test_a_bundle_is_loaded_anew_under_load_and_each_answer_is_of_one(tiny_bundl
                 status = Path(f"/proc/{running.process.pid}/status").read_text()
                 memory.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024)  # type: ignore[index]
             done.append(True)
-            found = [each for future in asked for each in future.result()]
+            found = [each for future in asked for each in future.result(60)]
         assert len(expected) == 2
         assert len(set(expected.values())) == 2
         assert expected[httpx.get(f"{running.url}/health").json()["models"][0]["sha256"]] == pytest.approx(

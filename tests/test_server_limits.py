@@ -54,7 +54,7 @@ Connect = Callable[[Running], socket.socket]
 
 def read_all(connection: socket.socket) -> bytes:
     data = b""
-    while part := connection.recv(65536):
+    while part := connection.recv(65536):  # bounded: connections of `connect` have a timeout of 30 s
         data += part
     return data
 
@@ -286,7 +286,7 @@ def test_a_server_drains_within_its_deadline_whatever_clients_do(tiny_bundle: Pa
         opened[2].sendall(head + rows)  # and never reads
         with concurrent.futures.ThreadPoolExecutor(1) as client:
             answered = client.submit(post, running, "/get_reward", {"query": ["a text"]})
-            assert answered.result().status_code == 200
+            assert answered.result(60).status_code == 200
         started = time.monotonic()
         assert running.stop(sig) == 0
         assert time.monotonic() - started < 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import re
@@ -28,6 +29,7 @@ from rewardrt import RewardModel
 from rewardrt.server.engine import Engine, Work
 from rewardrt.text.items import RawText
 from server_process import Running, serving
+from waiting import started, until
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
 ROW = {"rows": [{"prompt": "Name a colour.", "response": "Blue."}]}
@@ -98,18 +100,15 @@ def test_a_log_that_cannot_be_written_stops_no_scoring() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with Path("/dev/full").open("wb") as full, subprocess.Popen([*command, str(port)], stderr=full) as process:
-        try:
-            end = time.monotonic() + 60
-            while time.monotonic() < end:
-                try:
-                    if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    time.sleep(0.05)
-            found = {reward(httpx.post(f"http://127.0.0.1:{port}/v1/reward", json=ROW)) for _ in range(5)}
-        finally:
-            process.terminate()
+
+    def ready() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200
+        return False
+
+    with Path("/dev/full").open("wb") as full, started([*command, str(port)], stderr=full) as process:
+        until(ready)
+        found = {reward(httpx.post(f"http://127.0.0.1:{port}/v1/reward", json=ROW)) for _ in range(5)}
     assert len(found) == 1 and process.returncode == 0
 
 
@@ -118,7 +117,7 @@ def test_log_lines_cannot_be_forged_and_hold_refused_bodies_too(server: Running)
     for path in paths:
         with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=10) as connection:
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            while connection.recv(65536):
+            while connection.recv(65536):  # bounded: the connection has a timeout of 10 s
                 pass
     answer = httpx.post(f"{server.url}/v1/reward", headers=KEY, json={"rows": [{"marker": "refusedbody"}], "odd": 1})
     assert answer.status_code == 400
@@ -190,43 +189,33 @@ def test_a_unix_socket_and_tls_serve_the_same_rewards(tmp_path: Path) -> None:
     expected = float(str(np.float32(RewardModel.load(BUNDLE, provider="cpu").score(**ROW["rows"][0]))))  # type: ignore[arg-type]
     path = tmp_path / "rewards.sock"
     command = [sys.executable, "-c", "from rewardrt.cli.app import main; main()", "serve", str(BUNDLE)]
-    with subprocess.Popen(
-        [*command, "--uds", str(path), "--root-path", "/rewards"], stderr=subprocess.DEVNULL
-    ) as process:
-        try:
-            client = httpx.Client(transport=httpx.HTTPTransport(uds=str(path), retries=3), base_url="http://localhost")
-            end = time.monotonic() + 60
-            while not path.exists() and time.monotonic() < end:
-                time.sleep(0.05)
-            time.sleep(0.2)
-            assert reward(client.post("/v1/reward", json=ROW)) == expected
-            client.close()
-        finally:
-            process.terminate()
+    with started([*command, "--uds", str(path), "--root-path", "/rewards"], stderr=subprocess.DEVNULL):
+        client = httpx.Client(transport=httpx.HTTPTransport(uds=str(path), retries=3), base_url="http://localhost")
+        until(path.exists)
+        time.sleep(0.2)
+        assert reward(client.post("/v1/reward", json=ROW)) == expected
+        client.close()
     pem = tmp_path / "cert.pem"
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate, and it is not installed")
-    subprocess.run([*made, "-keyout", str(pem) + ".key", "-out", str(pem)], check=True, capture_output=True)
+    subprocess.run([*made, "-keyout", str(pem) + ".key", "-out", str(pem)], check=True, capture_output=True, timeout=60)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--tls-cert", str(pem), "--tls-key", f"{pem}.key", "--port", str(port)]
-    with subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL) as process:
-        try:
-            context = ssl.create_default_context()
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            end = time.monotonic() + 60
-            while True:
-                try:
-                    answer = httpx.post(f"https://127.0.0.1:{port}/v1/reward", json=ROW, verify=context)
-                    break
-                except httpx.HTTPError:
-                    assert time.monotonic() < end
-                    time.sleep(0.05)
-            assert reward(answer) == expected
-        finally:
-            process.terminate()
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    answers: list[httpx.Response] = []
+
+    def answered() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            answers.append(httpx.post(f"https://127.0.0.1:{port}/v1/reward", json=ROW, verify=context))
+        return bool(answers)
+
+    with started([*command, *options], stderr=subprocess.DEVNULL):
+        until(answered)
+        assert reward(answers[0]) == expected
 
 
 def test_a_bundle_is_loaded_anew_under_load_and_every_answer_is_from_one_of_them(
