@@ -9,7 +9,6 @@ import pytest
 
 from commands import run
 from rewardrt.bundle.precisions import PRECISIONS, current_name, in_words
-from rewardrt.checks.verify import TOLERANCES
 from rewardrt.errors import ExportError
 from rewardrt_export.precisions.table import LOWERINGS, chosen_precisions
 
@@ -24,7 +23,7 @@ def test_unknown_names_and_two_names_of_one_precision_are_refused() -> None:
 
 
 def test_a_precision_is_described_once() -> None:
-    assert LOWERINGS.keys() == PRECISIONS.keys() == TOLERANCES.keys()
+    assert LOWERINGS.keys() == PRECISIONS.keys()
     assert all(name == precision.name for name, precision in PRECISIONS.items())
     assert [current_name(name) for name in ("fp16", "bf16", "half", "fp8")] == [
         "weights-fp16", "weights-bf16", "half", "fp8",

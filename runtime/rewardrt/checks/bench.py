@@ -51,9 +51,9 @@ def _answer(model: RewardModel, request: dict[str, Any]) -> dict[str, Any]:
     """Encode the texts of rows, or score encoded texts."""
     if "rows" in request:
         prepared = model.answers.prepare(request["rows"], max_length=request["max_length"])
-        for found in (*prepared.rows, *prepared.texts):
-            if isinstance(found, RewardRTError):
-                raise found
+        for each in (*prepared.rows, *prepared.texts):
+            if isinstance(each, RewardRTError):
+                raise each
         return {"texts": [text_to_json(text) for text in prepared.texts if isinstance(text, EncodedText)]}
     texts = [text_from_json(text) for text in request["texts"]]
     callers = request.get("callers", 1)

@@ -28,7 +28,6 @@ from rewardrt.text.items import Item
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import EncodedText
 
-TOLERANCES = {name: precision.tolerance_std for name, precision in PRECISIONS.items()}
 PADDED_TOKENS = 4096  # of the padded batches: several texts each, and little memory
 
 
@@ -87,7 +86,7 @@ def verify(model: RewardModel) -> Verification:
             f"{model.bundle.path}: uncertified: exported with --no-certify, it has no rewards of torch to verify "
             "against; export the checkpoint again without it"
         )
-    if model.precision not in TOLERANCES:
+    if model.precision not in PRECISIONS:
         raise BundleError(f"{model.bundle.path}: no tolerance is known for {model.precision}; upgrade rewardrt")
     texts = read_golden(model.bundle.file(GOLDEN))
     expected = np.array([reward for text in texts for reward in text.rewards], dtype=np.float64)
@@ -99,7 +98,7 @@ def verify(model: RewardModel) -> Verification:
     single = _rewards([model.runner.run([each])[0] for each in encoded], texts, failures)
     # Padded batches are how an accelerator is fed: checked on a CPU too, although it takes texts as they are.
     batched = _rewards(model.runner.run(encoded, padding=True, batch_tokens=PADDED_TOKENS), texts, failures)
-    tolerance = TOLERANCES[model.precision]
+    tolerance = PRECISIONS[model.precision].tolerance_std
     deviations = [_deviation(values, expected, std) for values in (single, batched)]
     problems = [*failures[:1], *_text_problems(model, texts)]
     worst = max(deviation.max_std for deviation in deviations)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from rewardrt.bundle.manifest import GOLDEN, MANIFEST
-from rewardrt.checks.verify import TOLERANCES, read_golden
+from rewardrt.bundle.precisions import PRECISIONS
+from rewardrt.checks.verify import read_golden
 from rewardrt.errors import BundleError, InferenceError, RewardRTError
 from rewardrt.machine.providers import ProviderChoice
 from rewardrt.reward_model import RewardModel
@@ -173,7 +174,7 @@ class Loader:
 def check_golden_text(model: RewardModel) -> None:
     """Raise BundleError unless the shortest golden text gets torch's reward here, as near as `verify` wants it."""
     path = model.bundle.path
-    if model.bundle.manifest.uncertified or model.precision not in TOLERANCES:
+    if model.bundle.manifest.uncertified or model.precision not in PRECISIONS:
         return
     texts = read_golden(model.bundle.file(GOLDEN))
     std = float(np.std([reward for text in texts for reward in text.rewards]))
@@ -182,7 +183,7 @@ def check_golden_text(model: RewardModel) -> None:
     if isinstance(found, InferenceError):
         raise BundleError(f"{path}: a golden text cannot be scored: {found}")
     worst = float(np.abs(found[: len(text.rewards)] - np.array(text.rewards)).max())
-    if not worst <= TOLERANCES[model.precision] * std:
+    if not worst <= PRECISIONS[model.precision].tolerance_std * std:
         raise BundleError(
             f"{path}: a golden text's reward is {worst:.2g} off torch's; run `rewardrt verify` on the bundle"
         )
