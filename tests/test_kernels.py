@@ -18,7 +18,7 @@ import pytest
 from rewardrt.errors import ProviderError
 from rewardrt.machine import kernels
 from rewardrt_export.precisions.functions import DOMAIN, pack
-from rewardrt_export.precisions.operators import Product, Rounding, define, kernel_table, operator_of
+from rewardrt_export.precisions.operators import OPERATORS, Product, Rounding, define, kernel_table, operator_of
 
 ROOT = Path(__file__).parent.parent
 RUNS = kernels.describe()
@@ -83,6 +83,8 @@ class Operator:
 
 def test_what_the_kernels_know_of_the_operators_is_what_these_say() -> None:
     assert (ROOT / "runtime" / "kernels" / "table.h").read_text(encoding="utf-8") == kernel_table(), "make kernel-table"
+    names = [operator.name for table in OPERATORS.values() for operator in table]
+    assert len(names) == len(set(names)) == 108
 
 
 @needs["rounding"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from commands import run
 from rewardrt.bundle.precisions import PRECISIONS, current_name, in_words
 from rewardrt.errors import ExportError
+from rewardrt_export.precisions.operators import define
 from rewardrt_export.precisions.table import LOWERINGS, chosen_precisions
 
 ROOT = Path(__file__).parent.parent
@@ -41,3 +43,15 @@ def test_the_documentation_names_every_precision_with_its_tolerance() -> None:
     assert in_words(f"`{name}`" for name in PRECISIONS) in bundle
     for name, precision in PRECISIONS.items():
         assert re.search(rf"{precision.tolerance_std:g} for [^;]*`{name}`", bundle), name
+
+
+def test_operators_of_an_earlier_versions_graph_are_what_they_were() -> None:
+    written = ir.load(ROOT / "tests" / "bundles" / "version-1" / "model.int8.onnx")
+    today = written.clone()
+    today.functions.clear()
+    define(today)
+    assert len(written.functions) > 10
+    assert today.functions.keys() == written.functions.keys()
+    for name, function in written.functions.items():
+        before, now = (ir.serde.serialize_function(each) for each in (function, today.functions[name]))
+        assert now.SerializeToString() == before.SerializeToString(), name
