@@ -83,7 +83,9 @@ def test_one_text_has_one_reward_by_every_call(model: RewardModel) -> None:
     assert all(isinstance(each, Ranked) for each in ranked)
 
 
-def test_the_twins_for_coroutines_give_the_same_and_leave_the_event_loop_free(model: RewardModel) -> None:
+def test_the_twins_for_coroutines_give_the_same_and_leave_the_event_loop_free(
+    model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt, responses = "What is tea?", ["A drink.", "Leaves in hot water."]
     rows = [{"prompt": prompt, "response": response} for response in responses]
 
@@ -102,16 +104,17 @@ def test_the_twins_for_coroutines_give_the_same_and_leave_the_event_loop_free(mo
             model.ascore_many(rows),
             model.ascore_rows([{"prompt": prompt, "responses": responses}]),
             model.arank(prompt=prompt, responses=responses),
+            go_on(),
         )
-        ticking.cancel()
-        return (*found, ticks)
+        return tuple(found)
 
-    one, many, scored, ranked, ticks = asyncio.run(all_at_once())
+    with monkeypatch.context() as patch:
+        patch.setattr(model.runner, "run", waits)
+        one, many, scored, ranked = asyncio.run(all_at_once())
     assert one == model.score(**rows[0])  # type: ignore[arg-type]
     assert many.tolist() == model.score_many(rows).tolist()
     assert scored == model.score_rows([{"prompt": prompt, "responses": responses}])
     assert ranked == model.rank(prompt=prompt, responses=responses)
-    assert ticks > 10
 
 
 def test_a_twin_raises_what_the_call_raises(model: RewardModel) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rewardrt.bundle.engines import check_whole, engine_request, warm_choice
 from rewardrt.bundle.manifest import Bundle, read_bundle
 from rewardrt.bundle.opening import LoadOptions, Opening, choose_variant
-from rewardrt.bundle.precisions import PRECISIONS
+from rewardrt.bundle.precisions import range_advice
 from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule, Spec
 from rewardrt.errors import BundleError, InferenceError, RewardRTError, RowError, TruncationWarning
 from rewardrt.graph.session import GraphSession
@@ -73,7 +73,7 @@ class RewardModel:
             padding=options.padding,
             prefix_reuse=options.prefix_reuse,
             prefix_cache_mb=options.prefix_cache_mb,
-            advice=_advice(self.precision),
+            advice=range_advice(self.precision),
         )
         self._opening = opening
 
@@ -296,13 +296,6 @@ class RewardModel:
     ascore_many = _in_thread(score_many)
     ascore_rows = _in_thread(score_rows)
     arank = _in_thread(rank)
-
-
-def _advice(precision: str) -> str:
-    """Return what to do about rewards that are no finite numbers."""
-    known = PRECISIONS.get(precision)
-    small = known is not None and known.products == "float16"
-    return f"; {precision} has no numbers over 65504: score with fp32" if small else ""
 
 
 def _given(**fields: Any) -> dict[str, Any]:

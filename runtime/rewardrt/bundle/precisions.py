@@ -105,6 +105,14 @@ def current_name(name: str) -> str:
     return _FORMERLY.get(name, name)
 
 
+def range_advice(name: str) -> str:
+    """Return what to say of rewards of a precision that are no finite numbers, to end a message with; "" for none."""
+    known = PRECISIONS.get(name)
+    if known is None or known.products != "float16":
+        return ""
+    return f"; {name} has no numbers over 65504: score with fp32"
+
+
 def in_words(names: Iterable[str]) -> str:
     """Return names as a help text lists them: `fp32, half or int8`."""
     *most, last = names
