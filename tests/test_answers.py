@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -89,17 +90,20 @@ def test_the_twins_for_coroutines_give_the_same_and_leave_the_event_loop_free(
     prompt, responses = "What is tea?", ["A drink.", "Leaves in hot water."]
     rows = [{"prompt": prompt, "response": response} for response in responses]
 
+    begun, went_on, run = threading.Event(), threading.Event(), model.runner.run
+
+    def waits(texts: Any, **options: Any) -> Any:
+        begun.set()
+        assert went_on.wait(30), "the event loop waited for the call"
+        return run(texts, **options)
+
     async def all_at_once() -> tuple[Any, ...]:
-        ticks = 0
+        async def go_on() -> None:
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+            went_on.set()
 
-        async def tick() -> None:
-            nonlocal ticks
-            while True:  # bounded: the task is cancelled below
-                ticks += 1
-                await asyncio.sleep(0)
-
-        ticking = asyncio.create_task(tick())
-        found = await asyncio.gather(
+        *found, _ = await asyncio.gather(
             model.ascore(**rows[0]),  # type: ignore[arg-type]
             model.ascore_many(rows),
             model.ascore_rows([{"prompt": prompt, "responses": responses}]),

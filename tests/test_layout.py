@@ -37,7 +37,7 @@ ORDER = {
           language_model_head lm_row mlp_head pair_preference pairrm process urm value_head listing
         checkpoint explain
         tracing: attention_masks attention graphs signature trace lower
-        precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half tensorrt engine table
+        precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half tensorrt engine table writing
         certificate: memory golden encode published_class reference certify
         pipeline cli
     """,

@@ -117,13 +117,8 @@ class RewardModel:
         variant = choose_variant(bundle, opening.options.precision, selection.provider)
         check_whole(bundle, variant, selection.provider)
         opening = replace(opening, options=replace(opening.options, precision=variant.precision))
-        session = GraphSession.open(
-            bundle.file(variant.graph),
-            selection,
-            opening.options.threads,
-            unchanged=opening.read,
-            engine=engine_request(bundle, variant),
-        )
+        graph, engine, threads = bundle.file(variant.graph), engine_request(bundle, variant), opening.options.threads
+        session = GraphSession.open(graph, selection, threads, unchanged=opening.read, engine=engine)
         return cls(bundle, session, opening)
 
     @classmethod
