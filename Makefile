@@ -8,7 +8,7 @@ DATA ?= ../shared/data
 BENCH_CACHE ?= .bench
 BENCH ?=
 
-.PHONY: demo test test-frameworks check format docs bench bench-bundle smollm2
+.PHONY: demo test test-frameworks check format docs tensorrt-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
@@ -30,6 +30,9 @@ check: $(VENV)/installed  ## lint, format and types
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tensorrt-table: $(VENV)/installed  ## docs/tensorrt.md: what TensorRT makes of every backbone and family
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/tensorrt_table.py docs/tensorrt.md
 
 docs: $(VENV)/installed  ## the pages that are made from tables
 	$(BIN)/rewardrt families --markdown > docs/families.md
