@@ -253,3 +253,14 @@ def test_a_graph_that_a_plug_in_takes_in_part_is_refused(stand_in: Path) -> None
     ):
         GraphSession.open(BUNDLE / "model.onnx", "tensorrt", engine=REQUEST)
     assert not [path for path in stand_in.iterdir() if path.is_dir()]
+
+
+def test_a_variable_leaves_one_way_to_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "why_not_way", lambda way: f"no {way}")
+    assert providers.why_not("tensorrt") is not None
+    for way in providers.WAYS_TO_TENSORRT:
+        monkeypatch.setenv("REWARDRT_TENSORRT", way)
+        assert providers.why_not("tensorrt") == f"no {way}"
+    monkeypatch.setenv("REWARDRT_TENSORRT", "fast")
+    with pytest.raises(ProviderError, match=r"^REWARDRT_TENSORRT=fast: expected tensorrt or tensorrt-rtx$"):
+        providers.why_not("tensorrt")
