@@ -15,7 +15,7 @@ NEWEST_TESTS := $(patsubst %,tests/test_%.py,bundles_of_earlier_versions session
   chat_templates template_inputs tokens_and_batches hostile_bundles encoders) \
   tests/test_sequence_classification.py::test_every_backbone_scores_as_in_transformers
 
-.PHONY: demo test test-fast test-oldest test-newest coverage sanitize test-frameworks check format docs kernel-table bench bench-bundle smollm2
+.PHONY: demo test test-fast test-oldest test-newest coverage sanitize test-frameworks check format docs kernel-table tensorrt-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
@@ -52,6 +52,9 @@ check: $(VENV)/installed  ## lint, format and types
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tensorrt-table: $(VENV)/installed  ## docs/tensorrt.md: what TensorRT makes of every backbone and family
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/tensorrt_table.py docs/tensorrt.md
 
 docs: $(VENV)/installed  ## the pages that are made from tables
 	$(BIN)/rewardrt families --markdown > docs/families.md

@@ -1,14 +1,18 @@
 """What a GPU makes of a bundle, beside torch on the same GPU.
 
-    python benchmarks/gpu.py CHECKPOINT BUNDLE DATA [--rows 400] [--rounds 3]
+    python benchmarks/gpu.py CHECKPOINT BUNDLE DATA [--rows 100] [--rounds 2]
 
-CHECKPOINT is the reward model, BUNDLE its export with fp32 and half, and DATA as for bench.py. Needs `rewardrt[gpu]`
-and a torch with CUDA. All systems score the same token ids; they take turns, and the seconds are from token ids to
-rewards.
+CHECKPOINT is the reward model, BUNDLE its export with fp32 and half (and tensorrt), and DATA as for bench.py. Needs
+`rewardrt[gpu]` and a torch with CUDA. TensorRT's rows, by the classic provider and by the plug-in, and vLLM's are there
+where they start; else a line says why not. All systems score the same token ids; they take turns, and the seconds are
+from token ids to rewards. The defaults are for 8 minutes on one GPU with the 135M model: `--rows 100 --rounds 2`.
+
+The TensorRT and vLLM rows have never run: there was no GPU to run them on.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import subprocess
 import sys
@@ -26,6 +30,7 @@ from rewardrt.bundle.manifest import Bundle, read_bundle
 from rewardrt.checks.bench import LATENCY_TOKENS, list_candidates, model_command
 from rewardrt.checks.workers import Outputs, Worker
 from rewardrt.checks.workload import Workload, compare, read_workload, texts_of_length
+from rewardrt.machine.providers import WAYS_TO_TENSORRT, Way, why_not_way
 
 MAX_LENGTH = 1024
 PAD = 3  # an id that no text of the reference model ends with
@@ -59,10 +64,27 @@ def list_commands(opened: Bundle, checkpoint: Path) -> dict[str, tuple[list[str]
         if name == "half":  # alone among graphs for a GPU, it computes once what several texts begin with
             alone = model_command(opened.path, options | {"prefix_reuse": False})
             commands["rewardrt half, no reuse"] = (alone, ("all",))
+    for way in WAYS_TO_TENSORRT:
+        if (reason := why_no_row(opened, way)) is not None:
+            click.echo(f"no row for {way}: {reason}", err=True)
+            continue
+        command = model_command(opened.path, {"provider": "tensorrt", "precision": "tensorrt"})
+        commands[f"rewardrt {way}"] = (["env", f"REWARDRT_TENSORRT={way}", *command], ("all",))
+    if importlib.util.find_spec("vllm") is not None:
+        commands["vllm bfloat16"] = ([sys.executable, str(PEERS / "vllm_classify.py"), str(checkpoint)], ("budget",))
+    else:
+        click.echo("no row for vllm: it is not installed", err=True)
     for precision, loops in TORCH.items():
         command = [sys.executable, str(PEERS / "torch_loop.py"), str(checkpoint), precision, "cuda"]
         commands[f"torch {precision}"] = (command, loops)
     return commands
+
+
+def why_no_row(opened: Bundle, way: Way) -> str | None:
+    """Return why TensorRT cannot be measured by a way, or None."""
+    if all(variant.precision != "tensorrt" for variant in opened.manifest.variants):
+        return "the bundle has no tensorrt graph; export it with --precision tensorrt"
+    return why_not_way(way)
 
 
 def start(
@@ -140,8 +162,8 @@ def print_singles(candidates: dict[str, Candidate], workload: Workload, opened: 
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.argument("data", type=click.Path(exists=True, path_type=Path))
-@click.option("--rows", default=400, show_default=True, help="Of each file of pairs; of best-of-16, a twentieth.")
-@click.option("--rounds", default=3, show_default=True)
+@click.option("--rows", default=100, show_default=True, help="Of each file of pairs; of best-of-16, a twentieth.")
+@click.option("--rounds", default=2, show_default=True)
 def main(checkpoint: Path, bundle: Path, data: Path, rows: int, rounds: int) -> None:
     """Print tables of speed, agreement and memory, and of single texts."""
     opened = read_bundle(bundle)

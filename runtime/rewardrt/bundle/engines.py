@@ -32,11 +32,11 @@ def check_whole(bundle: Bundle, variant: Variant, provider: Provider) -> None:
 
 def warm_choice(bundle: Bundle, choice: ProviderChoice) -> ProviderChoice:
     """Return what to choose from: auto is TensorRT where an engine of this bundle is kept for this machine."""
+    if choice != "auto":
+        return choice
     made = [variant for variant in bundle.manifest.variants if TENSORRT in variant.made_for]
-    if choice != "auto" or not made:
-        return choice
-    request = engine_request(bundle, made[0])
+    kept = [request for request in (engine_request(bundle, each) for each in made) if holds(request.identity)]
     # The GPU is asked only where it can matter.
-    if not holds(request.identity) or why_not(TENSORRT) is not None:
+    if not kept or why_not(TENSORRT) is not None:
         return choice
-    return TENSORRT if Entry.of(request.key()).is_there() else choice
+    return TENSORRT if any(Entry.of(request.key()).is_there() for request in kept) else choice

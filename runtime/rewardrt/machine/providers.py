@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.metadata
 import io
+import os
 import re
 import sys
 import typing
@@ -59,6 +60,7 @@ _REQUESTS: dict[Provider, list[tuple[str, dict[str, str]]]] = {
 Way = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]  # what really runs; tensorrt is the classic provider
 WAYS: tuple[Way, ...] = typing.get_args(Way)
 WAYS_TO_TENSORRT: tuple[Way, ...] = ("tensorrt", "tensorrt-rtx")  # in the order in which they are taken
+WAY_VARIABLE = "REWARDRT_TENSORRT"  # names one of them
 _PLUGINS: dict[Way, Plugin] = {"tensorrt-rtx": TENSORRT_RTX}
 
 # 1.23.0 computes attention wrongly (the 135M model's reward of a text was 0.27 for -0.67), and no version before 1.24
@@ -86,7 +88,7 @@ def select_provider(choice: ProviderChoice) -> Selection:
     """Turn what was asked for into a provider that was just seen to work.
 
     auto is CUDA where it starts, else the CPU, with a note when this onnxruntime was built for CUDA. It never takes
-    TensorRT, which builds its engines for minutes when a session opens or a new shape comes: that has to be named.
+    TensorRT, which builds its engines for minutes: that has to be named, by a caller that knows of one that is kept.
     Raises ProviderError, with the reason and the remedy, when a named provider cannot be had.
     """
     if choice not in PROVIDER_CHOICES:
@@ -110,10 +112,12 @@ def why_not(provider: Provider) -> str | None:
     if provider != "tensorrt":
         return why_not_way(provider)
     reasons = {}
-    for way in WAYS_TO_TENSORRT:
+    for way in _wanted_ways():
         if (reason := why_not_way(way)) is None:
             return None
         reasons[way] = reason
+    if len(reasons) == 1:
+        return next(iter(reasons.values()))
     import_onnxruntime()
     if plugins.version(TENSORRT_RTX) is None and ORT_NAMES["tensorrt"] not in _available():
         if (nowhere := plugins.why_not_here()) is not None:
@@ -129,11 +133,22 @@ def why_not(provider: Provider) -> str | None:
     return f"{reasons['tensorrt']}; nor by {TENSORRT_RTX.title}: {reasons['tensorrt-rtx']}"
 
 
+def _wanted_ways() -> tuple[Way, ...]:
+    """Return the ways to TensorRT that may be taken: all, or the one that a variable names."""
+    named = os.environ.get(WAY_VARIABLE)
+    if named is None:
+        return WAYS_TO_TENSORRT
+    found = tuple(way for way in WAYS_TO_TENSORRT if way == named)
+    if not found:
+        raise ProviderError(f"{WAY_VARIABLE}={named}: expected {' or '.join(WAYS_TO_TENSORRT)}")
+    return found
+
+
 def way_of(provider: Provider) -> Way:
     """Return the way in which a provider runs that `select_provider` gave."""
     if provider != "tensorrt":
         return provider
-    return next((way for way in WAYS_TO_TENSORRT if why_not_way(way) is None), "tensorrt")
+    return next((way for way in _wanted_ways() if why_not_way(way) is None), "tensorrt")
 
 
 def describe(provider: Provider) -> str:
