@@ -158,7 +158,7 @@ def test_a_long_conversation_is_far_from_the_limits() -> None:
     found = ChatTemplate(source, {}).render(messages)
     assert found.endswith("600")
     assert found.count("\n") == 600
-    assert time.thread_time() - began < 5
+    assert time.thread_time() - began < (5 if sys.gettrace() is None else 50)  # coverage traces every line
     long = [{"role": "user", "content": "x" * 20_000_000}, {"role": "assistant", "content": "y"}]
     assert len(ChatTemplate(source, {}).render(long)) > 20_000_000
 

@@ -19,6 +19,7 @@ import pytest
 from rewardrt import RewardModel
 from rewardrt.errors import BundleError
 
+pytestmark = pytest.mark.slow  # each claim starts processes that import all of scoring
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
 TEXTS = [f"a text of the number {number}, {'and more ' * (number % 9)}" for number in range(24)]
 ROWS: list[dict[str, Any]] = [{"text": text} for text in TEXTS]
