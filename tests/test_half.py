@@ -160,7 +160,7 @@ def offered(made: Bundle, *precisions: str, rms: float) -> Bundle:
     [
         (("fp32", "int8", "half"), 0.01, {"cpu": "int8", "cuda": "half", "tensorrt": "half"}),
         (("half", "int8", "fp32"), 0.01, {"cpu": "int8", "cuda": "half", "tensorrt": "half"}),
-        (("fp32", "int8", "half"), 0.04, {"cpu": "fp32", "cuda": "fp32", "tensorrt": "fp32"}),
+        (("fp32", "int8", "half"), 0.04, {"cpu": "fp32", "cuda": "fp32", "tensorrt": "half"}),
         (("half",), 0.04, {"cpu": "half", "cuda": "half"}),
         (("int8", "half"), 0.04, {"cpu": "int8", "cuda": "half"}),
     ],

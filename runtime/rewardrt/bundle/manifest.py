@@ -57,7 +57,12 @@ class Variant:
     built: str = field(default="", metadata={OPTIONAL: True})
 
     def runs_on(self, provider: str, instruction_sets: Sequence[str]) -> bool:
-        """Whether a provider, on a machine with these instruction sets, has what the graph needs."""
+        """Whether a provider, on a machine with these instruction sets, has what the graph needs.
+
+        TensorRT takes a graph whole or not at all, and so none but what was made for it.
+        """
+        if provider == "tensorrt":
+            return provider in self.made_for
         return not self.needs or (provider == "cpu" and any(name in instruction_sets for name in self.needs))
 
     def suits(self, provider: str) -> bool:

@@ -37,12 +37,15 @@ class Profile:
 
     def buckets(self, batch_tokens: int) -> list[tuple[int, int]]:
         """Return the shapes of all batches of at most `batch_tokens` tokens; one text may have more. Largest first."""
-        lengths = {self.bucket(1, tokens)[1] for tokens in _sizes(self.tokens)}
-        counts = {self.bucket(rows, 1)[0] for rows in range(1, self.rows + 1)}
-        return sorted(
-            ((rows, tokens) for rows in counts for tokens in lengths if rows == 1 or rows * tokens <= batch_tokens),
-            key=lambda shape: (-shape[0] * shape[1], shape),
-        )
+        lengths = [1, *(size + 1 for size in _sizes(self.tokens) if size < self.tokens)]  # the least of each bucket
+        counts = [1, *((1 << power) + 1 for power in range(self.rows.bit_length()) if 1 << power < self.rows)]
+        found = {
+            self.bucket(rows, tokens)
+            for rows in counts
+            for tokens in lengths
+            if rows == 1 or rows * tokens <= batch_tokens
+        }
+        return sorted(found, key=lambda shape: (-shape[0] * shape[1], shape))
 
     def describe(self) -> str:
         """Say it for people."""

@@ -96,7 +96,8 @@ def select_provider(choice: ProviderChoice) -> Selection:
     ort = import_onnxruntime()
     if choice == "auto":
         if ORT_NAMES["cuda"] not in ort.get_available_providers():
-            return Selection("cpu", None)
+            idle = plugins.version(TENSORRT_RTX) is not None and _why_not_plugin(TENSORRT_RTX) is None
+            return Selection("cpu", f"{TENSORRT_RTX.title} is here: name provider 'tensorrt'" if idle else None)
         reason = why_not("cuda")
         return Selection("cuda", None) if reason is None else Selection("cpu", f"not on cuda: {reason}")
     if choice != "cpu" and (reason := why_not(choice)) is not None:
