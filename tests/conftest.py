@@ -4,7 +4,10 @@ import fcntl
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 
 # Set before torch is imported: the tests' models are so small that threads only cost, and test files run side by side.
@@ -18,6 +21,7 @@ from tiers import reaches_torch
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
 EXPORTING = {"tiny_bundle"}
+_DRAWN: dict[str, list[tuple[np.random.Generator, Any]]] = {}  # generators of test modules, each with its first state
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +43,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(request: pytest.FixtureRequest) -> None:
+    """Let a fixture draw the same numbers whichever tests ran before, in this worker or in another."""
+    _draw_anew(getattr(request, "module", None))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """As above, for a test."""
+    _draw_anew(getattr(item, "module", None))
+
+
+def _draw_anew(module: ModuleType | None) -> None:
+    """Put torch's generator and those that a test module has at their beginning; a module's is as its import left it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if module is not None:
+        if module.__name__ not in _DRAWN:
+            found = [value for value in vars(module).values() if isinstance(value, np.random.Generator)]
+            _DRAWN[module.__name__] = [(each, each.bit_generator.state) for each in found]
+        for generator, state in _DRAWN[module.__name__]:
+            generator.bit_generator.state = state
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from checkpoints_encoders import write_encoder
-from rewardrt import RewardModel, reward_model
+from rewardrt import RewardModel
 from rewardrt.bundle import manifest as bundle
+from rewardrt.bundle import opening
 from rewardrt.bundle.certificate import Fidelity
 from rewardrt.bundle.manifest import Bundle, read_bundle
 from rewardrt.errors import BundleError, ExportError
@@ -156,12 +157,6 @@ def test_tokens_that_overflow_do_not_count_and_weights_that_no_text_met_stay() -
 
 WEIGHT = RNG.standard_normal((128, 40)).astype(np.float32)
 READ = RNG.standard_normal(40).astype(np.float32)  # the reward of a text is the sum of x W READ over its tokens
-DRAWN = RNG.bit_generator.state
-
-
-@pytest.fixture(autouse=True)
-def same_numbers_whichever_tests_ran_before() -> None:
-    RNG.bit_generator.state = DRAWN
 
 
 def calibrated(reward_std: float, texts: int = 20) -> Calibration:
@@ -385,7 +380,7 @@ def test_auto_takes_int8_where_machine_and_certificate_allow(
 
 @needs_dot
 def test_a_processor_that_would_overflow_is_refused(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_model, "read_processor", lambda: Processor("A CPU", ("avx2",), 2, 2, None))
+    monkeypatch.setattr(opening, "read_processor", lambda: Processor("A CPU", ("avx2",), 2, 2, None))
     with pytest.raises(BundleError, match="int8 graph needs a CPU with avx512_vnni or avx_vnni or dotprod"):
         RewardModel.load(made.path, provider="cpu", precision="int8")
 
