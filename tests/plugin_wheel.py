@@ -54,7 +54,7 @@ def write_driver(
 def compile_library(path: Path, source: str) -> None:
     path.parent.mkdir(exist_ok=True)
     command = [str(compiler()), "-shared", "-fPIC", "-x", "c", "-", "-o", str(path), f"-Wl,-soname,{path.name}"]
-    subprocess.run(command, input=source, text=True, check=True, capture_output=True)
+    subprocess.run(command, input=source, text=True, check=True, capture_output=True, timeout=60)
 
 
 def wheel_without(folder: Path, module: str, pattern: str) -> Path:

@@ -99,8 +99,7 @@ def test_the_twins_for_coroutines_give_the_same_and_leave_the_event_loop_free(
 
     async def all_at_once() -> tuple[Any, ...]:
         async def go_on() -> None:
-            while not begun.is_set():
-                await asyncio.sleep(0.001)
+            assert await asyncio.to_thread(begun.wait, 30)
             went_on.set()
 
         *found, _ = await asyncio.gather(

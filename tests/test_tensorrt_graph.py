@@ -21,8 +21,8 @@ from rewardrt.errors import InferenceError, ProviderError
 from rewardrt.graph.session import KeyValues
 from rewardrt.machine.processor import Processor
 from rewardrt.machine.providers import Selection
-from rewardrt_export import pipeline
 from rewardrt_export.pipeline import export
+from rewardrt_export.precisions import engine
 from texts import make_conversations
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
@@ -32,14 +32,14 @@ ROWS = [{"messages": messages} for messages in make_conversations(24, longest=20
 @pytest.fixture(autouse=True)
 def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     """What TensorRT itself makes of the graphs is test_tensorrt_engines' claim."""
-    monkeypatch.setattr(pipeline.engine, "missing", lambda: "TensorRT-RTX is not installed")
+    monkeypatch.setattr(engine, "missing", lambda: "TensorRT-RTX is not installed")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """models/tiny in three precisions, tensorrt asked for before half."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.engine, "missing", lambda: "TensorRT-RTX is not installed")
+        patch.setattr(engine, "missing", lambda: "TensorRT-RTX is not installed")
         return export(TINY, tmp_path_factory.mktemp("trt") / "bundle", precisions=("fp32", "tensorrt", "half"))
 
 
