@@ -149,7 +149,8 @@ def test_rewards_of_the_tokens_of_a_long_text_are_those_of_the_float32_graph(tmp
     """Without a past a text is computed whole: in parts, each would have been scored as if it were a text's beginning."""
     made = export(TINY, tmp_path / "bundle", precisions=("fp32", "tensorrt"), token_rewards=True, certified=False)
     models = [RewardModel.load(made.path, provider="cpu", precision=name) for name in ("fp32", "tensorrt")]
-    (text,) = models[0].encode(models[0].parse({"text": "one long text of many words " * 120}).items)
+    answers = models[0].answers
+    (text,) = answers.encode(answers.parse({"text": "one long text of many words " * 120}).items)
     assert len(text.ids) > 600  # type: ignore[union-attr]
     whole, ours = (model.token_rewards(text) for model in models)  # type: ignore[arg-type]
     assert whole.shape == ours.shape and np.abs(whole - ours).max() < 0.02 * whole.std()
