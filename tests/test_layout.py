@@ -186,6 +186,24 @@ def test_every_step_of_the_walks_in_the_documentation_is_there() -> None:
                 found = getattr(found, name)
 
 
+def test_the_file_map_of_the_readme_names_every_folder_and_no_other() -> None:
+    text = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("## File map")[2]
+        .partition("```")[2]
+        .partition("```")[0]
+    )
+    for package, folder in FOLDERS.items():
+        lines = text.partition(f"/{package}/")[2].partition("\n")[2].splitlines()
+        own = [line.split("  ")[1] for line in lines[: next(i for i, line in enumerate(lines) if line[0] != " ")]]
+        named = {name.strip() for entry in own for name in entry.split(",")}
+        assert {name for name in named if name.endswith("/")} == {
+            f"{path.name}/" for path in folder.iterdir() if path.is_dir() and (path / "__init__.py").exists()
+        }
+        assert all((folder / name).exists() for name in named)
+
+
 def test_a_module_of_more_than_300_lines_is_explained() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     explained = text.partition("### Modules of more than 300 lines")[2].partition("\n#")[0]
