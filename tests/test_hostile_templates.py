@@ -164,6 +164,7 @@ def test_a_long_conversation_is_far_from_the_limits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.gettrace() is not None, reason="coverage traces each line, and the limits are of time too")
 def test_each_rendering_has_limits_of_its_own() -> None:
     template = ChatTemplate("{% for a in range(90000) %}{% for b in range(10) %}{% endfor %}{% endfor %}ok", {})
     assert [template.apply(HI) for _ in range(6)] == ["ok"] * 6  # 6 million turns, of which one may take 5
