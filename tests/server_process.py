@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import httpx
@@ -61,6 +61,10 @@ def serving(
         _wait(running)
         yield running
     finally:
+        if process.poll() is None and "COVERAGE_PROCESS_CONFIG" in os.environ:
+            process.terminate()  # coverage writes what it saw at an orderly end
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
         if process.poll() is None:
             process.kill()
         process.wait(30)
