@@ -39,7 +39,13 @@ class Case:
 def decoder(name: str) -> Case:
     # A granite's own scale of the logits is none of a head's: OpenRLHF's class has it not.
     write = write_openrlhf if name == "granite" else write_sequence_classification
-    return Case(lambda folder: write(folder, name))
+    changes = HEADS_OF_16 | ({"word_embed_proj_dim": 64} if name == "opt" else {})
+    return Case(lambda folder: write(folder, name, **changes))
+
+
+def encoder(name: str) -> Case:
+    changes = HEADS_OF_16 | ({"pooler_hidden_size": 64} if name == "deberta-v2" else {})
+    return Case(lambda folder: write_encoder(folder, name, **changes))
 
 
 def linear_head(backbone: str, head: str, prefix: str, tokenizer: Any, config: dict[str, Any], **more: Any) -> Case:
@@ -76,6 +82,8 @@ def with_head(tensors: Callable[[], dict[str, torch.Tensor]], architecture: str,
     return Case(write)
 
 
+# Of the backbones: as in real models, attention has a kernel then. Those of the families have heads of 8, and no kernel.
+HEADS_OF_16: dict[str, Any] = {"hidden_size": 64}
 LLAMA3 = (gated.LLAMA3, gated.LLAMA3_MARKS)
 GATING = {"num_objectives": 19, "gating_temperature": 10, "gating_hidden_dim": 48, "gating_n_hidden": 3}
 QUANTILES = {"num_objectives": 5, "num_quantiles": 4, "gating_temperature": 1.5}
@@ -83,13 +91,13 @@ LABELS = {"id2label": {str(index): f"LABEL_{index}" for index in range(10)}}
 
 EVERY_BACKBONE: dict[str, Case] = {
     **{name: decoder(name) for name in BACKBONES if name != "gpt2"},
-    "gpt2": Case(lambda folder: value_head.write_value_head(folder, "gpt2")),
+    "gpt2": Case(lambda folder: value_head.write_value_head(folder, "gpt2", sizes=(64,), **HEADS_OF_16)),
     "internlm2": Case(
         lambda folder: write_internlm2(
             folder, reward_id=305, tokenizer=internlm2_tokenizer(knows_reward_token=False), bias=True
         )
     ),
-    **{name: Case(lambda folder, name=name: write_encoder(folder, name)) for name in ENCODERS},  # type: ignore[misc]
+    **{name: encoder(name) for name in ENCODERS},
 }
 
 EVERY_FAMILY: dict[str, Case] = {
