@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import subprocess
@@ -170,6 +171,19 @@ def test_each_rendering_has_limits_of_its_own() -> None:
     assert [template.apply(HI) for _ in range(6)] == ["ok"] * 6  # 6 million turns, of which one may take 5
 
 
+@pytest.mark.parametrize("source", ["{{ messages | indent }}", "{{ messages[0].content | indent(2, true) }}"])
+def test_a_template_cannot_change_the_messages_of_the_row(source: str) -> None:
+    """Jinja's own `indent` does: it appends a line's end to a list before it finds that this is no string."""
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    before = copy.deepcopy(messages)
+    with pytest.raises(RowError, match="the chat template refuses this conversation"):
+        ChatTemplate(source, {}).apply(messages)
+    assert messages == before
+
+
 EXPRESSIONS = st.recursive(
     st.sampled_from(["1", "'ab'", "messages", "messages[0].content", "[]", "{}", "none", "range(5)", "x", "10 ** 10", "'%s'"]),
     lambda inner: st.one_of(
@@ -194,7 +208,7 @@ TEMPLATES = st.one_of(
 
 def rendered(environment: ImmutableSandboxedEnvironment, source: str) -> str:
     try:
-        return environment.from_string(source).render(messages=HI)
+        return environment.from_string(source).render(messages=copy.deepcopy(HI))  # Jinja's `indent` changes a list
     except Exception as error:
         return type(error).__name__
 
