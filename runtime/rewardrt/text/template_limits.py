@@ -223,9 +223,7 @@ def _limited_filter(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     def limited(*args: Any, **kwargs: Any) -> Any:
         value, options = args[passed] if len(args) > passed else None, [*args[passed + 1 :], *kwargs.values()]
         _charge(1 + (len(value) if isinstance(value, list | tuple | dict | range) else 0))
-        if name == "indent" and isinstance(
-            value, list
-        ):  # Jinja's appends to it before it fails: to the caller's messages
+        if name == "indent" and isinstance(value, list):  # Jinja appends to it before it fails
             args = (*args[:passed], list(value), *args[passed + 1 :])
         if name in _COUNTING_FILTERS:
             _check_numbers(options)
