@@ -44,7 +44,9 @@ def serving(
     *arguments: object, port: int = 0, limit: Callable[[], None] | None = None, **variables: str
 ) -> Iterator[Running]:
     """Serve until the block ends; `limit` is called in the new process, `variables` are of its environment."""
-    command = [sys.executable, "-c", "from rewardrt.cli.app import main; main()", "serve"]
+    # Under nohup SIGHUP is ignored, and a server that is started so survives it: not what is tested.
+    hangup = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    command = [sys.executable, "-c", f"{hangup}; from rewardrt.cli.app import main; main()", "serve"]
     environment = os.environ | {"PYTHONUTF8": "1"}
     environment.pop("REWARDRT_API_KEY", None)
     process = subprocess.Popen(
