@@ -15,7 +15,7 @@ NEWEST_TESTS := $(patsubst %,tests/test_%.py,bundles_of_earlier_versions session
   chat_templates template_inputs tokens_and_batches hostile_bundles encoders) \
   tests/test_sequence_classification.py::test_every_backbone_scores_as_in_transformers
 
-.PHONY: demo test test-fast test-oldest test-newest coverage sanitize test-frameworks check format docs kernel-table tensorrt-table bench bench-bundle smollm2
+.PHONY: demo test test-fast test-tensorrt test-oldest test-newest coverage sanitize test-frameworks check format docs kernel-table tensorrt-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
@@ -24,8 +24,11 @@ demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample 
 test-fast: $(VENV)/installed  ## what neither exports nor is slow, in under 90 s
 	$(BIN)/python -m pytest --fast -n 2 --dist loadfile
 
-test: $(VENV)/installed  ## the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/installed  ## the whole suite, but for what test-tensorrt builds
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_tensorrt_engines.py
+
+test-tensorrt: $(VENV)/installed  ## TensorRT's own parser and builder, on the graph of every backbone and family
+	$(BIN)/python -m pytest -n 2 tests/test_tensorrt_engines.py
 
 coverage: $(VENV)/installed  ## which lines and branches the tests reach: make coverage [COVERAGE=--fast]
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(COVERAGE)
