@@ -25,10 +25,10 @@ test-fast: $(VENV)/installed  ## what neither exports nor is slow, in under 90 s
 	$(BIN)/python -m pytest --fast -n 2 --dist loadfile
 
 test: $(VENV)/installed  ## the whole suite, but for what test-tensorrt builds
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_tensorrt_engines.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_tensorrt_engines.py --ignore tests/test_tensorrt_graph.py
 
-test-tensorrt: $(VENV)/installed  ## TensorRT's own parser and builder, on the graph of every backbone and family
-	$(BIN)/python -m pytest -n 2 tests/test_tensorrt_engines.py
+test-tensorrt: $(VENV)/installed  ## graphs for TensorRT of every backbone and family, and its own parser and builder on them
+	$(BIN)/python -m pytest -n 2 tests/test_tensorrt_engines.py tests/test_tensorrt_graph.py
 
 coverage: $(VENV)/installed  ## which lines and branches the tests reach: make coverage [COVERAGE=--fast]
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(COVERAGE)

@@ -428,10 +428,9 @@ def test_steps_are_parsed_from_every_shape_of_a_row() -> None:
 
 def test_step_rewards_are_the_shortest_decimals_of_their_float32() -> None:
     steps = tuple(float(np.float32(value)) for value in (0.1, 1 / 3))
-    parsed = parse_row({"prompt": "Q", "steps": ["a", "b"]})
-    filled = fill_row({"reward": 4}, parsed, [Scored(float("nan"), 5, 0, steps=steps)])
+    filled = fill_row({"reward": 4}, Scored(float("nan"), 5, 0, steps=steps))
     assert filled == {"step_rewards": [0.1, 0.33333334], "tokens": 5, "truncated": 0}
-    filled = fill_row({}, parsed, [Scored(steps[0], 5, 0, steps=steps)])
+    filled = fill_row({}, Scored(steps[0], 5, 0, steps=steps))
     assert list(filled.items())[:2] == [("step_rewards", [0.1, 0.33333334]), ("reward", 0.1)]
 
 
