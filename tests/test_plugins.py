@@ -45,6 +45,9 @@ cuGetErrorName cuLaunchKernel cuModuleGetFunction cuModuleLoadData cuModuleUnloa
 NVML = "nvmlErrorString nvmlInit_v2 nvmlShutdown nvmlSystemGetDriverVersion".split()
 
 
+pytestmark = pytest.mark.slow  # whole libraries are loaded, in processes of their own
+
+
 def reason(libraries: Path | None = None, first: Path | None = None) -> str:
     done = run(REASON, libraries, first)
     assert done.stderr == "", done.stderr

@@ -104,6 +104,7 @@ def test_bench_says_at_once_that_its_figures_cannot_be_written(tmp_path: Path) -
     assert time.monotonic() - began < 10  # before it measured for minutes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [
