@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import click
 
+from rewardrt.cli import toplevel
 from rewardrt.display import visible
 from rewardrt.machine.engine_cache import VARIABLE
 
@@ -34,7 +35,7 @@ def engine_log() -> Iterator[None]:
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            click.echo(visible(record.getMessage()), err=True)
+            toplevel.say(visible(record.getMessage()))
 
     log, handler = logging.getLogger("rewardrt.engine"), Shown()
     level, propagates = log.level, log.propagate
