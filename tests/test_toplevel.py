@@ -95,6 +95,37 @@ def test_a_disk_that_fills_up_leaves_no_half_written_file(tmp_path: Path, rows: 
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+COMPUTING_AT_THE_END = """
+import atexit, sys, threading, time
+import click
+from rewardrt import RewardModel
+from rewardrt.cli.toplevel import run
+
+model = RewardModel.load(sys.argv.pop())
+
+def score():
+    while True:
+        model.score_rows([{"text": "a"}])
+
+@click.command()
+def command():
+    atexit.register(print, "left")
+    for _ in range(8):
+        threading.Thread(target=score, daemon=True).start()
+    time.sleep(0.3)
+    print("done")
+    raise click.exceptions.Exit(1)
+
+run(command)
+"""
+
+
+def test_a_thread_that_still_computes_does_not_change_how_the_command_ends() -> None:
+    command = [sys.executable, "-c", COMPUTING_AT_THE_END, str(BUNDLE)]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"done\nleft\n", b"")
+
+
 def test_bench_says_at_once_that_its_figures_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(ROW)
     began = time.monotonic()

@@ -15,6 +15,7 @@ that were scored, nor paths of the machine.
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import errno
 import importlib.metadata
@@ -23,6 +24,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +65,19 @@ def run(command: click.Command) -> NoReturn:
     except BaseException as error:  # nothing may get past this rule, a panic of a library's own base class neither
         status = _end(error)
     _discard_unwritten()
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """Exit, without Python's own end of daemon threads while there are some.
+
+    Until Python 3.14 it unwinds the stack of a thread that comes back from a library's code, and C++ code there aborts
+    the whole process instead. Such a thread reads ahead of an output that failed, or computes for a server that ends.
+    """
+    if any(thread.daemon for thread in threading.enumerate()):
+        atexit._run_exitfuncs()
+        _discard_unwritten()
+        os._exit(status)
     sys.exit(status)
 
 
