@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import click
 import pytest
 
-from rewardrt.cli import toplevel
+from rewardrt.cli import app, toplevel
 from rewardrt.display import visible, visible_lines
 from rewardrt.errors import RowError
 
@@ -111,7 +112,7 @@ def score():
 def command():
     atexit.register(print, "left")
     for _ in range(8):
-        threading.Thread(target=score, daemon=True).start()
+        threading.Thread(target=score, name="rewardrt-test", daemon=True).start()
     time.sleep(0.3)
     print("done")
     raise click.exceptions.Exit(1)
@@ -124,6 +125,17 @@ def test_a_thread_that_still_computes_does_not_change_how_the_command_ends() -> 
     command = [sys.executable, "-c", COMPUTING_AT_THE_END, str(BUNDLE)]
     done = subprocess.run(command, capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"done\nleft\n", b"")
+
+
+def test_a_process_that_runs_the_command_goes_on_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the command's own threads end the process at once: those of whoever calls it are none of its business."""
+    ended = threading.Event()
+    threading.Thread(target=ended.wait, name="rewardrt-of-the-caller", daemon=True).start()
+    monkeypatch.setattr(sys, "argv", ["rewardrt", "inspect", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as caught:
+        app.main()
+    ended.set()
+    assert caught.value.code == 2
 
 
 def test_bench_says_at_once_that_its_figures_cannot_be_written(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from rewardrt.display import visible, visible_lines
 from rewardrt.errors import RewardRTError
 
 PACKAGES = ("rewardrt", "rewardrt_export")
+OUR_THREADS = "rewardrt-"  # what the names of all threads begin with that RewardRT starts
 FRAMES = 4  # of our own code in a report, the last ones
 
 _REASONS = {
@@ -58,6 +59,7 @@ _REASONS = {
 def run(command: click.Command) -> NoReturn:
     """Run a command line in this process, and exit."""
     _prepare_streams()
+    before = set(threading.enumerate())
     status = 0
     try:
         status = _invoke(command)
@@ -65,16 +67,16 @@ def run(command: click.Command) -> NoReturn:
     except BaseException as error:  # nothing may get past this rule, a panic of a library's own base class neither
         status = _end(error)
     _discard_unwritten()
-    _leave(status)
+    _leave(status, set(threading.enumerate()) - before)
 
 
-def _leave(status: int) -> NoReturn:
-    """Exit, without Python's own end of daemon threads while there are some.
+def _leave(status: int, threads: set[threading.Thread]) -> NoReturn:
+    """Exit, without Python's own end of daemon threads while some of ours are among `threads`.
 
     Until Python 3.14 it unwinds the stack of a thread that comes back from a library's code, and C++ code there aborts
     the whole process instead. Such a thread reads ahead of an output that failed, or computes for a server that ends.
     """
-    if any(thread.daemon for thread in threading.enumerate()):
+    if any(thread.daemon and thread.name.startswith(OUR_THREADS) for thread in threads):
         atexit._run_exitfuncs()
         _discard_unwritten()
         os._exit(status)

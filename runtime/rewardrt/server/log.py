@@ -88,7 +88,7 @@ class Log:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="rewardrt-log", daemon=True)
                 self._thread.start()
 
     def _run(self) -> None:

@@ -125,5 +125,5 @@ async def _in_thread(work: Callable[[], Any]) -> Any:
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, value, failed)
 
-    threading.Thread(target=run, name="reload", daemon=True).start()
+    threading.Thread(target=run, name="rewardrt-reload", daemon=True).start()
     return await done
