@@ -30,14 +30,14 @@ ORDER = {
         cli: toplevel output engine_options options table warm bench doctor inspect score serve verify app
     """,
     "rewardrt_export": """
-        source: foreign weights adapter_config adapters chat_template layouts config padding tokenizer tokenizer_files
+        source: foreign weights adapter_config adapters chat_template layouts config multimodal padding tokenizer tokenizer_files
           tokenizer_loader folder
-        model: backbone heads
+        model: length_limits backbone heads
         families: draft encoder objectives openrlhf sequence_classification gated general_preference ldl linear_heads
           language_model_head lm_row mlp_head pair_preference pairrm process urm value_head listing
         checkpoint explain
-        tracing: attention_masks attention graphs signature trace lower
-        precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half tensorrt engine table writing
+        tracing: attention_masks bidirectional attention experts complex_numbers graphs signature trace whole_vectors lower
+        precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half dense_experts tensorrt engine table writing
         certificate: memory golden encode published_class reference certify
         pipeline cli
     """,

@@ -93,5 +93,5 @@ def test_export_without_its_extra_names_the_command_that_installs_it(lean: Path,
     result = command(lean, lean / "rewardrt", "export", tmp_path, tmp_path / "bundle")
     assert result.returncode == 2
     assert result.stderr == (
-        "error: export needs torch, transformers, optimum, onnxscript, onnx_ir, tomlkit: pip install 'rewardrt[export,cpu]'\n"
+        "error: export needs torch, transformers, onnxscript, onnx_ir, tomlkit: pip install 'rewardrt[export,cpu]'\n"
     )

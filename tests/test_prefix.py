@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from checkpoints import write_sequence_classification
 from checkpoints_process import write_qwen_prm
 from rewardrt import RewardModel
 from rewardrt.graph.session import KeyValues
@@ -96,10 +97,10 @@ def test_one_prompt_of_sixteen_answers_is_computed_once(model: RewardModel) -> N
 
 def test_positions_that_are_read_are_never_shared() -> None:
     text = EncodedText(np.arange(100), 0, np.array([40, 99]))
-    assert prefix.legal_cut(90, text) == 40
-    assert prefix.legal_cut(30, text) == 30
-    assert prefix.legal_cut(100, encoded(list(range(100)))) == 98  # two tokens stay
-    assert prefix.legal_cut(prefix.MIN_SHARED - 1, text) == 0
+    assert prefix.legal_cut(90, text, prefix.MIN_SHARED) == 40
+    assert prefix.legal_cut(30, text, prefix.MIN_SHARED) == 30
+    assert prefix.legal_cut(100, encoded(list(range(100))), prefix.MIN_SHARED) == 98  # two tokens stay
+    assert prefix.legal_cut(prefix.MIN_SHARED - 1, text, prefix.MIN_SHARED) == 0
 
 
 @pytest.mark.parametrize("length", [1, 2, 256, 257, 258, 511, 512, 513, 8192])
@@ -117,7 +118,7 @@ def values(tokens: int) -> KeyValues:
 
 def test_the_cache_keeps_within_its_budget_and_drops_the_least_recently_used() -> None:
     first, second, third = (list(range(start, start + 96)) for start in (0, 1000, 2000))
-    cache = prefix.PrefixCache(2 * 96 * 16)
+    cache = prefix.PrefixCache(2 * 96 * 16, prefix.MIN_SHARED)
     cache.keep(np.array(first), values(96))
     cache.keep(np.array(second), values(96))
     assert cache.nbytes == 2 * 96 * 16
@@ -131,14 +132,14 @@ def test_the_cache_keeps_within_its_budget_and_drops_the_least_recently_used() -
 
 
 def test_a_text_over_the_budget_leaves_its_beginning() -> None:
-    cache = prefix.PrefixCache(40 * 16)
+    cache = prefix.PrefixCache(40 * 16, prefix.MIN_SHARED)
     cache.keep(np.arange(100), values(100))
     found = cache.find(encoded(list(range(100))))
     assert (cache.nbytes, found and found.tokens) == (32 * 16, 32)
 
 
 def test_a_beginning_that_texts_share_is_held_once() -> None:
-    cache = prefix.PrefixCache(10_000)
+    cache = prefix.PrefixCache(10_000, prefix.MIN_SHARED)
     cache.keep(np.arange(96), values(96))
     cache.keep(np.array([*range(64), *range(500, 532)]), values(96))
     assert cache.nbytes == (96 + 32) * 16
@@ -187,15 +188,37 @@ def best_saving(texts: list[list[int]], worth: int) -> int:
     return below([ids[:-2] for ids in texts], 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_dim", "least"), [(128, 16), (192, 80), (256, 80), (512, 80)])
+def test_wide_heads_share_only_what_is_computed_in_the_same_steps(tmp_path: Path, head_dim: int, least: int) -> None:
+    """Texts of 52 to 340 tokens that share 40 or 90: keys of more than 128 numbers are added up otherwise up to 64."""
+    assert prefix.least_shared(head_dim) == least
+    write_sequence_classification(tmp_path / "rm", "qwen3", head_dim=head_dim, num_hidden_layers=2)
+    bundle = export(tmp_path / "rm", tmp_path / "bundle", certified=False)
+    rng = np.random.default_rng(0)
+    begin = rng.integers(6, 300, 90).tolist()
+    texts = [
+        encoded([*begin[:shared], *rng.integers(6, 300, more).tolist()])
+        for shared, more in ((40, 12), (40, 13), (40, 60), (40, 120), (40, 300), (90, 5), (90, 100), (90, 200))
+    ]
+    alone = [RewardModel.load(bundle.path, provider="cpu").runner.run([text])[0] for text in texts]
+    for megabytes in (0, 8):
+        runner = RewardModel.load(bundle.path, provider="cpu", prefix_cache_mb=megabytes).runner
+        for order in (texts, texts[::-1]):
+            found = runner.run(order)
+            expected = alone if order is texts else alone[::-1]
+            assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert runner.statistics.shared > 0.1
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_groups_save_as_many_tokens_as_groups_can(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    monkeypatch.setattr(prefix, "MIN_SHARED", 1)
+def test_groups_save_as_many_tokens_as_groups_can(seed: int) -> None:
     rng = np.random.default_rng(seed)
     lists = [rng.integers(0, 2, rng.integers(2, 20)).tolist() for _ in range(rng.integers(1, 40))]
     lists += [[*lists[0], *[1] * count] for count in range(1, 8)]
     lists += [[1] * 10] * 3
     texts = [encoded(ids) for ids in lists]
-    groups = prefix.plan_groups(texts, 12)
+    groups = prefix.plan_groups(texts, 12, 1)
     for group in groups:
         assert len({tuple(lists[index][: group.cut]) for index in group.indices}) == 1
         assert all(group.cut <= len(lists[index]) - 2 for index in group.indices)
@@ -207,7 +230,8 @@ def test_groups_save_as_many_tokens_as_groups_can(monkeypatch: pytest.MonkeyPatc
 
 def test_a_thousand_turns_each_going_on_from_the_last_are_planned() -> None:
     turns = [encoded([7] * length) for length in range(2, 1_200)]
-    (group,) = prefix.plan_groups(turns, 4096)
+    (group,) = prefix.plan_groups(turns, 4096, prefix.MIN_SHARED)
     assert (len(group.indices) - 1) * group.cut == max((1_197 - cut) * cut for cut in range(1_198))
-    assert prefix.plan_groups([], 1) == prefix.plan_groups(turns[:1], 1) == prefix.plan_groups(turns[:20], 4096) == []
+    for some, worth in (([], 1), (turns[:1], 1), (turns[:20], 4096)):
+        assert prefix.plan_groups(some, worth, prefix.MIN_SHARED) == []
     assert [prefix.group_worth(size) for size in (15 * 10**9, 269 * 10**6, 0)] == [1000, 55762, 15 * 10**12]

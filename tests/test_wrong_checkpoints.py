@@ -14,7 +14,6 @@ from checkpoints import (
     add_tensors,
     edit_json,
     make_tokenizer,
-    randomize,
     read_tensors,
     write_openrlhf,
     write_sequence_classification,
@@ -145,12 +144,6 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "matches 2 families (openrlhf: config.json has value_head_prefix; sequence-classification: its architecture is "
         "LlamaForSequenceClassification); choose one with --family",
     ),
-    "rotary frequencies that depend on the length": (
-        lambda f: edit_json(
-            f / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-        ),
-        "rope_type 'dynamic': its frequencies depend on the length of each text",
-    ),
 }
 
 
@@ -251,36 +244,3 @@ def test_help_of_export_needs_no_torch() -> None:
     result = CliRunner().invoke(app, ["export", "--help"])
     assert result.exit_code == 0
     assert "Export a trained reward model to a bundle, and certify it against torch." in result.output
-
-
-TINY = {"vocab_size": 300, "hidden_size": 32, "pad_token_id": 3, "num_labels": 1}
-OWN_ATTENTION: dict[str, dict[str, object]] = {
-    "falcon": {"num_hidden_layers": 2, "num_attention_heads": 4},
-    "gpt_neo": {
-        "num_layers": 2,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 1]],
-        "max_position_embeddings": 64,
-    },
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
-}
-
-
-@pytest.mark.parametrize("kind", OWN_ATTENTION)
-def test_a_backbone_with_attention_of_its_own_is_refused_in_a_sentence_about_it(tmp_path: Path, kind: str) -> None:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    fields = {name: value for name, value in TINY.items() if kind != "mpt" or name != "hidden_size"}
-    config = AutoConfig.for_model(kind, **fields, **OWN_ATTENTION[kind])
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    randomize(model)
-    model.save_pretrained(tmp_path / "rm")
-    make_tokenizer().save_pretrained(tmp_path / "rm")
-    with pytest.raises(RewardRTError) as caught:
-        export(tmp_path / "rm", tmp_path / "bundle", max_length=64)
-    said = str(caught.value)
-    assert "this backbone cannot be exported yet" in said
-    assert said.startswith(type(model.base_model).__name__)  # whose it is, before what torch said of it
-    assert "\n" not in said
-    assert not (tmp_path / "bundle").exists()

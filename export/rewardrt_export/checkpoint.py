@@ -18,6 +18,7 @@ from rewardrt_export.families import Draft, choose_family, matching_families
 from rewardrt_export.families.objectives import label_names
 from rewardrt_export.model.backbone import Binding, bind, first_position, meta_backbone
 from rewardrt_export.model.heads import RewardHead
+from rewardrt_export.model.length_limits import length_limit
 from rewardrt_export.source.folder import Source, read_source
 from rewardrt_export.source.tokenizer import TokenizerChoice
 from rewardrt_export.source.weights import StoredTensor, shorten
@@ -92,6 +93,7 @@ def read_checkpoint(
             normalise=draft.normalise,
             normalise_by_default=normalise,
             vocabulary=source.config.vocab_size,
+            padded=draft.padded,
         )
     except BundleError as error:
         raise CheckpointError(f"the spec of {folder}: {error}") from error
@@ -197,11 +199,24 @@ def _positions(source: Source) -> int | None:
     total: int | None = getattr(source.config, "max_position_embeddings", None)
     if total is not None and (isinstance(total, bool) or not isinstance(total, int)):
         raise CheckpointError(f"config.json: max_position_embeddings {total!r}; expected a number of tokens")
-    return total if total is None else total - first_position(meta_backbone(source.config, "eager"))
+    if total is None or total == -1:  # XLNet's way to say that there is no limit
+        return None
+    return total - first_position(meta_backbone(source.config, "eager"))
 
 
 def _choose_max_length(source: Source, wanted: int | None, positions: int | None) -> int:
-    """Return the limit in tokens: the one asked for, or the smaller of what tokenizer and positions allow."""
+    """Return the limit in tokens: the one asked for, or the smaller of what tokenizer and positions allow.
+
+    Where the backbone computes longer texts in another way, no longer ones are taken; that is noted in `choices`.
+    """
+    if (limit := length_limit(source.config)) is not None:
+        if wanted is not None and wanted > limit.tokens:
+            raise CheckpointError(
+                f"--max-length {wanted}: the graph is exact for texts of {limit.tokens} tokens; {limit.beyond}"
+            )
+        if wanted is None and (positions is None or positions > limit.tokens):
+            source.choices["max_length"] = f"{limit.tokens} tokens; {limit.beyond}"
+            positions = limit.tokens
     limits = [limit for limit in (positions, source.tokenizer.model_max_length) if limit and limit < UNLIMITED]
     if wanted is None:
         if not limits:

@@ -16,7 +16,7 @@ from rewardrt.errors import MissingExtraError
 if TYPE_CHECKING:
     from rewardrt_export.source.tokenizer import TokenizerChoice
 
-NEEDED = ("torch", "transformers", "optimum", "onnxscript", "onnx_ir", "tomlkit", "onnxruntime")
+NEEDED = ("torch", "transformers", "onnxscript", "onnx_ir", "tomlkit", "onnxruntime")
 
 
 def _parse_weights(context: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...]:

@@ -46,6 +46,7 @@ from rewardrt_export.precisions.table import chosen_precisions
 from rewardrt_export.precisions.writing import build_engine, write_graphs
 from rewardrt_export.source.tokenizer import TokenizerChoice
 from rewardrt_export.tracing.attention import attention_name
+from rewardrt_export.tracing.experts import EXPERTS
 from rewardrt_export.tracing.lower import lower
 from rewardrt_export.tracing.trace import trace
 
@@ -110,6 +111,11 @@ def export(
         normalise=normalise,
         tokenizer=tokenizer,
     )
+    if not checkpoint.spec.padded and any(PRECISIONS[name].engine for name in precisions):
+        raise ExportError(
+            f"{checkpoint.spec.backbone}: TensorRT has texts padded to few lengths, and this backbone's rewards change "
+            "with padding; export it in another precision"
+        )
     for name, choice in checkpoint.source.choices.items():
         progress(f"{name}: {choice}")
     own_texts = calibrated and calibrate is not None
@@ -158,7 +164,7 @@ def export(
 
 def _make_graph(checkpoint: Checkpoint, token_rewards: bool) -> ir.Model:
     head, config = checkpoint.head(), checkpoint.source.config
-    backbone = meta_backbone(config, attention_name(config, checkpoint.spec.causal))
+    backbone = meta_backbone(config, attention_name(config, checkpoint.spec.causal), EXPERTS)
     model = trace(backbone, head, every_token=token_rewards)
     weights = {f"backbone.{name}": source.read for name, source in checkpoint.backbone.sources.items()}
     return lower(model, weights | {f"head.{name}": read for name, read in head.sources.items()})

@@ -52,6 +52,8 @@ def rewards_of_class(checkpoint: Checkpoint, texts: Sequence[EncodedText], free:
         type_ids = texts[index].type_ids
         if type_ids is not None:
             inputs["token_type_ids"] = torch.from_numpy(type_ids).unsqueeze(0)
+        if not spec.causal:  # as tokenizers give it, and as the reference has it
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.inference_mode():
             logits = model(**inputs).logits
         if logits.shape[-1] != 1:
@@ -90,9 +92,13 @@ def _load(found: Any, checkpoint: Checkpoint) -> PreTrainedModel | None:
         return None
     finally:
         logger.setLevel(level)
-    if report["missing_keys"] or report["mismatched_keys"] or type(model.config) is not type(checkpoint.source.config):
+    if (
+        report["missing_keys"]
+        or report["mismatched_keys"]
+        or type(model.config.get_text_config()) is not type(checkpoint.source.config)
+    ):
         return None
-    pad = model.config.pad_token_id
+    pad = model.config.get_text_config().pad_token_id
     if checkpoint.spec.causal and (pad is None) != (checkpoint.spec.taps[0].rule == "last_mask"):
         return None  # --pooling asked for another place
     evaluated: PreTrainedModel = model.eval()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from rewardrt.bundle.spec import Spec
@@ -21,6 +23,7 @@ from rewardrt_export.checkpoint import Checkpoint
 from rewardrt_export.model.backbone import load, meta_backbone
 from rewardrt_export.model.heads import RewardHead
 from rewardrt_export.precisions.calibrate import LONGEST, Calibration
+from rewardrt_export.tracing.experts import weight_of_expert
 
 
 def spread(rewards: Sequence[tuple[float, ...]]) -> float:
@@ -43,7 +46,7 @@ def score_with_torch(
     texts with the indices `observed` (None: all), and its gradient for those that are not too long. The torch model is
     in memory only while this runs; with `by_layer`, and no calibration, one of its layers at a time.
     """
-    model = meta_backbone(checkpoint.source.config, "eager")
+    model = meta_backbone(checkpoint.source.config, "eager", "eager" if calibration is None else OBSERVED)
     load(model, checkpoint.backbone.sources, dtype, by_layer=by_layer)
     watching = _Watch(model, calibration) if calibration is not None else None
     head = checkpoint.head()
@@ -72,6 +75,8 @@ def score_with_torch(
 def _score_text(model: PreTrainedModel, head: RewardHead, spec: Spec, text: EncodedText) -> torch.Tensor:
     inputs = {"input_ids": text.ids} | ({} if text.type_ids is None else {"token_type_ids": text.type_ids})
     batch: dict[str, Any] = {name: torch.from_numpy(ids).unsqueeze(0) for name, ids in inputs.items()}
+    if not spec.causal:  # as tokenizers give it: XLM would go by the ids, and take a pad token in a text for padding
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     hidden = model(**batch, use_cache=False).last_hidden_state[0].float()
     if spec.input == "steps":
         states = {spec.taps[0].name: hidden[torch.from_numpy(text.positions)]}
@@ -84,6 +89,25 @@ def _score_text(model: PreTrainedModel, head: RewardHead, spec: Spec, text: Enco
     return values[0] if spec.combine.rule == "skew" else values[:, 0]
 
 
+def _observed_experts(module: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Compute a mixture expert by expert, by the products that `_Watch` has put into the module."""
+    found = torch.zeros_like(hidden)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    for expert in chosen.unique().tolist():
+        tokens, places = torch.where(chosen == expert)
+        rows = module.observed(first, expert, hidden[tokens])
+        rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+        rows = module.observed("down_proj", expert, rows)
+        if module.has_post_expert_norm:
+            rows = module.post_expert_norm(rows)
+        found = found.index_add(0, tokens, rows * weights[tokens, places, None])
+    return found
+
+
+OBSERVED = "rewardrt-observed"
+ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_experts)
+
+
 class _Watch:
     """Hands the inputs of linear layers to a calibration, while the texts that it is to see are scored."""
 
@@ -94,8 +118,13 @@ class _Watch:
         model.get_input_embeddings().register_forward_hook(self._start)
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear | Conv1D):
-                module.register_forward_pre_hook(partial(self._see, name))
-                calibration.watch(name, module.weight, transposed=isinstance(module, Conv1D))
+                module.register_forward_pre_hook(partial(self._see, f"{name}.weight"))
+                calibration.watch(f"{name}.weight", module.weight, transposed=isinstance(module, Conv1D))
+            elif hasattr(module, "is_transposed") and hasattr(module, "num_experts"):
+                module.observed = partial(self._multiply, name, module)
+                parts = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+                for part, expert in product(parts, range(module.num_experts)):
+                    calibration.expect(weight_of_expert(f"{name}.{part}", expert, turned=not module.is_transposed))
 
     def score(self, score: Callable[[], torch.Tensor], *, derive: bool) -> torch.Tensor:
         """Score a text and, to `derive`, go back from its reward (or the sum of them) to the inputs of all layers."""
@@ -111,6 +140,18 @@ class _Watch:
     def _start(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], embedding: torch.Tensor) -> None:
         if self._on and torch.is_grad_enabled():
             embedding.requires_grad_(True)  # where the way back ends
+
+    def _multiply(self, name: str, experts: Any, part: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply rows with a weight of one expert, which is watched as that of a layer is."""
+        weight = getattr(experts, part)[expert]
+        if self._on:
+            own = weight_of_expert(f"{name}.{part}", expert, turned=not experts.is_transposed)
+            rows = self._calibration.observe(own, rows)
+            if torch.is_grad_enabled():
+                weight = weight.detach()  # a leaf: its gradients go by themselves
+                self._calibration.watch(own, weight, transposed=experts.is_transposed)
+        bias = getattr(experts, f"{part}_bias")[expert] if experts.has_bias else None
+        return torch.nn.functional.linear(rows, weight.T if experts.is_transposed else weight, bias)
 
     def _see(self, name: str, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
         return (self._calibration.observe(name, inputs[0]), *inputs[1:]) if self._on else None

@@ -32,6 +32,7 @@ class Draft:
     backbone_prefix: str = ""
     unused: dict[str, str] = field(default_factory=dict)
     max_length: int | None = None
+    padded: bool = True
     reasons: dict[str, str] = field(default_factory=dict)
 
 

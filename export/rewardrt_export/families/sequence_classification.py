@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rewardrt.bundle.spec import Combine, Head, Layer, Output, PoolingRule, Tap, TextRule
 from rewardrt.errors import CheckpointError
 from rewardrt_export.families.draft import Draft, Family
-from rewardrt_export.families.encoder import ENCODERS
+from rewardrt_export.families.encoder import ENCODERS, NO_GRAPH, modernbert_dense
 from rewardrt_export.families.objectives import label_names
 from rewardrt_export.families.openrlhf import is_its_own
 
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
+# Decoders whose class does not call its head `score`: the head of each, by model_type.
+HEADS: dict[str, Callable[[Any], tuple[Layer, ...]]] = {
+    "ctrl": lambda config: (Layer("classifier.weight"),),
+    "modernbert-decoder": lambda config: (
+        modernbert_dense(config),
+        Layer("classifier.weight", "classifier.bias" if config.classifier_bias else None),
+    ),
+}
 # Athene, Starling, INF-ORM and the like call their own classes so too, with a head that transformers does not know.
 OTHER_HEADS = ("v_head.weight", "score.0.weight")
 
 
 def _matches(source: Source) -> str | None:
+    kind = source.config.model_type
     # Decoders' classes call the head score, encoders' call it classifier.
-    is_encoder = source.config.model_type in ENCODERS or any(name.startswith("classifier.") for name in source.stored)
+    is_encoder = kind in ENCODERS | NO_GRAPH or any(name.startswith("classifier.") for name in source.stored)
+    is_encoder = is_encoder and kind not in HEADS
     other = is_encoder or source.stored.keys() & set(OTHER_HEADS)
     if other:
         return None
@@ -42,9 +53,10 @@ def _describe(source: Source) -> Draft:
             "correct id2label or num_labels"
         )
     bias = "score.bias" if "score.bias" in source.stored else None
+    own = HEADS.get(source.config.model_type, lambda config: (Layer("score.weight", bias),))
     tap = pad_tap(source)
     return Draft(
-        heads=(Head((Layer("score.weight", bias),)),),
+        heads=(Head(own(source.config)),),
         text=text_rule(source),
         taps=(tap,),
         output=Output(labels=label_names(source.raw, found) if found is not None and found > 1 else ()),

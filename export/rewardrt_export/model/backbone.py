@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,10 +24,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from rewardrt.errors import CheckpointError
+from rewardrt_export.model.length_limits import hold, hold_rotary
 from rewardrt_export.source.weights import StoredTensor, first_line, shorten
 
-# Rotary frequencies that depend on the text's length: one graph cannot hold them, and no prefix could be shared.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # Buffers that old transformers versions saved and every version computes anew.
 RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attention|attn)\.(bias|masked_bias)|position_ids)$")
 
@@ -61,28 +62,20 @@ def backbone_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return model_class
 
 
-def meta_backbone(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+def meta_backbone(config: PretrainedConfig, attention: str, experts: str = "eager") -> PreTrainedModel:
     """Build the backbone without memory for its weights; buffers that are computed from the config are real.
 
-    `attention` names a registered attention implementation.
+    `attention` and `experts` name registered implementations of these.
     """
-    rope = getattr(config, "rope_parameters", None)
-    rope = rope if isinstance(rope, dict) else {}
-    kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
-    for kind in [kind for kind in LENGTH_DEPENDENT_ROPE if kind in kinds]:
-        raise CheckpointError(
-            f"rope_type {kind!r}: its frequencies depend on the length of each text, which one graph cannot hold; "
-            "set a fixed rope_type in config.json if the model was trained within its original length"
-        )
     pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if isinstance(pad, int) and isinstance(vocabulary, int) and pad >= vocabulary:
         raise CheckpointError(
             f"config.json: pad_token_id {pad}, and vocab_size is {vocabulary}: no token of the model has this id; "
             "correct it to the id that training padded with, or to null"
         )
-    config = copy.deepcopy(config)
+    config = hold(copy.deepcopy(config))
     if hasattr(config, "_experts_implementation"):
-        config._experts_implementation = "batched_mm"  # the only one without a data-dependent loop over experts
+        config._experts_implementation = experts
     found = backbone_class(config)
     # What an encoder's class puts after its last layer is the head's: not every class on disk has it.
     pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(found).parameters else {}
@@ -96,7 +89,7 @@ def meta_backbone(config: PretrainedConfig, attention: str) -> PreTrainedModel:
         raise
     except Exception as error:  # whatever the class's code raises: it takes config.json's fields as they come
         raise CheckpointError(f"{found.__name__} cannot be built of config.json: {_blame(config, error)}") from error
-    return model.eval()
+    return hold_rotary(model).eval()  # type: ignore[return-value]
 
 
 def _blame(config: PretrainedConfig, error: Exception) -> str:
@@ -137,8 +130,11 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 def first_position(model: PreTrainedModel) -> int:
     """Return the position id of a text's first token: 0, or the one after the padding id in RoBERTa and its kin."""
+    counted = "create_position_ids_from_input_ids"  # of the class of embeddings, or of its module
     for module in model.modules():
-        if hasattr(module, "create_position_ids_from_input_ids"):
+        if hasattr(module, "padding_idx") and (
+            hasattr(module, counted) or (hasattr(module, "position_embeddings") and hasattr(_home(module), counted))
+        ):
             if not isinstance(module.padding_idx, int):
                 raise CheckpointError(
                     f"config.json: pad_token_id {module.padding_idx!r}, and {type(model).__name__} counts positions "
@@ -146,6 +142,10 @@ def first_position(model: PreTrainedModel) -> int:
                 )
             return module.padding_idx + 1
     return 0
+
+
+def _home(module: nn.Module) -> ModuleType:
+    return sys.modules[type(module).__module__]
 
 
 def fill_with_fakes(module: nn.Module, mode: FakeTensorMode) -> None:

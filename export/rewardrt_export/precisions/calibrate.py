@@ -63,14 +63,15 @@ class Calibration:
         self._gradients: dict[str, list[torch.Tensor]] = {}
         self._weights: dict[str, SeenWeight] = {}
         self._owner: dict[str, str] = {}  # the first of those that are multiplied with the same activation
+        self._unseen: set[str] = set()
         self._last: tuple[torch.Tensor, torch.Tensor, str] | None = None  # what was seen last, given on, and its owner
 
     def observe(self, name: str, activation: torch.Tensor) -> torch.Tensor:
-        """Take in one activation [..., K] of the layer whose weight is `name`.weight; returns what the layer is given.
+        """Take in one activation [..., K] of the backbone's weight `name`; returns what is to be multiplied.
 
         Gradients come in when the text's reward is derived by what was returned.
         """
-        weight = f"backbone.{name}.weight"
+        weight = f"backbone.{name}"
         if self._last is None or self._last[0] is not activation:
             # A view of its own: the gradient is then that of the products alone, whatever else reads the activation.
             self._last = (activation, activation.view_as(activation), self._owner.get(weight, weight))
@@ -87,7 +88,7 @@ class Calibration:
         return given
 
     def watch(self, name: str, weight: torch.Tensor, *, transposed: bool) -> None:
-        """Take in the gradients of a layer's weight [N, K] whenever there are any; [K, N] where it is `transposed`."""
+        """Take in the gradients of a weight [N, K] whenever there are any; [K, N] where it is `transposed`."""
         weight.requires_grad_(True)
         size = weight.shape[1 if transposed else 0]
         chosen = torch.linspace(0, size - 1, min(size, COLUMNS)).long()
@@ -95,29 +96,36 @@ class Calibration:
         def columns(whole: torch.Tensor) -> torch.Tensor:
             return whole.detach()[:, chosen] if transposed else whole.detach()[chosen].T
 
-        seen = SeenWeight(columns(weight).clone(), torch.zeros_like(columns(weight)), len(chosen) / size)
-        self._weights[f"backbone.{name}.weight"] = seen
+        seen = self._weights.get(f"backbone.{name}")
+        if seen is None:
+            seen = SeenWeight(columns(weight).clone(), torch.zeros_like(columns(weight)), len(chosen) / size)
+            self._weights[f"backbone.{name}"] = seen
+        squares = seen.squares
 
         def add(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
-                seen.squares.add_(columns(parameter.grad).square())
+                squares.add_(columns(parameter.grad).square())
             parameter.grad = None  # at once: those of all weights take as much memory as they do
 
         weight.register_post_accumulate_grad_hook(add)
 
+    def expect(self, name: str) -> None:
+        """Know of a weight that texts may go through or not: that of an expert."""
+        self._unseen.add(f"backbone.{name}")
+
     @property
     def weights(self) -> Collection[str]:
-        """The weights, by their names in the graph, of the layers that texts went through."""
-        return self._owner.keys()
+        """The weights, by their names in the graph, that texts went through or might have."""
+        return self._owner.keys() | self._unseen
 
     @property
     def owners(self) -> Collection[str]:
         """One weight for each activation that was seen."""
         return self._parts.keys()
 
-    def owner(self, weight: str) -> str:
-        """Return which of `owners` is multiplied with the same activation as this one of `weights`."""
-        return self._owner[weight]
+    def owner(self, weight: str) -> str | None:
+        """Return which of `owners` is multiplied with the same activation as this one of `weights`; None: unseen."""
+        return self._owner.get(weight)
 
     def seen(self, owner: str) -> Seen:
         """Return what one of `owners` is multiplied with."""

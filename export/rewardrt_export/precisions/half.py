@@ -2,7 +2,7 @@
 
 Tensor cores multiply float16 some ten times as fast as float32, and add up in float32. Rounded to it are the weights
 and what they are multiplied with, 11 bits of each, where bfloat16 keeps 8. The residual stream, norms, rotations and
-heads stay float32, as do the choices that a softmax makes; keys and values are float16.
+heads stay float32, as do the products that choose experts; keys and values are float16.
 
 What is larger than float16 can hold (65,504) becomes infinite, and the reward then is no finite number, which scoring
 refuses. onnxruntime's CPU has no float16 products: it computes in float32, with most of the roundings between nodes
@@ -17,13 +17,12 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
 
 from rewardrt.graph.session import PAST_BATCH
-from rewardrt_export.precisions.nodes import register
+from rewardrt_export.precisions.nodes import choosing, register
 from rewardrt_export.precisions.pool import pool_early
 from rewardrt_export.precisions.storage import cast, store
 
 _SMALL, _LARGE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 _PRODUCTS = ("MatMul", "Gemm")
-_CHOICES = ("Softmax", "TopK")  # of experts: another one would be taken for a difference in the last bit
 _MOVES = ("Expand", "GatherND", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 _POINTWISE = ("Add", "Gelu", "Mul", "Relu", "Sigmoid")
 
@@ -74,6 +73,7 @@ class _Halver:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
+        self.exact = choosing(graph)
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def convert(self, node: ir.Node) -> None:
@@ -95,8 +95,7 @@ class _Halver:
         if node.op_type == "Attention":
             return True
         if node.op_type in _PRODUCTS:
-            chooses = any(usage.node.op_type in _CHOICES for usage in node.outputs[0].uses())
-            return not chooses and any(_stored(value) is not None for value in node.inputs[:2])
+            return node not in self.exact and any(_stored(value) is not None for value in node.inputs[:2])
         if node.op_type in _MOVES:
             return _is(node.inputs[0], _SMALL)
         if node.op_type in _POINTWISE:

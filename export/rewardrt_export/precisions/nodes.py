@@ -45,6 +45,26 @@ def weight_name(node: ir.Node) -> str | None:
     return weight.name if weight.name and weight.name.startswith("backbone.") else None
 
 
+def choosing(graph: ir.Graph) -> set[ir.Node]:
+    """Return the products that decide which experts a token goes to, as far back from each `TopK` as there is one.
+
+    Rounded, they would choose other experts for tokens that two of them suit alike, and a choice has no small error.
+    """
+    found: set[ir.Node] = set()
+    seen: set[ir.Node] = set()
+    ahead = [node.inputs[0].producer() for node in graph if node.op_type == "TopK" and node.inputs[0] is not None]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen or node.op_type == "TopK":
+            continue
+        seen.add(node)
+        if node.op_type in ("MatMul", "Gemm"):
+            found.add(node)
+        else:
+            ahead += [value.producer() for value in node.inputs if value is not None]
+    return found
+
+
 def put_in_place(
     graph: ir.Graph, node: ir.Node, call: Operator, inputs: Sequence[ir.Value | None], attributes: dict[str, float]
 ) -> None:

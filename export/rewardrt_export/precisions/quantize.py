@@ -29,7 +29,7 @@ from rewardrt.errors import ExportError
 from rewardrt_export.precisions.calibrate import Calibration
 from rewardrt_export.precisions.functions import CHANNELS, DOMAIN, PANEL, pack
 from rewardrt_export.precisions.fuse import fuse
-from rewardrt_export.precisions.nodes import input_of, register, weight_name
+from rewardrt_export.precisions.nodes import choosing, input_of, register, weight_name
 from rewardrt_export.precisions.operators import Product, Rounding, define
 from rewardrt_export.precisions.rounding import Floats, column_step_sizes, round_weight
 from rewardrt_export.precisions.smoothing import UNSMOOTHED, Plan
@@ -44,14 +44,20 @@ def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Mode
     activation share its planes. Raises ExportError where there are no such products.
 
     Before: weights are float32 initializers named `backbone.*`, [K, N], as `lower` leaves them. After: those that are
-    multiplied, K a multiple of CHANNELS, are int8 in panels, with float32 step sizes of their columns; the graph calls
-    operators of DOMAIN and has the functions of all of them.
+    multiplied, K a multiple of CHANNELS, and choose no experts, are int8 in panels, with float32 step sizes of their
+    columns; the graph calls operators of DOMAIN and has the functions of all of them.
     """
     plan = None if calibration is None else Plan(calibration)
     readers: dict[ir.Value, list[ir.Node]] = {}
+    exact = choosing(model.graph)
     for node in model.graph:
         name = weight_name(node)
-        if name is not None and _rows(node) % CHANNELS == 0 and (plan is None or name in plan.weights):
+        if (
+            name is not None
+            and node not in exact
+            and _rows(node) % CHANNELS == 0
+            and (plan is None or name in plan.weights)
+        ):
             readers.setdefault(input_of(node, 0), []).append(node)
     if not readers:
         raise ExportError("int8: the backbone has no products with weights; export it in another precision")
@@ -187,8 +193,9 @@ def quantize_weights(model: ir.Model, *, bits: Literal[4, 8]) -> ir.Model:
     """
     model.opset_imports["com.microsoft"] = 1
     tape = Tape()
+    exact = choosing(model.graph)
     for node in list(model.graph):
-        if weight_name(node) is None:
+        if weight_name(node) is None or node in exact:
             continue
         weight = input_of(node, 1)
         stored = weight.const_value

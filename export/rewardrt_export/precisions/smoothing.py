@@ -104,16 +104,19 @@ class Plan:
 
     @property
     def weights(self) -> Collection[str]:
-        """The weights that texts went through."""
+        """The weights that texts went through, or might have."""
         return self._calibration.weights
 
     def smoothing(self, weight: str) -> Smoothing:
         """Return what is done to the activation that this weight is multiplied with."""
-        return self._rungs[self._calibration.owner(weight)].smoothing
-
-    def factor(self, weight: str) -> Factor:
-        """Return what this weight, smoothed, is rounded by."""
         owner = self._calibration.owner(weight)
+        return UNSMOOTHED if owner is None else self._rungs[owner].smoothing
+
+    def factor(self, weight: str) -> Factor | None:
+        """Return what this weight, smoothed, is rounded by; None where no text went through it."""
+        owner = self._calibration.owner(weight)
+        if owner is None:
+            return None
         if self._made is None or self._made[0] != owner:
             seen = self.smoothing(weight).activation(self._calibration.seen(owner).activations)
             self._made = (owner, make_factor(seen.numpy()))

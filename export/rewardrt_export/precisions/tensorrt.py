@@ -15,6 +15,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
 
 from rewardrt.errors import TraceError
+from rewardrt_export.precisions.dense_experts import spread_experts
 from rewardrt_export.precisions.nodes import register
 
 _SMALL, _LARGE = ir.DataType.FLOAT16, ir.DataType.FLOAT
@@ -24,6 +25,7 @@ _SMALLEST, _LARGEST = 16, 256  # heads that the kernels of TensorRT-RTX 1.7 take
 def for_tensorrt(model: ir.Model) -> ir.Model:
     """Turn a half graph into one that TensorRT parses whole, in place."""
     drop_past(model)
+    spread_experts(model.graph)
     for node in list(model.graph):
         if node.op_type == "Attention" and not node.domain and not has_kernel(node):
             write_out_attention(model.graph, node)

@@ -60,12 +60,9 @@ def read_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
             config = CONFIG_MAPPING[kind].from_dict(mended)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        several = bool(config.is_encoder_decoder) or getattr(config, "vision_config", None) is not None
     except Exception as error:  # transformers raises KeyError, ValueError, OSError and its own kinds here
         field = _blamed_field(kind, raw)
         raise CheckpointError(f"{where}: not a config of model_type {kind!r}{field} ({first_line(error)})") from error
-    if several:
-        raise CheckpointError(f"{config.model_type}: encoder-decoder and vision models cannot be exported")
     assert isinstance(config, PretrainedConfig)
     return config
 

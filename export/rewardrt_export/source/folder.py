@@ -30,6 +30,7 @@ from rewardrt_export.source.config import (
     layout_of,
     read_config,
 )
+from rewardrt_export.source.multimodal import text_config, text_tensors
 from rewardrt_export.source.padding import Padding, read_padding
 from rewardrt_export.source.tokenizer import TokenizerChoice, TrainedTokenizer
 from rewardrt_export.source.tokenizer_files import find_tokenizer_files
@@ -148,7 +149,8 @@ def read_source(
     described = folder if base is None or (folder / CONFIG_FILE).is_file() else base
     raw = read_json(described / CONFIG_FILE)
     config = read_config(described, raw)
-    stored = _read_whole(folder)
+    stored, unused = text_tensors(config, _read_whole(folder))
+    config = text_config(config)
     check_size(config, stored)
     if (layout := layout_of(raw)) is not None:
         stored = layout.tensors(stored, raw)
@@ -161,7 +163,7 @@ def read_source(
     trained = read_tokenizer(tokenized, config if tokenized == described and layout is None else None, tokenizer)
     padding = read_padding(trained.tokenizer, config, borrowed=False, given=pad_token)
     choices |= _tokenizer_choice(trained)
-    return Source(folder, raw, config, stored, trained.tokenizer, template, padding, choices=choices, trained=trained)
+    return Source(folder, raw, config, stored, trained.tokenizer, template, padding, None, unused, choices, trained)
 
 
 def _tokenizer_choice(trained: TrainedTokenizer) -> dict[str, str]:
@@ -208,7 +210,8 @@ def _read_adapter_source(
     if raw.get("model_type") != below:
         raise CheckpointError(f"{folder}: an adapter of a {raw.get('model_type')} model, and {base} is a {below} model")
     config = read_config(described, raw)
-    plain = _read_whole(base)
+    plain, unused = text_tensors(config, _read_whole(base))
+    config = text_config(config)
     check_size(config, plain)
     beside = _read_head_file(folder, FILES_BESIDE_ADAPTERS)
     strays = sorted(name for name in beside if not name.startswith("v_head."))
@@ -226,7 +229,7 @@ def _read_adapter_source(
     trained = read_tokenizer(tokenized, config if tokenized == described else None, choice)
     padding = read_padding(trained.tokenizer, config, borrowed=described != folder, given=pad_token)
     follow_vocabulary(config, plain, stored)
-    unused = language_model_head(stored)
+    unused |= language_model_head(stored)
     choices |= _tokenizer_choice(trained)
     tokenizer = trained.tokenizer
     return Source(folder, raw, config, stored, tokenizer, template, padding, adapter, unused, choices, trained)

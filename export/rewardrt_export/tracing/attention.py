@@ -3,11 +3,12 @@
 Two of transformers' registered hooks make a backbone traceable: attention becomes one custom operator a layer (one
 standard ONNX `Attention` node), and the mask function returns nothing, because causality, the window, the prefix and
 the padding are the hooks' business. Hooks are called from deep inside transformers, so what they need of the forward
-pass is here, in `prefix` and `padding_masks`: it is said before the pass begins.
+pass is here, in `prefix`, and in `bidirectional.padding_masks`: it is said before the pass begins.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 from rewardrt.errors import TraceError
 from rewardrt_export.model.backbone import backbone_class
-from rewardrt_export.tracing.attention_masks import mask_hook, watched_masks
+from rewardrt_export.tracing.attention_masks import Reach, mask_hook, watched_masks
+from rewardrt_export.tracing.bidirectional import HARMLESS, bidirectional_hook, onnx_bidirectional_attention
 
 # The names under which the hooks are registered with transformers, for decoders and for encoders.
 ATTENTION, BIDIRECTIONAL = "rewardrt", "rewardrt-bidirectional"
@@ -33,7 +35,9 @@ def attention(
     past_value: torch.Tensor,  # [batch, kv_heads, past, value_dim]
     scale: float,
     softcap: float,  # 0: none
-    window: int,  # 0: every earlier token; else the token itself and the `window - 1` before it
+    window: int,  # as of `Reach`, as is `chunk`
+    chunk: int,
+    sinks: int,  # keys at the beginning that every token looks at
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Causal attention over a past and new tokens; gives the output, and the keys and values of all of them."""
     raise NotImplementedError("this operator exists to be traced")
@@ -49,6 +53,8 @@ def _(
     scale: float,
     softcap: float,
     window: int,
+    chunk: int,
+    sinks: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, heads, tokens, _ = query.shape
     total = past_key.shape[2] + tokens
@@ -68,17 +74,19 @@ def onnx_attention(
     scale: float,
     softcap: float,
     window: int,
+    chunk: int,
+    sinks: int,
 ) -> tuple[FLOAT, FLOAT, FLOAT]:
-    """Write one `attention` call as ONNX: a single node, with a mask only where a window needs one."""
+    """Write one `attention` call as ONNX: a single node, with a mask only where a window or chunks need one."""
     op: Any = opset23
-    if window:
-        mask = _window_mask(query, past_key, window)
+    if window or chunk:
+        mask = _mask(query, past_key, window, chunk, sinks)
         return op.Attention(query, key, value, mask, past_key, past_value, scale=scale, softcap=softcap)[:3]
     return op.Attention(query, key, value, None, past_key, past_value, is_causal=1, scale=scale, softcap=softcap)[:3]
 
 
-def _window_mask(query: FLOAT, past_key: FLOAT, window: int) -> BOOL:
-    """Make the mask [tokens, past + tokens]: true where a token may look, 0 <= distance < window."""
+def _mask(query: FLOAT, past_key: FLOAT, window: int, chunk: int, sinks: int) -> BOOL:
+    """Make the mask [tokens, past + tokens]: true where a token may look, 0 <= distance < window in its own chunk."""
     op: Any = opset23
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     past = op.Squeeze(op.Shape(past_key, start=2, end=3))
@@ -86,60 +94,38 @@ def _window_mask(query: FLOAT, past_key: FLOAT, window: int) -> BOOL:
     asking = op.Unsqueeze(op.Range(past, total, one), op.Constant(value_ints=[1]))
     asked = op.Unsqueeze(op.Range(zero, total, one), op.Constant(value_ints=[0]))
     distance = op.Sub(asking, asked)
-    return op.And(op.GreaterOrEqual(distance, zero), op.Less(distance, op.Constant(value_int=window)))
-
-
-@torch.library.custom_op("rewardrt::bidirectional_attention", mutates_args=())
-def bidirectional_attention(
-    query: torch.Tensor,  # [batch, heads, tokens, head_dim]
-    key: torch.Tensor,  # [batch, kv_heads, tokens, head_dim]
-    value: torch.Tensor,  # [batch, kv_heads, tokens, value_dim]
-    mask: torch.Tensor,  # [batch, 1, tokens, tokens] bool: true where a token may look
-    scale: float,
-    softcap: float,  # 0: none
-) -> torch.Tensor:
-    """Attention of each token to those before and after it."""
-    raise NotImplementedError("this operator exists to be traced")
-
-
-@bidirectional_attention.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    softcap: float,
-) -> torch.Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
-
-
-def onnx_bidirectional_attention(
-    query: FLOAT, key: FLOAT, value: FLOAT, mask: BOOL, scale: float, softcap: float
-) -> FLOAT:
-    """Write one `bidirectional_attention` call as ONNX: a single node."""
-    op: Any = opset23
-    return op.Attention(query, key, value, mask, scale=scale, softcap=softcap)[0]
+    sees = op.GreaterOrEqual(distance, zero)
+    if window:
+        sees = op.And(sees, op.Less(distance, op.Constant(value_int=window)))
+    if chunk:
+        length, first = op.Constant(value_int=chunk), op.Constant(value_int=sinks)
+        own = op.Equal(op.Div(op.Sub(asking, first), length), op.Div(op.Sub(asked, first), length))
+        sees = op.And(sees, own)
+    return op.Or(sees, op.Less(asked, op.Constant(value_int=sinks))) if sinks else sees
 
 
 class Prefix:
     """The past of a decoder's forward pass, handed to the attention hook layer by layer, and what comes out of it."""
 
     def __init__(self) -> None:
-        self.past: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._past: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.reaches: list[Reach] = []  # of each layer, as the pass with watched masks found them
 
-    def begin(self, past: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Begin a pass with these keys and values of each layer."""
-        self.past, self.present = past, {}
+    def begin(self, past: list[tuple[torch.Tensor, torch.Tensor]] | None) -> None:
+        """Begin a pass with these keys and values of each layer; None: with none, of whichever shapes."""
+        self._past, self.present = past, {}
+
+    def past(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the past of the layer that comes next, which has computed these keys and values."""
+        return (key[:, :, :0], value[:, :, :0]) if self._past is None else self._past[len(self.present)]
+
+    def add(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Take in the keys and values of all tokens, past and new, of the layer that comes next."""
+        self.present[len(self.present)] = (key, value)
 
 
 prefix = Prefix()
-# What transformers may pass to an attention function without changing its maths.
-_HARMLESS = {
-    "cache_position", "deterministic", "is_causal", "layer_type", "num_items_in_batch", "output_attentions",
-    "output_hidden_states", "past_key_values", "position_embeddings", "position_ids", "return_dict", "use_cache",
-}  # fmt: skip
 
 
 def _attention_hook(
@@ -155,82 +141,48 @@ def _attention_hook(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stand in for transformers' attention functions; returns [batch, tokens, heads, value_dim] as they do."""
-    odd = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    sinks = others.pop("s_aux", None)
+    odd = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
     masked = attention_mask is not None and watched_masks() is None
     if odd or masked or getattr(module, "is_causal", True) is not True:
         raise TraceError(
             f"{type(module).__name__} asks for attention that is not plainly causal ({', '.join(odd) or 'mask'}); "
             "this backbone cannot be exported yet"
         )
-    window = int(sliding_window or 0)
     if (watch := watched_masks()) is not None:
-        watch.compare(module, attention_mask, window, bidirectional=False)
-    layer = len(prefix.present)
-    past_key, past_value = prefix.past[layer]
+        prefix.reaches.append(watch.reach(module, attention_mask, int(sliding_window or 0), bidirectional=False))
+    reach = prefix.reaches[len(prefix.present)]
+    past_key, past_value = prefix.past(key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    size = key.shape[3]
+    if sinks is not None:
+        query, key, past_key, past_value = _with_sink(query, key, past_key, past_value, sinks / scale)
     output, *present = torch.ops.rewardrt.attention(
-        query, key, value, past_key, past_value, scale, float(softcap or 0.0), window
-    )
-    prefix.present[layer] = (present[0], present[1])
+        query, key, value, past_key, past_value, scale, float(softcap or 0.0), reach.window, reach.chunk,
+        int(sinks is not None),
+    )  # fmt: skip
+    if sinks is not None:
+        present = [present[0][:, :, 1:, :size], present[1][:, :, 1:]]
+    prefix.add(*present)
     return output.transpose(1, 2).contiguous(), None
 
 
-class PaddingMasks:
-    """The masks of an encoder's forward pass, one for each window, and how many layers asked for them."""
+def _with_sink(
+    query: torch.Tensor, key: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Let each head's softmax be over one more key, whose score is the same for every token and whose value is 0.
 
-    def begin(self, tokens: int, lengths: torch.Tensor) -> None:
-        """Begin a pass over texts [batch, tokens] of these lengths [batch]."""
-        place = torch.arange(tokens)
-        self._distance = (place.unsqueeze(1) - place.unsqueeze(0)).abs()  # [tokens, tokens]
-        self._inside = place.view(1, 1, 1, -1) < lengths.view(-1, 1, 1, 1)
-        self._masks: dict[int, torch.Tensor] = {}
-        self.layers = 0
-
-    def mask(self, window: int) -> torch.Tensor:
-        """Return [batch, 1, tokens, tokens]; `window` 0: the whole text, else `window - 1` tokens on either side.
-
-        Padding sees itself too: it may be far from every token of the text, and a softmax must not be over nothing.
-        """
-        self.layers += 1
-        if window not in self._masks:
-            inside = self._inside & (self._distance < window) if window else self._inside
-            self._masks[window] = inside | (self._distance == 0)
-        return self._masks[window]
+    (Attention sinks, as of GPT-OSS.) The key is (0, ..., 0, 1), other keys have 0 there, and queries the score.
+    """
+    batch, heads, tokens, _ = query.shape
+    column = scores.to(query.dtype).view(1, heads, 1, 1).expand(batch, heads, tokens, 1)
+    first = nn.functional.pad(torch.ones_like(key[:, :, :1, :1]), (key.shape[3], 0))
+    past = torch.cat([first, nn.functional.pad(past_key, (0, 1))], dim=2)
+    values = nn.functional.pad(past_value, (0, 0, 1, 0))
+    return torch.cat([query, column], dim=3), nn.functional.pad(key, (0, 1)), past, values
 
 
-padding_masks = PaddingMasks()
-
-
-def _bidirectional_hook(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """Stand in for transformers' attention functions in an encoder, as `_attention_hook` does in a decoder."""
-    odd = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
-    masked = attention_mask is not None and watched_masks() is None
-    if odd or masked or getattr(module, "is_causal", False):
-        raise TraceError(
-            f"{type(module).__name__} asks for attention that is not plainly bidirectional "
-            f"({', '.join(odd) or 'mask'}); this backbone cannot be exported yet"
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    window = int(sliding_window or 0)
-    if (watch := watched_masks()) is not None:
-        watch.compare(module, attention_mask, window, bidirectional=True)
-    mask = padding_masks.mask(window)
-    output = torch.ops.rewardrt.bidirectional_attention(query, key, value, mask, scale, float(softcap or 0.0))
-    return output.transpose(1, 2).contiguous(), None
-
-
-for _name, _hook in ((ATTENTION, _attention_hook), (BIDIRECTIONAL, _bidirectional_hook)):
+for _name, _hook in ((ATTENTION, _attention_hook), (BIDIRECTIONAL, bidirectional_hook)):
     AttentionInterface.register(_name, _hook)
     AttentionMaskInterface.register(_name, mask_hook)
 
@@ -238,12 +190,12 @@ for _name, _hook in ((ATTENTION, _attention_hook), (BIDIRECTIONAL, _bidirectiona
 def attention_name(config: PretrainedConfig, causal: bool) -> str:
     """Return the attention implementation to trace a backbone with.
 
-    An encoder that does not go through transformers' hook (DeBERTa's attention is its own) is traced as it is: it masks
-    the padding by itself.
+    One that does not go through transformers' hook (DeBERTa's attention is its own, and BLOOM's) is traced as it is: it
+    masks what is not to be seen by itself, and takes no past.
     """
-    if causal:
-        return ATTENTION
-    return BIDIRECTIONAL if backbone_class(config)._supports_attention_backend else "eager"
+    if not hasattr(sys.modules[backbone_class(config).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        return "eager"
+    return ATTENTION if causal else BIDIRECTIONAL
 
 
 # How the exporter writes the custom operators.

@@ -1,25 +1,66 @@
-"""What a backbone's masks hide, against what its attention is told to leave out.
+"""What each attention layer may look at: read off its mask, the function of two positions that transformers makes.
 
-A class of transformers may put a window into the mask, into the arguments of its attention, or into both. The graph
-goes by the arguments, and a class that puts its window into the mask alone would become plainly causal. So both are
-compared: the mask as the function of two positions that transformers makes it from, where windows begin and end.
+A class of transformers may put a window into the mask, into the arguments of its attention, or into both. torch's own
+attention goes by the mask, and so does the graph: of each layer's mask it is found out which of the reaches that the
+config names it has, by its values where windows and chunks begin and end. A mask that is none of them is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
 from transformers import PretrainedConfig
 
 from rewardrt.errors import TraceError
 
 # Of a config's fields, those that say over how many tokens something holds.
 _LENGTHS = ("window", "chunk", "local", "original_max_position")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which tokens a token may look at, of those up to itself; in an encoder, of those on either side.
+
+    `window`: itself and the `window - 1` next to it; `chunk`: those of its own chunk, of which the first begins with
+    the text. 0: all of them.
+    """
+
+    window: int = 0
+    chunk: int = 0
+
+    def sees(self, asking: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """Return whether one position may look at another, leaving aside which comes first."""
+        near = (asking - asked).abs() < self.window if self.window else torch.ones_like(asking - asked) > 0
+        return near & (asking // self.chunk == asked // self.chunk) if self.chunk else near
+
+    def __str__(self) -> str:
+        if self.window:
+            return f"a window of {self.window} tokens"
+        return f"chunks of {self.chunk} tokens" if self.chunk else "no window"
+
+
+class _NoPadding(TorchDispatchMode):
+    """Lets a mask function be evaluated whose text is a fake: what it knows of it is how many tokens of padding it has.
+
+    Those are none, and all tokens are of one text: 0 for every number.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operator with zeros in the place of fakes."""
+
+        def real(value: Any) -> Any:
+            return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, FakeTensor) else value
+
+        return func(*tree_map(real, args), **tree_map(real, kwargs or {}))
+
 
 MaskFunction = Callable[[Any, Any, Any, Any], torch.Tensor]
 
@@ -52,11 +93,10 @@ class WatchedMasks:
         self._asked.append((mask, function))
         return mask
 
-    def compare(self, module: nn.Module, mask: torch.Tensor | None, window: int, *, bidirectional: bool) -> None:
-        """Raise TraceError unless the mask that a layer was given hides what a window of `window` tokens hides.
+    def reach(self, module: nn.Module, mask: torch.Tensor | None, told: int, *, bidirectional: bool) -> Reach:
+        """Return what a layer's mask lets its tokens look at; `told` is the window that its attention is told of, or 0.
 
-        0 is no window. A causal layer sees the token itself and the `window - 1` before it, a bidirectional one as many
-        on either side.
+        Raises TraceError where it is none of the windows and chunks of the config.
         """
         name = type(module).__name__
         function = next((function for asked, function in self._asked if asked is mask), None)
@@ -65,11 +105,12 @@ class WatchedMasks:
         if function is None:
             if self._asked or not bidirectional:
                 raise TraceError(f"{name} gives its attention no mask; this backbone cannot be exported yet")
-            return
+            return Reach(told)
+        lengths = sorted({*self._lengths, told} - {0})
         ends = {0, 1, 2, 3}
-        for length in {*self._lengths, window, window // 2}:
+        for length in {*lengths, *(length // 2 for length in lengths)}:
             ends |= {max(0, times * length + beside) for times in (1, 2) for beside in (-1, 0, 1)}
-        with _disable_current_modes():
+        with _disable_current_modes(), _NoPadding():
             places = torch.tensor(sorted(ends))
             asking, asked = places.unsqueeze(1), places.unsqueeze(0)
             try:
@@ -79,18 +120,19 @@ class WatchedMasks:
                     f"{name} asks for a mask that is more than a window ({str(error).splitlines()[0][:120]}); "
                     "this backbone cannot be exported yet"
                 ) from error
-            distance = asking - asked
-            computed = distance.abs() >= 0 if bidirectional else distance >= 0
-            if window:
-                computed = computed & (distance.abs() < window)
-            if not (wrong := (sees != computed).nonzero()).numel():
-                return
-            query, key = (int(places[index]) for index in wrong[-1])
-            does = "sees" if bool(sees[tuple(wrong[-1])]) else "does not see"
-        told = f"a window of {window} tokens" if window else "no window"
+            # What it is told first: of reaches that these positions cannot tell apart, that one is meant.
+            windows = [told, 0, *lengths, *(length // 2 + 1 for length in lengths), *(length + 1 for length in lengths)]
+            reaches = [*map(Reach, windows), *(Reach(chunk=length) for length in lengths)]
+            causal = (asking >= asked) | bidirectional
+            for reach in reaches:
+                if bool((sees == (reach.sees(asking, asked) & causal)).all()):
+                    return reach
+            wrong = (sees != (reaches[0].sees(asking, asked) & causal)).nonzero()[-1]
+            query, key = (int(places[index]) for index in wrong)
+            does = "sees" if bool(sees[tuple(wrong)]) else "does not see"
         raise TraceError(
-            f"{name}: its mask and its attention disagree: by the mask token {query} {does} token {key}, and the "
-            f"attention is told of {told}; this backbone cannot be exported yet"
+            f"{name}: by its mask token {query} {does} token {key}, and the attention is told of {reaches[0]}: neither "
+            "a window nor chunks of a length that config.json names; this backbone cannot be exported yet"
         )
 
 

@@ -12,7 +12,8 @@ from rewardrt.bundle.spec import Spec
 from rewardrt.errors import TraceError
 from rewardrt_export.model.backbone import first_position
 from rewardrt_export.model.heads import RewardHead
-from rewardrt_export.tracing.attention import BIDIRECTIONAL, padding_masks, prefix
+from rewardrt_export.tracing.attention import BIDIRECTIONAL, prefix
+from rewardrt_export.tracing.bidirectional import padding_masks
 
 
 class CausalGraph(nn.Module):
@@ -39,35 +40,27 @@ class CausalGraph(nn.Module):
         batch, tokens = input_ids.shape
         place = (torch.arange(tokens) + past_keys[0].shape[2]).unsqueeze(0).expand(batch, tokens)
         hidden = self.backbone(input_ids=input_ids, position_ids=place, use_cache=False).last_hidden_state
-        if len(prefix.present) != len(past_keys):
-            raise TraceError(
-                f"{type(self.backbone).__name__} ran {len(prefix.present)} attention layers where its config says "
-                f"{len(past_keys)}; this backbone cannot be exported yet"
-            )
-        spec = self.head.spec
-        every: tuple[torch.Tensor, ...] = ()
-        if self.every_token:
-            every = (self.head({spec.taps[0].name: hidden}),)  # [batch, tokens, outputs]
-        if spec.input == "steps":
-            rewards = every[0][torch.arange(batch), lengths - 1]
-        else:  # not taken from `every`: a reward has the same bits in a graph without it
-            rewards = self.head(tap_states(spec, hidden, lengths, positions))
-        return (rewards, *every, *[tensor for layer in range(len(past_keys)) for tensor in prefix.present[layer]])
+        rewards = rewards_of(self.head, hidden, lengths, positions, self.every_token)
+        return (*rewards, *[tensor for layer in range(len(past_keys)) for tensor in prefix.present[layer]])
 
 
-class EncoderGraph(nn.Module):
-    """What is traced of an encoder: backbone over whole texts, states at the taps, heads.
+class WholeTextGraph(nn.Module):
+    """What is traced of an encoder, and of a decoder that takes no past: backbone over whole texts, states, heads.
 
     What is padding goes by `lengths` alone, never by an id. So do positions, unless the class counts them by the ids.
     """
 
-    def __init__(self, backbone: PreTrainedModel, head: RewardHead) -> None:
+    def __init__(self, backbone: PreTrainedModel, head: RewardHead, every_token: bool) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.every_token = every_token
+        takes = inspect.signature(backbone.forward).parameters
         # RoBERTa and its kin count positions over the ids that are not the padding id, wherever that stands in a text.
-        self.counts_positions = first_position(backbone) > 0
-        self.takes_type_ids = "token_type_ids" in inspect.signature(backbone.forward).parameters
+        self.takes_positions = "position_ids" in takes and not first_position(backbone)
+        kinds: int | None = getattr(backbone.config, "type_vocab_size", None)
+        self.takes_type_ids = "token_type_ids" in takes and bool(kinds) and not head.spec.causal
+        self.fixed = {"use_cache": False} if "use_cache" in takes and head.spec.causal else {}
 
     def forward(
         self,
@@ -75,7 +68,7 @@ class EncoderGraph(nn.Module):
         lengths: torch.Tensor,  # [batch] int64
         token_type_ids: torch.Tensor | None = None,  # [batch, tokens] int64
         positions: torch.Tensor | None = None,  # [batch, taps] int64
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, ...]:
         batch, tokens = input_ids.shape
         padding_masks.begin(tokens, lengths)
         place = torch.arange(tokens).unsqueeze(0)
@@ -83,18 +76,31 @@ class EncoderGraph(nn.Module):
             "input_ids": input_ids,
             "attention_mask": (place < lengths.unsqueeze(1)).long(),
         }
-        if not self.counts_positions:
+        if self.takes_positions:
             inputs["position_ids"] = place.expand(batch, tokens)
         if self.takes_type_ids:
             inputs["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        hidden = self.backbone(**inputs).last_hidden_state
+        hidden = self.backbone(**inputs, **self.fixed).last_hidden_state
         config = self.backbone.config
         if config._attn_implementation == BIDIRECTIONAL and padding_masks.layers != config.num_hidden_layers:
             raise TraceError(
                 f"{type(self.backbone).__name__} ran {padding_masks.layers} attention layers where its config says "
                 f"{config.num_hidden_layers}; this backbone cannot be exported yet"
             )
-        return self.head(tap_states(self.head.spec, hidden, lengths, positions))
+        return rewards_of(self.head, hidden, lengths, positions, self.every_token)
+
+
+def rewards_of(
+    head: RewardHead, hidden: torch.Tensor, lengths: torch.Tensor, positions: torch.Tensor | None, every_token: bool
+) -> tuple[torch.Tensor, ...]:
+    """Return the rewards of hidden states [batch, tokens, hidden] and, with `every_token`, those of every token."""
+    spec = head.spec
+    # [batch, tokens, outputs]
+    every: tuple[torch.Tensor, ...] = (head({spec.taps[0].name: hidden}),) if every_token else ()
+    if spec.input == "steps":
+        return (every[0][torch.arange(hidden.shape[0]), lengths - 1], *every)
+    # Not taken from `every`: a reward has the same bits in a graph without it.
+    return (head(tap_states(spec, hidden, lengths, positions)), *every)
 
 
 def tap_states(

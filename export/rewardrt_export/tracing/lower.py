@@ -13,10 +13,13 @@ import onnx_ir.passes.common as common_passes
 import onnxscript.optimizer
 import onnxscript.rewriter.onnx_fusions
 import torch
+from onnx_ir.tape import Tape
 
 from rewardrt.errors import CheckpointError, TraceError
 from rewardrt_export.model.heads import Reader
+from rewardrt_export.tracing.experts import copy_experts
 from rewardrt_export.tracing.trace import root_cause
+from rewardrt_export.tracing.whole_vectors import pad_rows
 
 
 def lower(model: ir.Model, weights: dict[str, Reader]) -> ir.Model:
@@ -27,12 +30,15 @@ def lower(model: ir.Model, weights: dict[str, Reader]) -> ir.Model:
     tensors: data stays lazy until the model is saved.
     """
     bind_weights(model, weights)
+    open_products(model)
     store_transposed(model)
     try:
         onnxscript.optimizer.optimize_ir(model)
         onnxscript.rewriter.onnx_fusions.fuse(model)
     except ir.passes.PassError as error:  # folding reads small weights: what is wrong with one is wrapped in its own
         raise root_cause(error) from error
+    pad_rows(model)
+    copy_experts(model)  # after what is slow in graphs of many nodes
     # The rotary fusion takes cosines and sines per layer, and each window layer makes its own mask: once is enough.
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
@@ -69,6 +75,31 @@ def _lazy(name: str, read: Reader, shape: tuple[int, ...]) -> ir.LazyTensor:
         return ir.tensor(tensor.numpy(), name=name)
 
     return ir.LazyTensor(evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+
+
+def open_products(model: ir.Model) -> None:
+    """Write a product with a weight of the backbone as MatMul, whatever the number of its axes.
+
+    Before: the exporter makes a Gemm of one of two axes, as where a mixture has flattened batch and tokens. After: it
+    is a MatMul, and an Add of its bias, as of three axes: precisions know products by that.
+    """
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == "Gemm" and not node.domain else None
+        if weight is None or not str(weight.name).startswith("backbone.") or not weight.is_initializer():
+            continue
+        given = {name: item.value for name, item in node.attributes.items()}
+        if given.get("transA") or given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0:
+            continue
+        tape = Tape()
+        right = tape.op("Transpose", [weight], {"perm": (1, 0)}) if given.get("transB") else weight
+        found = tape.op("MatMul", [node.inputs[0], right])
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        result = found if bias is None else tape.op("Add", [found, bias])
+        for value in {found, result}:
+            value.shape, value.type = node.outputs[0].shape, node.outputs[0].type
+        model.graph.insert_before(node, tape.nodes)
+        node.outputs[0].replace_all_uses_with(result)
+        model.graph.remove(node, safe=True)
 
 
 def store_transposed(model: ir.Model) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
@@ -22,11 +24,16 @@ from rewardrt.errors import TraceError
 from rewardrt_export.model.backbone import fill_with_fakes
 from rewardrt_export.model.heads import RewardHead
 from rewardrt_export.source.weights import first_line
-from rewardrt_export.tracing.attention import ATTENTION, BIDIRECTIONAL, TRANSLATIONS, padding_masks, prefix
+from rewardrt_export.tracing.attention import ATTENTION, BIDIRECTIONAL, TRANSLATIONS, prefix
 from rewardrt_export.tracing.attention_masks import watch_masks
-from rewardrt_export.tracing.graphs import CausalGraph, EncoderGraph
-from rewardrt_export.tracing.signature import Signature, name_axes, signature_of
+from rewardrt_export.tracing.bidirectional import padding_masks
+from rewardrt_export.tracing.complex_numbers import complex_as_real
+from rewardrt_export.tracing.experts import EXPERT_TRANSLATIONS
+from rewardrt_export.tracing.graphs import CausalGraph, WholeTextGraph
+from rewardrt_export.tracing.signature import AttentionShape, name_axes, signature_of
 
+# What torch raises where code looks at a number that is not there while it is traced.
+_BY_VALUE = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
 OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
 
 
@@ -47,12 +54,12 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
             "export it without"
         )
     every_token = every_token or spec.input == "steps"
-    graph = (CausalGraph(backbone, head, every_token) if spec.causal else EncoderGraph(backbone, head)).eval()
+    takes_past = backbone.config._attn_implementation == ATTENTION
+    graph = (CausalGraph if takes_past else WholeTextGraph)(backbone, head, every_token).eval()
     fill_with_fakes(graph, mode)
-    with mode, _quiet():
-        signature = signature_of(spec, backbone.config, every_token)
+    with mode, complex_as_real(), _quiet():
         try:
-            _compare_masks(graph, signature)
+            signature = signature_of(spec, _look_through(graph), every_token)
             program = torch.onnx.export(
                 graph,
                 kwargs=signature.inputs,
@@ -60,7 +67,7 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
                 opset_version=OPSET,
                 optimize=False,  # lower.py does, once the weights are bound
                 verbose=False,
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table=TRANSLATIONS | EXPERT_TRANSLATIONS,
                 dynamic_shapes=signature.axes,
                 input_names=signature.input_names,
                 output_names=signature.output_names,
@@ -72,7 +79,7 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
             if isinstance(cause, TraceError):
                 raise cause from None
             raise TraceError(
-                f"{_whose_attention(backbone)}; this backbone cannot be exported yet "
+                f"{_say_cause(backbone, cause)}; this backbone cannot be exported yet "
                 f"({type(cause).__name__}: {first_line(cause)})"
             ) from error
     assert program is not None
@@ -81,27 +88,42 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
     return model
 
 
-def _compare_masks(graph: nn.Module, signature: Signature) -> None:
-    """Run the backbone once with its masks watched; raises TraceError where one hides more or less than is computed."""
-    backbone, tokens = graph.backbone, signature.inputs["input_ids"]
-    assert isinstance(backbone, PreTrainedModel)
+def _look_through(graph: CausalGraph | WholeTextGraph) -> list[AttentionShape]:
+    """Run the backbone once with its masks watched, and return what each attention layer of a decoder keeps.
+
+    Raises TraceError for a mask that is no window.
+    """
+    backbone = graph.backbone
     if backbone.config._attn_implementation not in (ATTENTION, BIDIRECTIONAL):
-        return  # its attention is its own code, traced as it is
-    # With a mask of the padding transformers does not look for several texts in one row, by their positions.
-    everything = torch.ones_like(tokens)
-    padding_masks.begin(tokens.shape[1], signature.inputs["lengths"])
-    layers = zip(*(signature.inputs.get(name, []) for name in ("past_keys", "past_values")), strict=True)
-    prefix.begin([(key[:, :, :0], value[:, :, :0]) for key, value in layers])
+        return []  # its attention is its own code, traced as it is
+    tokens, lengths = torch.zeros(2, 5, dtype=torch.long), torch.full((2,), 5)
+    causal = isinstance(graph, CausalGraph)
+    padding_masks.begin(tokens.shape[1], lengths)
+    prefix.begin(None)
+    prefix.reaches, padding_masks.reaches = [], []
     with watch_masks(backbone.config):
-        backbone(input_ids=tokens, attention_mask=everything, **({"use_cache": False} if prefix.past else {}))
+        # With a mask of the padding transformers does not look for several texts in one row, by their positions.
+        backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), **({"use_cache": False} if causal else {}))
+    if not causal:
+        return []
+    if not prefix.present:
+        raise TraceError(
+            f"{type(backbone).__name__} computes attention in its own code, not through transformers' attention "
+            "functions; this backbone cannot be exported yet"
+        )
+    kept = (prefix.present[layer] for layer in range(len(prefix.present)))
+    return [AttentionShape(key.shape[1], key.shape[3], value.shape[3]) for key, value in kept]
 
 
-def _whose_attention(backbone: PreTrainedModel) -> str:
-    """Say of a backbone that could not be traced what about it is known to stand in the way."""
+def _say_cause(backbone: PreTrainedModel, cause: BaseException) -> str:
+    """Say of a backbone that could not be traced which of its lines stood in the way, and how."""
     name = type(backbone).__name__
-    if not backbone._supports_attention_backend:
-        return f"{name} computes attention in its own code, not through transformers' attention functions"
-    return f"{name} could not be traced: its forward pass depends on values, or on a cache, that a graph has not"
+    frames = traceback.extract_tb(cause.__traceback__)
+    own = [frame for frame in frames if "transformers/models/" in frame.filename.replace(os.sep, "/")]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: `{own[-1].line}`)" if own else ""
+    if type(cause).__name__ in _BY_VALUE:
+        return f"{name} goes on in another way for other values{where}, and a graph computes the same for all"
+    return f"{name} could not be traced{where}"
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -34,7 +34,7 @@ TapRule = Literal[
 ]
 PoolingRule = Literal["last_mask", "last_not_id", "before_first_id"]  # those that --pooling chooses among
 POOLING_RULES: tuple[PoolingRule, ...] = typing.get_args(PoolingRule)
-Activation = Literal["none", "relu", "leaky_relu", "gelu", "tanh", "sigmoid", "selu", "silu"]
+Activation = Literal["none", "relu", "leaky_relu", "gelu", "gelu_tanh", "tanh", "sigmoid", "selu", "silu"]
 ReduceRule = Literal["none", "mean", "expectation"]
 CombineRule = Literal["none", "dot", "gate", "difference", "skew"]
 OutputFunction = Literal["identity", "sigmoid", "softmax", "negate"]
@@ -221,6 +221,8 @@ class Spec:
     normalise_by_default: bool = False
     # Rows of the embedding: token ids are below. None in bundles of format version 1, which do not say.
     vocabulary: int | None = field(default=None, metadata={OPTIONAL: True})
+    # Whether a text's reward stays as it is when padding follows it: not where tokens are mixed with those beside them.
+    padded: bool = field(default=True, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         if self.max_length < 1:

@@ -1,8 +1,9 @@
 """Tokens that several texts begin with are computed once: which texts follow which, and what is kept between calls.
 
 A token's keys and values depend on the tokens up to it alone, so those of one text serve every text that begins the
-same way. onnxruntime's kernels give a token the same bits however many others are computed beside it, with one
-exception: a call of exactly one token takes other kernels. `legal_cut` is the one place that keeps clear of it.
+same way. onnxruntime's kernels give a token the same bits however many others are computed beside it, with two
+exceptions: a call of exactly one token takes other kernels, and so do scores of attention over few tokens where heads
+are wide (`least_shared`). `legal_cut` is the one place that keeps clear of both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from rewardrt.text.taps import Ids
 from rewardrt.text.tokens import EncodedText
 
 MIN_SHARED = 16  # tokens; for fewer, cutting and copying keys and values costs what it saves
+WHOLE_KEY = 128  # numbers of a key that are added up in one go, whatever there is of them
+FEW_KEYS = 65  # from so many keys on, longer ones are added up in the same steps
 BLOCK = MIN_SHARED  # tokens that the cache keeps or drops together
 CHUNK = 256  # most tokens of one call: their activations stay in a core's cache, and attention's scores stay small
 # Operations that a group must save: one call more, and its keys and values to the host and back, take some 25 ms of an
@@ -29,13 +32,22 @@ CHUNK = 256  # most tokens of one call: their activations stay in a core's cache
 GROUP_OPERATIONS = 15e12
 
 
-def legal_cut(shared: int, text: EncodedText) -> int:
-    """Return how many of the tokens that a text shares may come from another: 0 where it does not pay.
+def least_shared(key_size: int) -> int:
+    """Return the fewest tokens that may come from another text, with keys of so many numbers a head.
+
+    onnxruntime adds up the product of a query and a key in steps of 128 numbers where there are more than 64 keys, and
+    in longer steps where there are fewer: in other bits, for keys of more than 128.
+    """
+    return MIN_SHARED if key_size <= WHOLE_KEY else -(-FEW_KEYS // BLOCK) * BLOCK
+
+
+def legal_cut(shared: int, text: EncodedText, least: int) -> int:
+    """Return how many of the tokens that a text shares may come from another: 0 where it is fewer than `least`.
 
     At least two tokens are left to compute, and all that are read lie among them.
     """
     cut = min(shared, text.needed - 2, int(text.positions.min()))
-    return cut if cut >= MIN_SHARED else 0
+    return cut if cut >= least else 0
 
 
 def chunk_ends(start: int, text: EncodedText) -> list[int]:
@@ -57,18 +69,18 @@ class Link:
     cut: int
 
 
-def plan_chains(texts: Sequence[EncodedText]) -> list[list[Link]]:
+def plan_chains(texts: Sequence[EncodedText], least: int) -> list[list[Link]]:
     """Order texts so that each follows the one it shares most with; a chain ends where a text shares nothing.
 
     In the order of their tokens, no text shares more with any earlier one than with the one right before it. So only
-    one text's keys and values are held at a time.
+    one text's keys and values are held at a time. `least` is that of `legal_cut`.
     """
     ids = [text.ids[: text.needed] for text in texts]
     order = _token_order(ids)
     chains: list[list[Link]] = []
     held = 0  # tokens whose keys and values the text before was given: taken over as they are where that is enough
     for place, index in enumerate(order):
-        cut = legal_cut(shared_tokens(ids[order[place - 1]], ids[index]), texts[index]) if place else 0
+        cut = legal_cut(shared_tokens(ids[order[place - 1]], ids[index]), texts[index], least) if place else 0
         if held <= cut < held + MIN_SHARED:
             cut = held
         held = cut
@@ -95,13 +107,13 @@ def group_worth(weights_bytes: int) -> int:
     return max(1, int(GROUP_OPERATIONS / max(1, weights_bytes)))
 
 
-def plan_groups(texts: Sequence[EncodedText], worth: int) -> list[Group]:
+def plan_groups(texts: Sequence[EncodedText], worth: int, least: int) -> list[Group]:
     """Return texts whose common beginning is worth computing once, before the rest of all of them in batches.
 
     That is a choice of nodes of the tree of all beginnings, none below another: those that save the most tokens
     together, each at least `worth`. No text is in two of them.
     """
-    ids = [text.ids[: legal_cut(text.needed, text)] for text in texts]  # what may come from elsewhere
+    ids = [text.ids[: legal_cut(text.needed, text, least)] for text in texts]  # what may come from elsewhere
     order = _token_order(ids)
     chosen: list[Group] = []
     # The nodes that are still open, each inside the one before it: tokens shared, place of its first text, and the best
@@ -109,7 +121,7 @@ def plan_groups(texts: Sequence[EncodedText], worth: int) -> list[Group]:
     open_nodes: list[tuple[int, int, int, list[Group]]] = []
     for place in range(1, len(order) + 1):
         shared = shared_tokens(ids[order[place - 1]], ids[order[place]]) if place < len(order) else 0
-        cut = shared if shared >= MIN_SHARED else 0
+        cut = shared if shared >= least else 0
         first, saved, groups = place - 1, 0, list[Group]()
         while open_nodes and open_nodes[-1][0] > cut:
             tokens, first, inside, inner = open_nodes.pop()
@@ -151,8 +163,9 @@ class PrefixCache:
     ends first. Safe to use from several threads.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, least: int) -> None:
         self._budget = budget
+        self._least = least
         self._blocks: _Blocks = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -165,19 +178,21 @@ class PrefixCache:
 
     def find(self, text: EncodedText) -> KeyValues | None:
         """Return the keys and values of the longest beginning that is kept and may be used, or None."""
-        names = _block_names(text.ids[: legal_cut(text.needed, text)])
+        names = _block_names(text.ids[: legal_cut(text.needed, text, self._least)])
         with self._lock:
             known = list(takewhile(self._blocks.__contains__, names))
             blocks = [self._blocks[name] for name in known]
             self._touch(known)
-        if not blocks:
+        if len(blocks) * BLOCK < self._least:
             return None
         return KeyValues(
             tuple(np.concatenate(parts, axis=2) for parts in zip(*(b.arrays for b in blocks), strict=True))
         )
 
     def keep(self, ids: Ids, values: KeyValues) -> None:
-        """Keep the keys and values of a text that was just computed."""
+        """Keep the keys and values of a text that was just computed, unless it is too short for others to use them."""
+        if len(ids) < self._least:
+            return
         names = _block_names(ids)
         with self._lock:
             missing = [place for place, name in enumerate(names) if name not in self._blocks]

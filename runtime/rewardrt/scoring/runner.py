@@ -28,6 +28,7 @@ from rewardrt.scoring.prefix import (
     Statistics,
     chunk_ends,
     group_worth,
+    least_shared,
     plan_chains,
     plan_groups,
 )
@@ -72,7 +73,8 @@ class Runner:
         self._prefix_reuse = prefix_reuse and self._takes_parts
         self._group_worth = group_worth(weights_bytes)
         self._cache_bytes = prefix_cache_mb * 2**20 if self._prefix_reuse else 0
-        self._cache = PrefixCache(self._cache_bytes) if self._cache_bytes else None
+        self._least = least_shared(max((past.head_dim for past in session.past if "key" in past.name), default=0))
+        self._cache = PrefixCache(self._cache_bytes, self._least) if self._cache_bytes else None
         self._statistics = Statistics()
         self._lock = threading.Lock()
         _ALIVE.add(self)
@@ -92,12 +94,12 @@ class Runner:
         `batch_tokens` override the runner's own.
         """
         results: dict[int, Values | InferenceError] = {}
-        padding = self._padding if padding is None else padding
+        padding = (self._padding if padding is None else padding) and self._spec.padded
         batch_tokens = batch_tokens or self._batch_tokens
         chains = [] if padding or not self._takes_parts else self._plan_chains(texts)
         one_by_one = {link.index for chain in chains for link in chain}
         if padding and self._prefix_reuse and self.session.shares_past:
-            for group in plan_groups(texts, self._group_worth):
+            for group in plan_groups(texts, self._group_worth, self._least):
                 results |= self._run_group(texts, group, batch_tokens)
         rest = [index for index in range(len(texts)) if index not in one_by_one and index not in results]
         results |= self._run_batches(texts, rest, padding=padding, batch_tokens=batch_tokens)
@@ -149,7 +151,9 @@ class Runner:
 
     def _plan_chains(self, texts: Sequence[EncodedText]) -> list[list[Link]]:
         """Return the texts that go through the graph one by one: those that share, and those of several parts."""
-        chains = plan_chains(texts) if self._prefix_reuse else [[Link(index, 0)] for index in range(len(texts))]
+        chains = (
+            plan_chains(texts, self._least) if self._prefix_reuse else [[Link(index, 0)] for index in range(len(texts))]
+        )
         return [
             chain
             for chain in chains
@@ -253,7 +257,7 @@ class Runner:
         """Replace what a thread of the other process may have held, or left half done, when this one was forked."""
         self._lock = threading.Lock()
         if self._cache is not None:
-            self._cache = PrefixCache(self._cache_bytes)
+            self._cache = PrefixCache(self._cache_bytes, self._least)
 
 
 _ALIVE: weakref.WeakSet[Runner] = weakref.WeakSet()

@@ -153,7 +153,9 @@ class Engine:
 
     def _start(self, name: str, work: Callable[[], None]) -> None:
         """Start a thread, or start it anew."""
-        self._threads[name] = threading.Thread(target=self._keep, args=(name, work), name=f"rewardrt-{name}", daemon=True)
+        self._threads[name] = threading.Thread(
+            target=self._keep, args=(name, work), name=f"rewardrt-{name}", daemon=True
+        )
         self._threads[name].start()
 
     def _keep(self, name: str, work: Callable[[], None]) -> None:

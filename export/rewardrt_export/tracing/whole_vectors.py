@@ -1,0 +1,46 @@
+"""A token's values have the same bits wherever its row lies: functions whose kernels compute in vectors get whole ones.
+
+onnxruntime computes cosines, exponentials and the like for as many numbers at once as a vector of the processor holds,
+and those that are left over at the end one by one, by other instructions and with other last bits. Where rows are no
+whole number of vectors, which numbers these are depends on how many rows there are. So such rows are made longer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+VECTOR = 16  # float32 numbers in the longest vectors of x86-64; a multiple of those of other processors
+FUNCTIONS = ("Cos", "Erf", "Exp", "Gelu", "Log", "Sigmoid", "Sin", "Softplus", "Tanh")
+
+
+def pad_rows(model: ir.Model) -> None:
+    """Let FUNCTIONS be taken of rows of whole vectors.
+
+    Before: their last axis has any length. After: where it is known and no multiple of VECTOR, what they are taken of
+    is padded with zeros, and what they give is cut again.
+    """
+    for node in list(model.graph):
+        value = node.inputs[0] if node.inputs else None
+        if node.op_type not in FUNCTIONS or node.domain or value is None or not value.shape:
+            continue
+        length = value.shape[-1]
+        if not isinstance(length, int) or not length % VECTOR or value.is_initializer():
+            continue
+        tape = Tape()
+        ends = np.zeros(2 * len(value.shape), np.int64)
+        ends[-1] = -length % VECTOR
+        padded = tape.op("Pad", [value, _constant(tape, ends)])
+        found = tape.op(node.op_type, [padded], {name: item.value for name, item in node.attributes.items()})
+        bounds = [_constant(tape, np.array([number], np.int64)) for number in (0, length, -1)]
+        cut = tape.op("Slice", [found, *bounds])
+        for made, last in ((padded, length + int(ends[-1])), (found, length + int(ends[-1])), (cut, length)):
+            made.type, made.shape = node.outputs[0].type, ir.Shape([*value.shape[:-1], last])
+        model.graph.insert_before(node, tape.nodes)
+        node.outputs[0].replace_all_uses_with(cut, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+
+
+def _constant(tape: Tape, array: np.ndarray) -> ir.Value:
+    return tape.op("Constant", [], {"value": ir.tensor(array)})
