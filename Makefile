@@ -7,6 +7,7 @@ CHECKPOINT ?= .demo/smollm2/checkpoint
 DATA ?= ../shared/data
 BENCH_CACHE ?= .bench
 BENCH ?=
+ROWS ?= .demo/zoo.jsonl
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 # Bits, graphs, kernels, providers, templates and tokens; and an export of each kind of attention: causal, in windows, with
@@ -15,7 +16,7 @@ NEWEST_TESTS := $(patsubst %,tests/test_%.py,bundles_of_earlier_versions session
   chat_templates template_inputs tokens_and_batches hostile_bundles encoders) \
   tests/test_sequence_classification.py::test_every_backbone_scores_as_in_transformers
 
-.PHONY: demo test test-fast test-tensorrt test-oldest test-newest coverage sanitize test-frameworks check format docs kernel-table tensorrt-table bench bench-bundle smollm2
+.PHONY: demo test test-fast test-tensorrt test-oldest test-newest coverage sanitize test-frameworks check format docs zoo kernel-table tensorrt-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
@@ -58,6 +59,9 @@ format: $(VENV)/installed
 
 tensorrt-table: $(VENV)/installed  ## docs/tensorrt.md: what TensorRT makes of every backbone and family
 	PYTHONPATH=tests $(BIN)/python -W ignore tests/tensorrt_table.py docs/tensorrt.md
+
+zoo: $(VENV)/installed  ## docs/backbones.md: every text model type of transformers, which takes hours: make zoo [ROWS=file to go on from]
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/zoo.py docs/backbones.md --rows $(ROWS)
 
 docs: $(VENV)/installed  ## the pages that are made from tables
 	$(BIN)/rewardrt families --markdown > docs/families.md

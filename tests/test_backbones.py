@@ -54,6 +54,13 @@ def test_rewards_are_those_of_transformers_class_alone_and_in_company(kind: str,
     assert row.reuses is reuses
 
 
+def test_half_takes_states_early_whatever_lies_before_them(tmp_path: Path) -> None:
+    """Arcee's activation is a power, which half computes in float32: what is gathered of it has a type all the same."""
+    row = zoo.sweep("arcee", ("fp32", "half"), tmp_path)
+    assert (row.outcome, row.reason) == ("exact", "")
+    assert row.found["half"].rms < 0.01
+
+
 ENCODERS = ["albert", "convbert", "distilbert", "luke", "mobilebert", "mpnet", "rembert", "roformer", "xlm"]
 
 

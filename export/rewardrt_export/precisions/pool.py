@@ -68,6 +68,7 @@ def _pooled(
     node = value.producer()
     if node is None or node not in late:
         done[value] = tape.op("GatherND", [value, places])
+        done[value].type = value.type
         return done[value]
     inputs = [
         item if item is None or item.is_initializer() else _pooled(tape, item, places, late, done)

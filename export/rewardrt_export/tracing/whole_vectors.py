@@ -36,7 +36,7 @@ def pad_rows(model: ir.Model) -> None:
         bounds = [_constant(tape, np.array([number], np.int64)) for number in (0, length, -1)]
         cut = tape.op("Slice", [found, *bounds])
         for made, last in ((padded, length + int(ends[-1])), (found, length + int(ends[-1])), (cut, length)):
-            made.type, made.shape = node.outputs[0].type, ir.Shape([*value.shape[:-1], last])
+            made.type, made.shape = value.type, ir.Shape([*value.shape[:-1], last])
         model.graph.insert_before(node, tape.nodes)
         node.outputs[0].replace_all_uses_with(cut, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
