@@ -57,6 +57,15 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     _draw_anew(getattr(item, "module", None))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let exports of a worker share traced graphs, unless the test is about tracing."""
+    if "rewardrt_export.pipeline" in sys.modules:
+        from traced_graphs import share
+
+        share(not item.get_closest_marker("traces"))
+
+
 def _draw_anew(module: ModuleType | None) -> None:
     """Put torch's generator and those that a test module has at their beginning; a module's is as its import left it."""
     if "torch" in sys.modules:

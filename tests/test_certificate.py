@@ -169,6 +169,7 @@ def test_positions_are_counted_over_the_ids_that_are_not_padding_as_in_torch(nam
         assert np.abs(found - np.array(expected)).max() < 1e-5
 
 
+@pytest.mark.traces
 def test_positions_by_place_alone_fail_the_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_encoder(tmp_path / "rm", "roberta")
 
@@ -220,6 +221,7 @@ def test_a_window_that_only_the_mask_knows_is_in_the_graph(name: str, tmp_path: 
     assert longest > 600
 
 
+@pytest.mark.traces
 def test_without_it_the_golden_texts_are_long_enough_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_windowed(tmp_path / "rm", "phimoe")
     none = attention_masks.Reach()

@@ -111,7 +111,7 @@ _HYBRID: dict[str, Any] = {
 }
 # What else a type needs for its sizes to fit together.
 OWN_SIZES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3"), _LATENT),
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), _LATENT),
     **dict.fromkeys(("minicpm3", "mistral4"), _LATENT_12),
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
@@ -235,7 +235,7 @@ class Specimen:
                 if self.classifies:
                     found.append(float(self._model(**given).logits.flatten()[0]))
                 else:
-                    hidden = self._model(**given, output_hidden_states=True).hidden_states[-1]
+                    hidden = self._model.base_model(**given).last_hidden_state
                     found.append(float(hidden[0, -1] @ self._head[0]))
         return np.array(found)
 

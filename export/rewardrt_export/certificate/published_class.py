@@ -98,7 +98,7 @@ def _load(found: Any, checkpoint: Checkpoint) -> PreTrainedModel | None:
         or type(model.config.get_text_config()) is not type(checkpoint.source.config)
     ):
         return None
-    pad = model.config.get_text_config().pad_token_id
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     if checkpoint.spec.causal and (pad is None) != (checkpoint.spec.taps[0].rule == "last_mask"):
         return None  # --pooling asked for another place
     evaluated: PreTrainedModel = model.eval()

@@ -63,7 +63,10 @@ def score_with_torch(
                     values = score()
             except (RuntimeError, NotImplementedError) as error:  # weights on the meta device: they are not there
                 if not by_layer:
-                    raise
+                    raise CertificateError(
+                        f"torch itself cannot compute {checkpoint.source.architecture} for a text of {len(text.ids)} "
+                        f"tokens ({str(error).splitlines()[0]}); config.json does not fit the model that was trained"
+                    ) from error
                 raise CertificateError(
                     f"{checkpoint.source.architecture} cannot be computed layer by layer "
                     f"({str(error).splitlines()[0]}); export where there is more memory, or with --no-certify"
@@ -137,9 +140,11 @@ class _Watch:
         self._on = False
         return values.detach()
 
-    def _start(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], embedding: torch.Tensor) -> None:
+    def _start(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], embedding: torch.Tensor) -> Any:
         if self._on and torch.is_grad_enabled():
-            embedding.requires_grad_(True)  # where the way back ends
+            # Where the way back ends; a copy goes on, since some classes scale the embedding in place.
+            return embedding.requires_grad_(True).clone()
+        return None
 
     def _multiply(self, name: str, experts: Any, part: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
         """Multiply rows with a weight of one expert, which is watched as that of a layer is."""

@@ -37,7 +37,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     assert isinstance(found, PretrainedConfig)
     for name in _OF_THE_WHOLE:
         setattr(found, name, getattr(config, name, None))
-    if found.pad_token_id is None:
+    if getattr(found, "pad_token_id", None) is None:
         found.pad_token_id = getattr(config, "pad_token_id", None)
     return found
 

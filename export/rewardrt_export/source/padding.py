@@ -107,7 +107,7 @@ class Padding:
 def read_padding(tokenizer: Any, config: PretrainedConfig, *, borrowed: bool, given: str | None) -> Padding:
     """Read what config and tokenizer say, and the token or id that --pad-token gives. Raises CheckpointError."""
     text = config.get_text_config()  # transformers' classifiers look there, which is the config itself for most
-    stated = (text if isinstance(text, PretrainedConfig) else config).pad_token_id
+    stated = getattr(text if isinstance(text, PretrainedConfig) else config, "pad_token_id", None)
     if stated is not None and (isinstance(stated, bool) or not isinstance(stated, int)):
         raise CheckpointError(f"config.json: pad_token_id {stated!r}; expected the id of a token")
     # A negative id is no token's: transformers finds none, and reads the last token, as without an id.
