@@ -23,8 +23,9 @@ from rewardrt.text.tokens import EncodedText
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.model.length_limits import length_limit
 from rewardrt_export.pipeline import export
+from rewardrt_export.tracing import state_layers
 from rewardrt_export.tracing.attention_masks import Reach
-from rewardrt_export.tracing.whole_vectors import pad_rows
+from rewardrt_export.tracing.whole_vectors import pad_rows, write_softplus
 
 # What is special about each, and whether a prefix is computed once.
 KINDS = {
@@ -298,6 +299,88 @@ def test_rows_of_no_whole_vector_are_padded_and_cut_again() -> None:
     assert np.abs(every - np.cos(x)).max() < 1e-5
     for row in range(37):
         assert np.array_equal(session.run(None, {"x": x[row : row + 1]})[0][0], every[row])
+
+
+STATES = ["jamba", "lfm2", "olmo_hybrid", "qwen3_5_text", "qwen3_next", "zamba2"]
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_layers_with_state_are_those_of_transformers_class(kind: str, tmp_path: Path) -> None:
+    row = zoo.sweep(kind, ("fp32",), tmp_path)
+    assert (row.outcome, row.reason) == ("exact", "")
+    assert row.found["fp32"].same_bits
+    assert not row.reuses
+
+
+def test_the_recurrences_are_those_of_the_papers() -> None:
+    """Each function of ours, its operator computed by a loop over the tokens in float64, against transformers' own."""
+    from transformers.models.bamba import modeling_bamba
+    from transformers.models.jamba import modeling_jamba
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    def loop(query: Any, key: Any, value: Any, decay: Any, beta: Any, heads: int) -> torch.Tensor:
+        batch, tokens, _ = value.shape
+        q, k, v = (x.double().view(batch, tokens, heads, -1) for x in (query, key, value))
+        g = decay.double().view(batch, tokens, heads, -1)
+        state = torch.zeros(batch, heads, k.shape[3], v.shape[3], dtype=torch.float64)
+        out = []
+        for t in range(tokens):
+            state = state * torch.exp(g[:, t]).unsqueeze(-1)
+            new = v[:, t]
+            if beta is not None:
+                read = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+                new = beta[:, t].double().unsqueeze(-1) * (new - read)
+            state = state + k[:, t].unsqueeze(-1) * new.unsqueeze(-2)
+            out.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+        return torch.stack(out, 1).flatten(2).float()
+
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=rng)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_layers.torch.ops.rewardrt, "linear_attention", loop)
+        delta = {
+            "query": normal(2, 70, 2, 8), "key": normal(2, 70, 2, 8), "value": normal(2, 70, 4, 6),
+            "g": -normal(2, 70, 4).abs(), "beta": torch.sigmoid(normal(2, 70, 4)), "use_qk_l2norm_in_kernel": True,
+        }  # fmt: skip
+        theirs = modeling_qwen3_next.torch_chunk_gated_delta_rule(**delta)[0]
+        assert (state_layers._delta_rule(**delta)[0] - theirs).abs().max() < 1e-5 * theirs.abs().max()
+        scan = {
+            "hidden_states": normal(2, 70, 4, 6), "dt": normal(2, 70, 4), "A": -normal(4).abs(), "B": normal(2, 70, 2, 8),
+            "C": normal(2, 70, 2, 8), "chunk_size": 16, "D": normal(4), "dt_bias": normal(4), "dt_softplus": True,
+            "dt_limit": (0.1, 2.0),
+        }  # fmt: skip
+        theirs = modeling_bamba.mamba2_chunk_scan(**scan)
+        assert (state_layers._mamba2(**scan) - theirs).abs().max() < 1e-5 * theirs.abs().max()
+        selective = {
+            "hidden_states": normal(2, 6, 20), "dt": normal(2, 6, 20), "A": -normal(6, 8).abs(), "B": normal(2, 8, 20),
+            "C": normal(2, 8, 20), "D": normal(6), "z": normal(2, 6, 20), "delta_bias": normal(6), "delta_softplus": True,
+        }  # fmt: skip
+        theirs = modeling_jamba.mamba_selective_scan(**selective)
+        assert (state_layers._mamba(**selective) - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    conv = {"hidden_states": normal(2, 6, 20), "weight": normal(6, 4), "bias": normal(6), "activation": "silu"}
+    theirs = modeling_jamba.causal_conv1d_fn(**conv)
+    assert (state_layers._causal_conv1d(**conv) - theirs).abs().max() < 1e-6 * theirs.abs().max()
+
+
+def test_softplus_is_written_by_functions_whose_bits_do_not_change_with_the_batch() -> None:
+    import onnxruntime
+
+    value = ir.val("x", ir.DataType.FLOAT, ["rows", 64])
+    node = ir.node("Softplus", [value])
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = "y", value.shape, value.type
+    model = ir.Model(ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": 23}), ir_version=10)
+    write_softplus(model)
+    assert not any(each.op_type == "Softplus" for each in model.graph)
+    session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    x = np.random.default_rng(0).normal(size=(1200, 64), scale=20).astype(np.float32)
+    every = session.run(None, {"x": x})[0]
+    expected = np.logaddexp(0, x.astype(np.float64))
+    assert np.abs(every / np.maximum(expected, 1e-300) - 1)[expected > 1e-30].max() < 1e-6
+    for start in range(0, 1200, 150):
+        assert np.array_equal(session.run(None, {"x": x[start : start + 150]})[0], every[start : start + 150])
 
 
 def test_an_attention_with_a_mask_of_its_own_making_is_refused(tmp_path: Path) -> None:

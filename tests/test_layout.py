@@ -36,7 +36,7 @@ ORDER = {
         families: draft encoder objectives openrlhf sequence_classification gated general_preference ldl linear_heads
           language_model_head lm_row mlp_head pair_preference pairrm process urm value_head listing
         checkpoint explain
-        tracing: attention_masks bidirectional attention experts complex_numbers graphs signature trace whole_vectors lower
+        tracing: attention_masks bidirectional attention experts complex_numbers state_layers graphs signature trace whole_vectors lower
         precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half dense_experts tensorrt engine table writing
         certificate: memory golden encode published_class reference certify
         pipeline cli

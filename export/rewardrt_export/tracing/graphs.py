@@ -71,6 +71,7 @@ class WholeTextGraph(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         batch, tokens = input_ids.shape
         padding_masks.begin(tokens, lengths)
+        prefix.begin(None)
         place = torch.arange(tokens).unsqueeze(0)
         inputs = {
             "input_ids": input_ids,

@@ -19,7 +19,7 @@ from rewardrt.errors import CheckpointError, TraceError
 from rewardrt_export.model.heads import Reader
 from rewardrt_export.tracing.experts import copy_experts
 from rewardrt_export.tracing.trace import root_cause
-from rewardrt_export.tracing.whole_vectors import pad_rows
+from rewardrt_export.tracing.whole_vectors import pad_rows, write_softplus
 
 
 def lower(model: ir.Model, weights: dict[str, Reader]) -> ir.Model:
@@ -37,6 +37,7 @@ def lower(model: ir.Model, weights: dict[str, Reader]) -> ir.Model:
         onnxscript.rewriter.onnx_fusions.fuse(model)
     except ir.passes.PassError as error:  # folding reads small weights: what is wrong with one is wrapped in its own
         raise root_cause(error) from error
+    write_softplus(model)
     pad_rows(model)
     copy_experts(model)  # after what is slow in graphs of many nodes
     # The rotary fusion takes cosines and sines per layer, and each window layer makes its own mask: once is enough.

@@ -31,6 +31,7 @@ from rewardrt_export.tracing.complex_numbers import complex_as_real
 from rewardrt_export.tracing.experts import EXPERT_TRANSLATIONS
 from rewardrt_export.tracing.graphs import CausalGraph, WholeTextGraph
 from rewardrt_export.tracing.signature import AttentionShape, name_axes, signature_of
+from rewardrt_export.tracing.state_layers import STATE_TRANSLATIONS, has_state, state_functions
 
 # What torch raises where code looks at a number that is not there while it is traced.
 _BY_VALUE = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
@@ -54,10 +55,10 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
             "export it without"
         )
     every_token = every_token or spec.input == "steps"
-    takes_past = backbone.config._attn_implementation == ATTENTION
+    takes_past = backbone.config._attn_implementation == ATTENTION and not has_state(backbone)
     graph = (CausalGraph if takes_past else WholeTextGraph)(backbone, head, every_token).eval()
     fill_with_fakes(graph, mode)
-    with mode, complex_as_real(), _quiet():
+    with mode, complex_as_real(), state_functions(backbone), _quiet():
         try:
             signature = signature_of(spec, _look_through(graph), every_token)
             program = torch.onnx.export(
@@ -67,7 +68,7 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
                 opset_version=OPSET,
                 optimize=False,  # lower.py does, once the weights are bound
                 verbose=False,
-                custom_translation_table=TRANSLATIONS | EXPERT_TRANSLATIONS,
+                custom_translation_table=TRANSLATIONS | EXPERT_TRANSLATIONS | STATE_TRANSLATIONS,
                 dynamic_shapes=signature.axes,
                 input_names=signature.input_names,
                 output_names=signature.output_names,
@@ -97,14 +98,14 @@ def _look_through(graph: CausalGraph | WholeTextGraph) -> list[AttentionShape]:
     if backbone.config._attn_implementation not in (ATTENTION, BIDIRECTIONAL):
         return []  # its attention is its own code, traced as it is
     tokens, lengths = torch.zeros(2, 5, dtype=torch.long), torch.full((2,), 5)
-    causal = isinstance(graph, CausalGraph)
+    causal = graph.head.spec.causal
     padding_masks.begin(tokens.shape[1], lengths)
     prefix.begin(None)
     prefix.reaches, padding_masks.reaches = [], []
     with watch_masks(backbone.config):
         # With a mask of the padding transformers does not look for several texts in one row, by their positions.
         backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), **({"use_cache": False} if causal else {}))
-    if not causal:
+    if not isinstance(graph, CausalGraph):
         return []
     if not prefix.present:
         raise TraceError(
