@@ -312,6 +312,12 @@ def test_layers_with_state_are_those_of_transformers_class(kind: str, tmp_path: 
     assert not row.reuses
 
 
+def test_layers_with_state_are_refused_for_tensorrt_by_the_operator_that_it_lacks(tmp_path: Path) -> None:
+    specimen = zoo.Specimen("zamba2", tmp_path / "checkpoint")
+    with pytest.raises(TraceError, match="tensorrt: the graph computes layers with state by onnxruntime's LinearAtt"):
+        specimen.export(tmp_path / "bundle", ("half", "tensorrt"))
+
+
 def test_the_recurrences_are_those_of_the_papers() -> None:
     """Each function of ours, its operator computed by a loop over the tokens in float64, against transformers' own."""
     from transformers.models.bamba import modeling_bamba

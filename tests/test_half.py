@@ -122,8 +122,9 @@ def test_flattened_tokens_are_multiplied_in_float16_and_experts_are_chosen_in_fl
     write_sequence_classification(tmp_path / "rm", backbone)
     made = export(tmp_path / "rm", tmp_path / "bundle", precisions=("half",))
     products = [types([*node.inputs[:2], *node.outputs]) for node in [*nodes(made, "MatMul"), *nodes(made, "Gemm")]]
-    # opt: 2 layers of 6 products, and the head; mixtral: 4 products of attention, and 2 of experts and their choice
-    expected = {"opt": {FLOAT16: 12, FLOAT: 1}, "mixtral": {FLOAT16: 8, FLOAT: 7}}
+    # opt: 2 layers of 6 products, and the head; mixtral: in each layer 4 products of attention, and 2 of each of 4 experts,
+    # their choice, and what mixes them
+    expected = {"opt": {FLOAT16: 12, FLOAT: 1}, "mixtral": {FLOAT16: 24, FLOAT: 5}}
     assert Counter(dtype for each in products for dtype in each) == expected[backbone]
 
 

@@ -267,9 +267,10 @@ def sweep(kind: str, precisions: tuple[str, ...], folder: Path) -> Row:
         try:
             bundle = specimen.export(folder / "bundle", precisions)
         except RewardRTError as error:
-            failed = re.search(r"failed its certificate, so none was written: (\w+):", str(error))
-            if failed and failed[1] != "fp32":  # a precision that rounds too much for this type: the others are left
-                precisions = tuple(name for name in precisions if name != failed[1])
+            if len(precisions) > 1:  # one that rounds too much for this type, or what torch cannot do in bfloat16
+                named = re.search(r"(?:^|none was written: )(\w+):", str(error))
+                failed = named[1] if named and named[1] in precisions[1:] else precisions[-1]
+                precisions = tuple(name for name in precisions if name != failed)
                 continue
             return Row(kind, "refused", str(error), seconds=time.perf_counter() - began)
         except Exception as error:

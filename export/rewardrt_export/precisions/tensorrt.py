@@ -23,7 +23,16 @@ _SMALLEST, _LARGEST = 16, 256  # heads that the kernels of TensorRT-RTX 1.7 take
 
 
 def for_tensorrt(model: ir.Model) -> ir.Model:
-    """Turn a half graph into one that TensorRT parses whole, in place."""
+    """Turn a half graph into one that TensorRT parses whole, in place.
+
+    Raises TraceError for an operator that is onnxruntime's own: a layer with state.
+    """
+    own = sorted({node.op_type for node in model.graph if node.domain == "com.microsoft"})
+    if own:
+        raise TraceError(
+            f"tensorrt: the graph computes layers with state by onnxruntime's {', '.join(own)}, which TensorRT has not; "
+            "export it in another precision"
+        )
     drop_past(model)
     spread_experts(model.graph)
     for node in list(model.graph):
