@@ -147,6 +147,7 @@ NO_GRAPH = {
     "mra": "its attention is an approximation that chooses blocks of a row by their values",
     "nystromformer": "its attention is an approximation by averages over parts of a row, padding included",
     "xmod": "each text goes through the layers of its own language, which are chosen by its batch",
+    "reformer": "its tokens attend within buckets of a random hash",
     "xlnet": "its class reads the last place of a row, where texts that are padded on the right have none",
     "yoso": "its attention is a sample: tokens meet where random hashes of them are equal",
 }

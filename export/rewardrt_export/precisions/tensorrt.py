@@ -30,7 +30,7 @@ def for_tensorrt(model: ir.Model) -> ir.Model:
     own = sorted({node.op_type for node in model.graph if node.domain == "com.microsoft"})
     if own:
         raise TraceError(
-            f"tensorrt: the graph computes layers with state by onnxruntime's {', '.join(own)}, which TensorRT has not; "
+            f"tensorrt: the graph computes layers with state by onnxruntime's {', '.join(own)}, which TensorRT lacks; "
             "export it in another precision"
         )
     drop_past(model)
