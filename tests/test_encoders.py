@@ -248,8 +248,8 @@ def test_a_head_without_training_or_with_two_outputs_is_refused(tmp_path: Path) 
         read_checkpoint(tmp_path / "zeros")
     with pytest.raises(CheckpointError, match=r"classifier\.weight: 2 outputs; expected a reward model with one"):
         read_encoder(tmp_path / "two", "bert", num_labels=2)
-    with pytest.raises(CheckpointError, match="pooler_hidden_act 'gelu_new'; expected one of gelu"):
-        read_encoder(tmp_path / "act", "deberta-v2", pooler_hidden_act="gelu_new")
+    with pytest.raises(CheckpointError, match="pooler_hidden_act 'mish'; expected one of gelu"):
+        read_encoder(tmp_path / "act", "deberta-v2", pooler_hidden_act="mish")
     with pytest.raises(CheckpointError, match="is_decoder is set"):
         read_encoder(tmp_path / "decoder", "bert", is_decoder=True)
 
@@ -259,13 +259,13 @@ def test_a_class_name_alone_does_not_tell_encoders_from_decoders(tmp_path: Path)
     write_sequence_classification(tmp_path / "decoder")
     assert read_checkpoint(tmp_path / "decoder").spec.family == "sequence-classification"
     config = AutoConfig.for_model(
-        "albert", vocab_size=300, hidden_size=32, embedding_size=16, num_attention_heads=4, intermediate_size=64
+        "layoutlm", vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
     )
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "unknown")
     make_encoder_tokenizer("bert").save_pretrained(tmp_path / "unknown")
-    with pytest.raises(CheckpointError, match="AlbertForSequenceClassification is not a reward model of a known"):
+    with pytest.raises(CheckpointError, match="LayoutLMForSequenceClassification is not a reward model of a known"):
         read_checkpoint(tmp_path / "unknown")
-    with pytest.raises(CheckpointError, match="model_type 'albert': expected an encoder, one of bert"):
+    with pytest.raises(CheckpointError, match="model_type 'layoutlm': expected an encoder, one of albert"):
         read_checkpoint(tmp_path / "unknown", family="encoder")
 
 

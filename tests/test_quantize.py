@@ -94,7 +94,7 @@ def test_compensated_rounding_keeps_the_product_nearer() -> None:
     weight = RNG.standard_normal((128, 40)).astype(np.float32)
     true = unseen.astype(np.float64) @ weight
     calibration = Calibration()
-    calibration.observe("w", torch.from_numpy(texts))
+    calibration.observe("w.weight", torch.from_numpy(texts))
     errors = [
         float(np.sqrt(np.mean((run(quantize(product(weight), how), unseen) - true) ** 2)))
         for how in (None, calibration)
@@ -132,7 +132,7 @@ def test_calibration_keeps_one_copy_of_what_layers_share() -> None:
     calibration = Calibration()
     first, second = torch.randn(1, 30, 8), torch.randn(1, 30, 8)
     for name, seen in (("q", first), ("k", first), ("o", second), ("q", second), ("k", second), ("o", first)):
-        calibration.observe(name, seen)
+        calibration.observe(f"{name}.weight", seen)
     plan = Plan(calibration)
     q, k, o = (plan.factor(f"backbone.{name}.weight") for name in "qko")
     assert k is q
@@ -145,9 +145,9 @@ def test_calibration_keeps_one_copy_of_what_layers_share() -> None:
 def test_tokens_that_overflow_do_not_count_and_weights_that_no_text_met_stay() -> None:
     calibration = Calibration()
     seen = torch.randn(1, 30, 128)
-    calibration.observe("q", seen)
+    calibration.observe("q.weight", seen)
     odd = torch.cat([seen[0], torch.full((1, 128), 1e30), torch.full((1, 128), float("nan"))])
-    calibration.observe("o", odd)
+    calibration.observe("o.weight", odd)
     plan = Plan(calibration)
     q, o = (plan.factor(f"backbone.{name}.weight") for name in "qo")
     assert (o.upper == q.upper).all()
@@ -164,9 +164,9 @@ def calibrated(reward_std: float, texts: int = 20) -> Calibration:
     calibration = Calibration()
     calibration.reward_std = reward_std
     weight = torch.nn.Parameter(torch.from_numpy(WEIGHT.T.copy()))
-    calibration.watch("w", weight, transposed=False)
+    calibration.watch("w.weight", weight, transposed=False)
     for _ in range(texts):
-        given = calibration.observe("w", torch.from_numpy(activations(30)).requires_grad_())
+        given = calibration.observe("w.weight", torch.from_numpy(activations(30)).requires_grad_())
         (given @ weight.T @ torch.from_numpy(READ)).sum().backward()
         calibration.texts += 1
     return calibration
@@ -187,7 +187,7 @@ def test_no_activation_has_two_planes_before_all_are_mixed() -> None:
     calibration = Calibration()
     for _ in range(20):
         for name, gain in (("w", 1.0), ("v", 0.1)):  # the reward depends ten times more on one of them
-            given = calibration.observe(name, torch.from_numpy(activations(30)).requires_grad_())
+            given = calibration.observe(f"{name}.weight", torch.from_numpy(activations(30)).requires_grad_())
             (gain * given @ torch.from_numpy(WEIGHT @ READ)).sum().backward()
         calibration.texts += 1
     found = []
@@ -204,7 +204,7 @@ def test_no_activation_has_two_planes_before_all_are_mixed() -> None:
 
 def test_gradients_that_overflow_give_two_planes_and_finite_scales() -> None:
     calibration = Calibration()
-    given = calibration.observe("w", torch.from_numpy(activations(30)).requires_grad_())
+    given = calibration.observe("w.weight", torch.from_numpy(activations(30)).requires_grad_())
     (given * 1e25).sum().backward()
     calibration.texts = 1
     smoothing = Plan(calibration).smoothing("backbone.w.weight")
@@ -241,7 +241,7 @@ def test_learnt_scales_bring_one_plane_near_to_the_product() -> None:
 def test_a_gradient_is_that_of_the_products_alone() -> None:
     calibration = Calibration()
     x = torch.randn(1, 5, 8, requires_grad=True) * 1
-    q, k = (calibration.observe(name, x) for name in "qk")
+    q, k = (calibration.observe(f"{name}.weight", x) for name in "qk")
     assert k is q
     (q.sum() + 2 * k.sum() + 100 * x.sum()).backward()  # what else reads an activation is not rounded
     assert calibration.seen("backbone.q.weight").gradients.unique().tolist() == [3.0]
@@ -254,7 +254,7 @@ def test_a_weight_of_two_activations_is_smoothed_as_each_of_them_is() -> None:
     calibration.reward_std = 1e4
     made = [activations(300), np.ascontiguousarray(activations(300)[..., ::-1])]  # other channels are large
     seen = [torch.from_numpy(each).requires_grad_() for each in made]
-    sum(calibration.observe(*each).sum() for each in zip("wv", seen, strict=True)).backward()
+    sum(calibration.observe(f"{name}.weight", x).sum() for name, x in zip("wv", seen, strict=True)).backward()
     calibration.texts = 1
     model = product(WEIGHT)
     (x,), (w,) = model.graph.inputs, model.graph.initializers.values()

@@ -183,7 +183,7 @@ def test_a_long_text_is_tokenized_beside_the_engine_and_nobody_waits_for_it(
     assert not long.results
     go.set()
     assert long_done.wait(30)
-    assert threads == {"long texts"}
+    assert threads == {"rewardrt-long texts"}
     assert long.results[0] == short.results[0]
     assert isinstance(long.results[1], Scored)
     assert long.results[1].truncated > 0

@@ -235,7 +235,8 @@ class Specimen:
                 if self.classifies:
                     found.append(float(self._model(**given).logits.flatten()[0]))
                 else:
-                    hidden = self._model.base_model(**given).last_hidden_state
+                    inner = self._model.base_model
+                    hidden = (self._model.model if inner is self._model else inner)(**given).last_hidden_state
                     found.append(float(hidden[0, -1] @ self._head[0]))
         return np.array(found)
 
@@ -286,6 +287,7 @@ def sweep(kind: str, precisions: tuple[str, ...], folder: Path) -> Row:
 
 def _apart(kind: str, precisions: tuple[str, ...]) -> Row:
     """Sweep a type in a process of its own: one that hangs or crashes is a row like others."""
+    began = time.monotonic()
     receive, send = os.pipe()
     process = os.fork()
     if process == 0:
@@ -301,9 +303,10 @@ def _apart(kind: str, precisions: tuple[str, ...]) -> Row:
     while part := os.read(receive, 65536):
         data += part
     os.close(receive)
-    status = os.waitpid(process, 0)[1]
+    while not os.waitpid(process, os.WNOHANG)[0] and time.monotonic() - began < SECONDS + 60:
+        time.sleep(0.01)
     if not data:
-        return Row(kind, "fault", f"its process ended with status {status} within {SECONDS} s")
+        return Row(kind, "fault", f"its process ended without a result after {time.monotonic() - began:.0f} s")
     raw = json.loads(data)
     return Row(**raw | {"found": {name: Found(**each) for name, each in raw["found"].items()}})
 

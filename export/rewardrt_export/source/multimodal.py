@@ -34,7 +34,8 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
                 "transformers is the text's alone; it cannot be exported"
             )
         return config
-    assert isinstance(found, PretrainedConfig)
+    if not isinstance(found, PretrainedConfig):
+        raise CheckpointError(f"config.json: text_config {str(found)[:80]!r}; expected the config of a text model")
     for name in _OF_THE_WHOLE:
         setattr(found, name, getattr(config, name, None))
     if getattr(found, "pad_token_id", None) is None:

@@ -36,9 +36,7 @@ def write_softplus(model: ir.Model) -> None:
         for made in tape.nodes:
             if made.op_type != "Constant":
                 made.outputs[0].shape, made.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT)
-        model.graph.insert_before(node, tape.nodes)
-        node.outputs[0].replace_all_uses_with(found, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
+        _put(model.graph, node, tape, found)
 
 
 def pad_rows(model: ir.Model) -> None:
@@ -63,9 +61,17 @@ def pad_rows(model: ir.Model) -> None:
         cut = tape.op("Slice", [found, *bounds])
         for made, last in ((padded, length + int(ends[-1])), (found, length + int(ends[-1])), (cut, length)):
             made.type, made.shape = value.type, ir.Shape([*value.shape[:-1], last])
-        model.graph.insert_before(node, tape.nodes)
-        node.outputs[0].replace_all_uses_with(cut, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
+        _put(model.graph, node, tape, cut)
+
+
+def _put(graph: ir.Graph, node: ir.Node, tape: Tape, found: ir.Value) -> None:
+    """Put the tape's nodes in the place of a node; what it gave keeps its name, which may be that of an output."""
+    graph.insert_before(node, tape.nodes)
+    old = node.outputs[0]
+    name, old.name = old.name, None
+    old.replace_all_uses_with(found, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    found.name = name
 
 
 def _constant(tape: Tape, array: np.ndarray) -> ir.Value:
