@@ -33,13 +33,11 @@ KINDS = {
     "gemma3": (True, "the text part of a model that takes images"),
     "gemma4_text": (True, "layers whose keys and values differ in number and size"),
     "gpt_bigcode": (True, "one head of keys and values"),
-    "gpt_oss": (True, "attention sinks, and experts with biases, transposed and interleaved"),
     "llama4_text": (True, "attention in chunks, and every expert for every token"),
     "phimoe": (True, "a window that the mask alone knows"),
     "qwen2_moe": (True, "experts, and one that is shared"),
     "stablelm": (True, "rotary parts that are no whole vector of the processor"),
     "bloom": (False, "attention of its own, biased by distance"),
-    "falcon": (False, "attention of its own"),
     "gpt_neo": (False, "attention of its own, in windows"),
     "modernbert-decoder": (True, "a head of two layers on a decoder"),
 }
@@ -62,7 +60,7 @@ def test_half_takes_states_early_whatever_lies_before_them(tmp_path: Path) -> No
     assert row.found["half"].rms < 0.01
 
 
-ENCODERS = ["albert", "convbert", "distilbert", "luke", "mobilebert", "mpnet", "rembert", "roformer", "xlm"]
+ENCODERS = ["luke", "mobilebert", "roformer", "xlm"]
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -188,7 +186,10 @@ def test_an_expert_that_no_text_of_the_calibration_reached_is_rounded_too(tmp_pa
 
 
 def test_sinks_are_one_more_key_whose_value_is_nothing(tmp_path: Path) -> None:
-    """GPT-OSS's maths: softmax over a head's scores and its sink s, of which the sink's share is dropped."""
+    """GPT-OSS: a softmax over a head's scores and its sink, of which the sink's share is dropped.
+
+    Its experts have biases, and weights transposed and interleaved.
+    """
     specimen = zoo.Specimen("gpt_oss", tmp_path / "checkpoint")
     tensors = read_tensors(tmp_path / "checkpoint")
     sinks = [name for name in tensors if name.endswith("sinks")]
@@ -301,7 +302,7 @@ def test_rows_of_no_whole_vector_are_padded_and_cut_again() -> None:
         assert np.array_equal(session.run(None, {"x": x[row : row + 1]})[0][0], every[row])
 
 
-STATES = ["jamba", "lfm2", "olmo_hybrid", "qwen3_5_text", "qwen3_next", "zamba2"]
+STATES = ["jamba", "lfm2", "qwen3_next"]
 
 
 @pytest.mark.parametrize("kind", STATES)

@@ -47,20 +47,26 @@ SECONDS = 600  # for one type
 
 # Types that transformers maps to sequence classification and that read no plain text once from left to right.
 NOT_TEXT = {
-    "an encoder-decoder": "bart bigbird_pegasus mbart mt5 mvp plbart t5 t5gemma t5gemma2 umt5",
+    "encoder-decoders": "bart bigbird_pegasus mbart mt5 mvp plbart t5 t5gemma t5gemma2 umt5 "
+    "blenderbot blenderbot-small marian pegasus prophetnet",
     "of proteins": "esm esmc",
     "of words with their places on a page": "layoutlm layoutlmv2 layoutlmv3 lilt",
     "of a page's tags": "markuplm",
     "of tables": "tapas",
     "of bytes of any kind": "perceiver",
-    "of images": "modernvbert ultravbert",
+    "of images or sound": "modernvbert ultravbert emu3 fuyu git got_ocr2 mllama moshi moss_transcribe_diarize musicgen "
+    "musicgen_melody phi4_multimodal trocr whisper",
 }
 CLASSIFIERS = [
     kind
     for kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if not any(kind in kinds.split() for kinds in NOT_TEXT.values())
 ]
-CAUSAL_ONLY = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in CLASSIFIERS]
+CAUSAL_ONLY = [
+    kind
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind not in CLASSIFIERS and not any(kind in kinds.split() for kinds in NOT_TEXT.values())
+]
 
 # What a config's fields are set to where it has them, whatever its type.
 SIZES: dict[str, Any] = {
@@ -236,7 +242,8 @@ class Specimen:
                     found.append(float(self._model(**given).logits.flatten()[0]))
                 else:
                     inner = self._model.base_model
-                    hidden = (self._model.model if inner is self._model else inner)(**given).last_hidden_state
+                    inner = self._model.model if inner is self._model else inner
+                    hidden = inner(**given, use_cache=False).last_hidden_state
                     found.append(float(hidden[0, -1] @ self._head[0]))
         return np.array(found)
 
@@ -315,7 +322,7 @@ def _line(row: Row, precisions: tuple[str, ...]) -> str:
     if row.found:
         cells = [f"{row.found['fp32'].furthest:.0e}"]
         others = [row.found.get(name) for name in precisions if name != "fp32"]
-        cells += ["refused" if found is None else f"{found.rms:.0e}" for found in others]
+        cells += ["" if found is None else f"{found.rms:.0e}" for found in others]
         return f"| {row.kind} | {row.outcome} | {'yes' if row.reuses else 'no'} | {' | '.join(cells)} | |"
     reason = re.sub(r"\s*\|\s*", " ", row.reason.split("; this backbone cannot be exported yet")[0])
     return f"| {row.kind} | {row.outcome} | | {' | ' * (len(precisions) - 1)} | {reason[:240]} |"
