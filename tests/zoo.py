@@ -314,6 +314,10 @@ def _apart(kind: str, precisions: tuple[str, ...]) -> Row:
         time.sleep(0.01)
     if not data:
         return Row(kind, "fault", f"its process ended without a result after {time.monotonic() - began:.0f} s")
+    return _read_row(data)
+
+
+def _read_row(data: bytes | str) -> Row:
     raw = json.loads(data)
     return Row(**raw | {"found": {name: Found(**each) for name, each in raw["found"].items()}})
 
@@ -358,8 +362,8 @@ def main(page: Path, types: str | None, precisions: str, kept: Path | None) -> N
     known: dict[str, Row] = {}
     if kept is not None and kept.exists():
         for line in kept.read_text(encoding="utf-8").splitlines():
-            raw = json.loads(line)
-            known[raw["kind"]] = Row(**raw | {"found": {name: Found(**each) for name, each in raw["found"].items()}})
+            row = _read_row(line)
+            known[row.kind] = row
     rows: dict[str, list[Row]] = {}
     for title, kinds in parts.items():
         for kind in kinds if chosen is None else [kind for kind in chosen if kind in kinds]:

@@ -23,7 +23,7 @@ from rewardrt_export.checkpoint import Checkpoint
 from rewardrt_export.model.backbone import load, meta_backbone
 from rewardrt_export.model.heads import RewardHead
 from rewardrt_export.precisions.calibrate import LONGEST, Calibration
-from rewardrt_export.tracing.experts import weight_of_expert
+from rewardrt_export.tracing.experts import through_expert, weight_of_expert
 
 
 def spread(rewards: Sequence[tuple[float, ...]]) -> float:
@@ -95,14 +95,9 @@ def _score_text(model: PreTrainedModel, head: RewardHead, spec: Spec, text: Enco
 def _observed_experts(module: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Compute a mixture expert by expert, by the products that `_Watch` has put into the module."""
     found = torch.zeros_like(hidden)
-    first = "gate_up_proj" if module.has_gate else "up_proj"
     for expert in chosen.unique().tolist():
         tokens, places = torch.where(chosen == expert)
-        rows = module.observed(first, expert, hidden[tokens])
-        rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-        rows = module.observed("down_proj", expert, rows)
-        if module.has_post_expert_norm:
-            rows = module.post_expert_norm(rows)
+        rows = through_expert(module, hidden[tokens], partial(module.observed, expert))
         found = found.index_add(0, tokens, rows * weights[tokens, places, None])
     return found
 
@@ -146,7 +141,7 @@ class _Watch:
             return embedding.requires_grad_(True).clone()
         return None
 
-    def _multiply(self, name: str, experts: Any, part: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
+    def _multiply(self, name: str, experts: Any, expert: int, part: str, rows: torch.Tensor) -> torch.Tensor:
         """Multiply rows with a weight of one expert, which is watched as that of a layer is."""
         weight = getattr(experts, part)[expert]
         if self._on:

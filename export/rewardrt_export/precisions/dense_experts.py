@@ -85,7 +85,7 @@ def _after(value: ir.Value, kind: str) -> ir.Node:
         node = next((usage.node for usage in value.uses()), None)
         if node is None:
             break
-        if node.op_type == kind and len(node.inputs) == (2 if kind == "MatMul" else len(node.inputs)):
+        if node.op_type == kind:
             weight = node.inputs[1] if kind == "MatMul" else None
             if weight is None or (not weight.is_initializer() and _of_initializer(weight) is None):
                 return node

@@ -17,10 +17,9 @@ from onnxscript import BOOL, FLOAT, opset23
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
-from rewardrt.errors import TraceError
 from rewardrt_export.model.backbone import backbone_class
 from rewardrt_export.tracing.attention_masks import Reach, mask_hook, watched_masks
-from rewardrt_export.tracing.bidirectional import HARMLESS, bidirectional_hook, onnx_bidirectional_attention
+from rewardrt_export.tracing.bidirectional import bidirectional_hook, onnx_bidirectional_attention, refuse_unknown
 
 # The names under which the hooks are registered with transformers, for decoders and for encoders.
 ATTENTION, BIDIRECTIONAL = "rewardrt", "rewardrt-bidirectional"
@@ -142,13 +141,7 @@ def _attention_hook(
 ) -> tuple[torch.Tensor, None]:
     """Stand in for transformers' attention functions; returns [batch, tokens, heads, value_dim] as they do."""
     sinks = others.pop("s_aux", None)
-    odd = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
-    masked = attention_mask is not None and watched_masks() is None
-    if odd or masked or getattr(module, "is_causal", True) is not True:
-        raise TraceError(
-            f"{type(module).__name__} asks for attention that is not plainly causal ({', '.join(odd) or 'mask'}); "
-            "this backbone cannot be exported yet"
-        )
+    refuse_unknown(module, attention_mask, others, causal=True)
     if (watch := watched_masks()) is not None:
         prefix.reaches.append(watch.reach(module, attention_mask, int(sliding_window or 0), bidirectional=False))
     reach = prefix.reaches[len(prefix.present)]

@@ -12,10 +12,25 @@ from rewardrt.errors import TraceError
 from rewardrt_export.tracing.attention_masks import Reach, watched_masks
 
 # What transformers may pass to an attention function without changing its maths.
-HARMLESS = {
+_HARMLESS = {
     "cache_position", "deterministic", "is_causal", "layer_type", "num_items_in_batch", "output_attentions",
     "output_hidden_states", "past_key_values", "position_embeddings", "position_ids", "return_dict", "use_cache",
 }  # fmt: skip
+
+
+def refuse_unknown(module: nn.Module, mask: torch.Tensor | None, others: dict[str, Any], *, causal: bool) -> None:
+    """Raise TraceError where a layer asks its hook for more than plain attention of a decoder, or of an encoder.
+
+    `mask` is what it was given, which only a pass with watched masks has, and `others` the arguments without a name.
+    """
+    odd = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    masked = mask is not None and watched_masks() is None
+    stated = getattr(module, "is_causal", causal)
+    if odd or masked or (stated is not True if causal else stated):
+        raise TraceError(
+            f"{type(module).__name__} asks for attention that is not plainly {'causal' if causal else 'bidirectional'} "
+            f"({', '.join(odd) or 'mask'}); this backbone cannot be exported yet"
+        )
 
 
 @torch.library.custom_op("rewardrt::bidirectional_attention", mutates_args=())
@@ -93,13 +108,7 @@ def bidirectional_hook(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stand in for transformers' attention functions in an encoder, as the decoder's hook does."""
-    odd = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
-    masked = attention_mask is not None and watched_masks() is None
-    if odd or masked or getattr(module, "is_causal", False):
-        raise TraceError(
-            f"{type(module).__name__} asks for attention that is not plainly bidirectional "
-            f"({', '.join(odd) or 'mask'}); this backbone cannot be exported yet"
-        )
+    refuse_unknown(module, attention_mask, others, causal=False)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if (watch := watched_masks()) is not None:
         reach = watch.reach(module, attention_mask, int(sliding_window or 0), bidirectional=True)

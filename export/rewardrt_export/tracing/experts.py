@@ -132,17 +132,23 @@ def _experts_hook(
     given = hidden.index_select(0, torch.div(order, top, rounding_mode="trunc"))
     # [1, rows, width]: of two axes, the exporter makes a Gemm, which no precision knows.
     rows = torch.ops.rewardrt.to_experts(given.unsqueeze(0), counts)
-    if module.has_gate:
-        rows = module._apply_gate(_product(module, "gate_up_proj", rows))
-    else:
-        rows = module.act_fn(_product(module, "up_proj", rows))
-    rows = _product(module, "down_proj", rows)
-    if module.has_post_expert_norm:
-        rows = module.post_expert_norm(rows)
+    rows = through_expert(module, rows, partial(_product, module))
     rows = torch.ops.rewardrt.from_experts(rows).squeeze(0)
     place = torch.ops.rewardrt.order_of(order)
     # A product, not a sum over experts: onnxruntime adds those in another order when there are other tokens.
     return torch.bmm(weights.to(rows.dtype).unsqueeze(1), rows.index_select(0, place).view(-1, top, width)).squeeze(1)
+
+
+def through_expert(
+    module: Any, rows: torch.Tensor, multiply: Callable[[str, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Compute one expert over its rows; `multiply` takes a product with one of its weights, by the weight's name."""
+    if module.has_gate:
+        rows = module._apply_gate(multiply("gate_up_proj", rows))
+    else:
+        rows = module.act_fn(multiply("up_proj", rows))
+    rows = multiply("down_proj", rows)
+    return module.post_expert_norm(rows) if module.has_post_expert_norm else rows
 
 
 def _product(module: Any, name: str, rows: torch.Tensor) -> torch.Tensor:
