@@ -32,7 +32,7 @@ ORDER = {
     "rewardrt_export": """
         source: foreign weights adapter_config adapters chat_template layouts config multimodal padding tokenizer tokenizer_files
           tokenizer_loader folder
-        model: length_limits backbone heads
+        model: length_limits logits backbone heads
         families: draft encoder objectives openrlhf sequence_classification gated general_preference ldl linear_heads
           language_model_head lm_row mlp_head pair_preference pairrm process urm value_head listing
         checkpoint explain

@@ -139,10 +139,20 @@ def test_a_plain_language_model_is_not_taken_for_a_pair_preference_model(tmp_pat
         choose_family(read_source(tmp_path / "rm"))
 
 
-def test_capped_logits_and_a_missing_template_are_refused(tmp_path: Path) -> None:
-    write_pair_preference(tmp_path / "capped", "gemma2")
-    with pytest.raises(CheckpointError, match="final_logit_softcapping changes the logits"):
-        export(tmp_path / "capped", tmp_path / "bundle", family="pair-preference")
+def test_capped_logits_are_capped(tmp_path: Path) -> None:
+    model = write_pair_preference(tmp_path / "rm", "gemma2")  # whose class caps its logits, in torch too
+    export(tmp_path / "rm", tmp_path / "bundle", family="pair-preference")
+    runtime = RewardModel.load(tmp_path / "bundle", provider="cpu")
+    assert runtime.spec.heads[0].softcap == 30.0
+    rows = make_pairs(8, longest=10)
+    expected = np.array(
+        [probability(model, make_tokenizer(), row["prompt"], [row["chosen"], row["rejected"]])[1] for row in rows]
+    )
+    found = np.array([row["margin"] for row in score(runtime, rows)])
+    assert np.abs(found - expected).max() < TOLERANCE * expected.std()
+
+
+def test_a_missing_template_is_refused(tmp_path: Path) -> None:
     write_pair_preference(tmp_path / "bare", tokenizer=make_tokenizer(template=None))
     with pytest.raises(CheckpointError, match="the tokenizer has no chat template"):
         export(tmp_path / "bare", tmp_path / "bundle", family="pair-preference")

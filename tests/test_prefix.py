@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+import zoo
 from checkpoints import write_sequence_classification
 from checkpoints_process import write_qwen_prm
 from rewardrt import RewardModel
@@ -58,17 +59,35 @@ def rewards(model: RewardModel, texts: Sequence[EncodedText]) -> list[float]:
     return [float(value[0]) for value in found]  # type: ignore[index]
 
 
+@pytest.fixture(scope="module", params=["jamba", "lfm2", "mamba2", "qwen3_next"])
+def state_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Selective scans beside attention, convolutions beside attention, Mamba-2 alone, a gated delta rule."""
+    folder = tmp_path_factory.mktemp("states")
+    return zoo.Specimen(request.param, folder / "checkpoint").export(folder / "bundle", ("fp32",)).path
+
+
 @pytest.mark.parametrize("chunk", [4, 7, 40, 10_000])
 def test_sharing_and_parts_do_not_show_in_a_bit(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    check_sharing_and_parts(tiny_bundle, monkeypatch, chunk)
+
+
+@pytest.mark.parametrize("chunk", [4, 40, 10_000])
+def test_nor_do_they_with_layers_that_keep_a_state(
+    state_bundle: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    check_sharing_and_parts(state_bundle, monkeypatch, chunk)
+
+
+def check_sharing_and_parts(bundle: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(prefix, "CHUNK", 10_000)
-    plain = RewardModel.load(tiny_bundle, provider="cpu", prefix_reuse=False)
-    texts = awkward_texts(400)
+    plain = RewardModel.load(bundle, provider="cpu", prefix_reuse=False)
+    texts = awkward_texts(zoo.VOCABULARY)
     expected = [rewards(plain, [text])[0] for text in texts]
     assert plain.statistics.shared == 0
     assert len(set(expected)) >= len(texts) - 5  # the rewards tell the texts apart
     monkeypatch.setattr(prefix, "CHUNK", chunk)
     for cache in (0, 1, 64):
-        model = RewardModel.load(tiny_bundle, provider="cpu", prefix_cache_mb=cache)
+        model = RewardModel.load(bundle, provider="cpu", prefix_cache_mb=cache)
         for seed, size in ((1, 1), (2, 10), (3, len(texts))):
             order = np.random.default_rng(seed).permutation(len(texts)).tolist()
             for start in range(0, len(order), size):
@@ -93,6 +112,28 @@ def test_one_prompt_of_sixteen_answers_is_computed_once(model: RewardModel) -> N
     rewards(model, texts)
     assert model.statistics.given - before.given == 16 * 121
     assert model.statistics.computed - before.computed == 100 + 16 * 21
+
+
+def test_so_is_one_with_layers_that_keep_a_state(state_bundle: Path) -> None:
+    prompt = list(range(5, 105))
+    texts = [encoded([*prompt, 200 + answer, *range(9, 29)]) for answer in range(16)]
+    deeper = [encoded([*prompt, 199, *range(40, 70), 200 + answer, *range(9, 29)]) for answer in range(4)]
+    model = RewardModel.load(state_bundle, provider="cpu")
+    rewards(model, [*texts, *deeper])
+    assert model.statistics.given == 16 * 121 + 4 * 152
+    # The first of those that share more is computed from the prompt on, and stops where the others go on.
+    assert model.statistics.computed == 100 + 16 * 21 + 31 + 4 * 21
+
+
+def test_calls_end_where_a_state_is_wanted() -> None:
+    text = encoded(list(range(1000)))
+    assert prefix.state_stops(0, text, [600, 600, 100, 90, 0], 16) == [90, 600]  # 100 is too near to 90
+    assert prefix.state_stops(590, text, [600, 700], 16) == [700]
+    assert prefix.state_stops(0, text, [60, 2000], 80) == [998]  # two tokens are left
+    assert prefix.state_stops(0, text, range(50, 1000, 50), 16) == list(range(600, 1000, 50))
+    assert prefix.chunk_ends(0, text, [90, 600]) == [90, 345, 600, 800, 1000]
+    early = EncodedText(np.arange(1000), 0, np.array([300, 999]))
+    assert prefix.state_stops(0, early, [500], 16) == [300]
 
 
 def test_positions_that_are_read_are_never_shared() -> None:
@@ -122,19 +163,19 @@ def test_the_cache_keeps_within_its_budget_and_drops_the_least_recently_used() -
     cache.keep(np.array(first), values(96))
     cache.keep(np.array(second), values(96))
     assert cache.nbytes == 2 * 96 * 16
-    assert cache.find(encoded([*first, 7, 8])) is not None
+    assert cache.find(encoded([*first, 7, 8]))[0] is not None
     cache.keep(np.array(third), values(96))
     assert cache.nbytes == 2 * 96 * 16
-    assert cache.find(encoded([*second, 7, 8])) is None
-    found = cache.find(encoded([*first[:50], 7, 8]))
-    assert found is not None
+    assert cache.find(encoded([*second, 7, 8])) == (None, 0)
+    found, known = cache.find(encoded([*first[:50], 7, 8]))
+    assert found is not None and known == 48
     assert found.arrays[0].tobytes() == values(48).arrays[0].tobytes()  # whole blocks of 16
 
 
 def test_a_text_over_the_budget_leaves_its_beginning() -> None:
     cache = prefix.PrefixCache(40 * 16, prefix.MIN_SHARED)
     cache.keep(np.arange(100), values(100))
-    found = cache.find(encoded(list(range(100))))
+    found, _ = cache.find(encoded(list(range(100))))
     assert (cache.nbytes, found and found.tokens) == (32 * 16, 32)
 
 
@@ -153,6 +194,46 @@ def test_prompts_behind_one_system_prompt_stay_in_the_cache_side_by_side(tiny_bu
             rewards(model, [encoded([*prompt, 300 + answer, *range(9, 24)])])
     assert model.statistics.given == 16 * 112
     assert model.statistics.computed == 112 + 80 + 14 * 16
+
+
+def test_the_second_prompt_behind_a_system_prompt_stops_where_the_third_goes_on(state_bundle: Path) -> None:
+    """A call leaves states where it ends; one that finds tokens without a state stops there for the next."""
+    model = RewardModel.load(state_bundle, provider="cpu", prefix_cache_mb=64)
+    prompts = [[*range(5, 37), *range(start, start + 64)] for start in (100, 200)]
+    computed = []
+    for answer in range(8):
+        for prompt in prompts:
+            before = model.statistics.computed
+            rewards(model, [encoded([*prompt, 270 + answer, *range(9, 24)])])
+            computed.append(model.statistics.computed - before)
+    assert computed == [112, 112, 80, 80, *[16] * 12]
+
+
+def state_values(tokens: int, *ends: int) -> KeyValues:
+    return KeyValues(values(tokens).arrays, {end: (np.full((1, 4), end, np.float32),) for end in ends})
+
+
+def test_a_beginning_ends_where_there_is_a_state() -> None:
+    held = state_values(100, 40, 64, 100)
+    assert held.first(100) is held
+    for wanted, got in ((99, 64), (64, 64), (63, 40)):
+        found = held.first(wanted)
+        assert found is not None and found.tokens == got and max(found.states) == got
+        assert found.arrays[0].tobytes() == values(got).arrays[0].tobytes()
+    assert held.first(39) is None
+    assert KeyValues((), held.states).tokens == 100  # of a model without attention
+    assert held.bytes == 100 * 16 + 3 * 16
+
+
+def test_the_cache_gives_what_ends_with_a_state_and_takes_one_that_comes_later() -> None:
+    cache = prefix.PrefixCache(10_000, prefix.MIN_SHARED, with_states=True)
+    text = encoded(list(range(96)))
+    cache.keep(text.ids, state_values(96, 96))
+    assert cache.find(encoded([*range(80), 7, 8])) == (None, 80)
+    cache.keep(text.ids, state_values(96, 48, 96))
+    found, known = cache.find(encoded([*range(80), 7, 8]))
+    assert (found and (found.tokens, list(found.states)), known) == ((48, [48]), 80)
+    assert cache.nbytes == 96 * 16 + 2 * 16
 
 
 def test_a_process_model_shares_only_what_comes_before_its_first_step(steps_bundle: Path) -> None:

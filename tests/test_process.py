@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,6 @@ from rewardrt.scoring.scored import fill_row
 from rewardrt.text.items import Steps
 from rewardrt.text.rows import parse_row
 from rewardrt_export.checkpoint import read_checkpoint
-from rewardrt_export.families.language_model_head import token_rows
 from rewardrt_export.pipeline import export
 from texts import make_texts
 
@@ -524,11 +522,3 @@ def test_an_encoder_that_labels_tokens_is_no_process_model(tmp_path: Path) -> No
     make_tokenizer().save_pretrained(tmp_path / "tagger")
     with pytest.raises(CheckpointError, match="BertForTokenClassification is not a reward model of a known family"):
         read_checkpoint(tmp_path / "tagger")
-
-
-def test_rows_of_a_head_whose_logits_are_changed_afterwards_are_refused() -> None:
-    source = SimpleNamespace(config=SimpleNamespace(final_logit_softcapping=30.0), stored={})
-    with pytest.raises(
-        CheckpointError, match=r"final_logit_softcapping is 30.0; a row of this LM head is not its logit"
-    ):
-        token_rows(source, (1, 2))  # type: ignore[arg-type]

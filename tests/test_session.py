@@ -85,7 +85,7 @@ def test_rewards_are_those_of_the_valid_tokens(session: GraphSession) -> None:
 
 def test_the_past_is_read_off_the_graph_and_fed_empty(session: GraphSession) -> None:
     names = ["past_key.0", "past_value.0", "past_key.1", "past_value.1"]
-    assert session.past == tuple(PastInput(name, HEADS, HEAD_DIM, np.float32) for name in names)
+    assert session.past == tuple(PastInput(name, (HEADS, 0, HEAD_DIM), np.float32) for name in names)
     assert session.run(ids([1]), np.array([1])).tolist() == [[1.0]]  # 1,000 more for each token of a past
 
 

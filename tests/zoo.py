@@ -119,20 +119,28 @@ _HYBRID: dict[str, Any] = {
 OWN_SIZES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), _LATENT),
     **dict.fromkeys(("minicpm3", "mistral4"), _LATENT_12),
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "jamba": {
         "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1, "mamba_expand": 2,
     },
+    "dots3_note_text": _LATENT,
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "longcat_flash": _LATENT | {"num_layers": 2, "ffn_hidden_size": 64, "zero_expert_num": 2},
     "luke": {"entity_vocab_size": 10, "entity_emb_size": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
     "reformer": {
         "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh", "local"],
         "num_hidden_layers": 3, "is_decoder": False, "num_hashes": 1, "num_buckets": 4,
     },
     "roc_bert": {"pronunciation_vocab_size": 30, "shape_vocab_size": 30, "pronunciation_embed_dim": 16, "shape_embed_dim": 16},
     "xmod": {"default_language": "en_XX"},
-    "zamba": _HYBRID | {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba": _HYBRID | {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
     "zamba2": _HYBRID | {"hybrid_layer_ids": [1], "num_mem_blocks": 1, "use_shared_attention_adapter": False, "adapter_rank": 4},
 }  # fmt: skip
 # Of a model that takes images, its text part, and a small rest.
@@ -176,7 +184,10 @@ def tiny_config(kind: str, labels: int | None = 1) -> PretrainedConfig:
     fields = set(base.to_dict()) - renamed
     values = {name: size for name, size in SIZES.items() if name in fields} | OWN_SIZES.get(kind, {})
     layers, kinds = int(values.get("num_hidden_layers", 3)), getattr(base, "layer_types", None)
-    if kinds and not values.get("layers_block_type") and kind != "jamba":  # whose kinds follow from its periods
+    # Of some types the kinds follow from other fields, and cannot be set.
+    named = getattr(made, "attribute_map", {}).get("layer_types", "layer_types")
+    fixed = any(isinstance(getattr(made, name, None), property) for name in (named, "layer_types"))
+    if kinds and not values.keys() & {"layer_types", "layers_block_type"} and kind != "jamba" and not fixed:
         each = list(dict.fromkeys(kinds))
         values["layer_types"] = (each * layers)[:layers]
     return made(**values, **outputs)

@@ -4,30 +4,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rewardrt.bundle.spec import Layer
+from rewardrt.bundle.spec import Head, Layer
 from rewardrt.errors import CheckpointError
+from rewardrt_export.model.logits import logit_rule
 
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
 NAME = "lm_head.weight"
 TIED_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
-# What some architectures do to the logits after the head; rows alone would not be the model's logits then.
-LOGIT_RULES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def token_rows(source: Source, ids: tuple[int, ...]) -> Layer:
-    """Return the rows of the head which give these tokens' logits.
+def token_head(source: Source, ids: tuple[int, ...], taps: tuple[str, ...] = ("last",)) -> Head:
+    """Return a head that gives these tokens' logits, with the scale and the softcap of the model's class.
 
-    Raises CheckpointError when there is no head, or when its rows are not the model's logits.
+    Raises CheckpointError when there is no head, or when the class does something else to its logits.
     """
-    for name in LOGIT_RULES:
-        value = getattr(source.config, name, None)
-        if value not in (None, 1, 1.0):
-            raise CheckpointError(
-                f"config.json: {name} changes the logits: {name} is {value}; a row of this LM head is not its logit"
-            )
-    return Layer(_head_tensor(source), "lm_head.bias" if "lm_head.bias" in source.stored else None, rows=ids)
+    bias = "lm_head.bias" if "lm_head.bias" in source.stored else None
+    rule = logit_rule(source.config)
+    if bias is not None and rule.before != 1.0:
+        raise CheckpointError(
+            f"{source.architecture} scales the state before a head with a bias; its logits cannot be had of its rows"
+        )
+    layer = Layer(_head_tensor(source), bias, rows=ids)
+    return Head((layer,), taps, scale=rule.before * rule.scale, softcap=rule.softcap)
+
+
+def token_id(source: Source, text: str) -> int:
+    """Return the id of the one token that a text is.
+
+    Raises CheckpointError where the tokenizer makes none or several of it.
+    """
+    ids = source.tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        pieces = ", ".join(repr(source.tokenizer.decode([each])) for each in ids[:6])
+        raise CheckpointError(
+            f"the tokenizer makes {len(ids)} tokens of {text!r} ({pieces or 'nothing'}); expected one, whose logit is "
+            "the reward"
+        )
+    return int(ids[0])
 
 
 def _head_tensor(source: Source) -> str:

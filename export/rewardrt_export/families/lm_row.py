@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rewardrt.bundle.spec import Head, Tap
+from rewardrt.bundle.spec import Tap
 from rewardrt_export.families.draft import Draft, Family
-from rewardrt_export.families.language_model_head import token_rows
+from rewardrt_export.families.language_model_head import token_head
 from rewardrt_export.families.sequence_classification import text_rule
 
 if TYPE_CHECKING:
@@ -16,13 +16,13 @@ ROW = 0
 
 
 def _describe(source: Source) -> Draft:
-    layer = token_rows(source, (ROW,))
+    head = token_head(source, (ROW,))
     return Draft(
-        heads=(Head((layer,)),),
+        heads=(head,),
         text=text_rule(source),
         taps=(Tap("last", "last_mask"),),
         reasons={
-            "heads": f"the reward is the logit of token {ROW}: that row of {layer.weight}",
+            "heads": f"the reward is the logit of token {ROW}: that row of {head.layers[0].weight}",
             "text": "the chat template as it is, with no generation prompt after the answer",
             "taps": "the logit of the first token that the model would generate",
         },

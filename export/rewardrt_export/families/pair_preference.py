@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rewardrt.bundle.spec import Combine, Head, TextRule
+from rewardrt.bundle.spec import Combine, TextRule
 from rewardrt.errors import CheckpointError
 from rewardrt_export.families.draft import Draft, Family
-from rewardrt_export.families.language_model_head import token_rows
+from rewardrt_export.families.language_model_head import token_head, token_id
 
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
@@ -28,10 +28,10 @@ def _describe(source: Source) -> Draft:
         raise CheckpointError(
             "the tokenizer has no chat template; a pair preference model reads the pair as a user turn"
         )
-    layer = token_rows(source, (_letter(source, "A"), _letter(source, "B")))
+    head = token_head(source, (token_id(source, "A"), token_id(source, "B")))
     return Draft(
         input="pairwise",
-        heads=(Head((layer,)),),
+        heads=(head,),
         text=TextRule(
             "chat_template",
             format=FORMAT,
@@ -40,19 +40,10 @@ def _describe(source: Source) -> Draft:
         ),
         combine=Combine("difference"),
         reasons={
-            "heads": f'the rows of {layer.weight} for the tokens "A" and "B"',
+            "heads": f'the rows of {head.layers[0].weight} for the tokens "A" and "B"',
             "text": "the model card: the pair is one user turn, without the BOS that the template writes",
         },
     )
-
-
-def _letter(source: Source, letter: str) -> int:
-    ids = source.tokenizer.encode(letter, add_special_tokens=False)
-    if len(ids) != 1:
-        raise CheckpointError(
-            f"the tokenizer makes {len(ids)} tokens of {letter!r}; expected one, which the model says"
-        )
-    return int(ids[0])
 
 
 PAIR_PREFERENCE = Family(

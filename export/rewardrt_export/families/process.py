@@ -13,7 +13,7 @@ from rewardrt.errors import CheckpointError
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.encoder import ENCODERS
 from rewardrt_export.families.language_model_head import NAME as LM_HEAD
-from rewardrt_export.families.language_model_head import token_rows
+from rewardrt_export.families.language_model_head import token_head
 from rewardrt_export.families.objectives import label_names
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _describe_shepherd(source: Source) -> Draft:
     if probe.count(step) != 2:
         raise CheckpointError(f"the tokenizer makes no token of its own of {SHEPHERD_STEP.strip()!r} after a step")
     return Draft(
-        heads=(Head((token_rows(source, rows),), (STEP,)),),
+        heads=(token_head(source, rows, (STEP,)),),
         input="steps",
         text=rule,
         taps=(Tap(STEP, "all_ids", (step,)),),
@@ -136,7 +136,7 @@ def _describe_rlhflow(source: Source) -> Draft:
     rows = (_ids(source, GOOD)[-1], _ids(source, BAD)[-1])
     answer = _answer_ids(source)
     return Draft(
-        heads=(Head((token_rows(source, rows),), (STEP,)),),
+        heads=(token_head(source, rows, (STEP,)),),
         input="steps",
         text=TextRule(source="chat_template", step_token=GOOD, step_layout="turns"),
         taps=(Tap(STEP, "all_ids", answer, offset=len(answer) - 2),),

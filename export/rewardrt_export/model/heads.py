@@ -79,6 +79,12 @@ class RewardHead(nn.Module):
             reward = first
         if output.function == "softmax":
             reward = torch.softmax(reward, -1)[..., output.index : output.index + 1]
+        elif output.function == "log_odds":
+            others = [place for place in range(reward.shape[-1]) if place != output.index]
+            # Written out: logsumexp's sum is added in an order that depends on the batch.
+            most = reward[..., others].amax(-1, keepdim=True)
+            rest = _weighted_sum(torch.exp(reward[..., others] - most), torch.ones(len(others)))
+            reward = reward[..., output.index : output.index + 1] - most - torch.log(rest)
         elif output.function == "sigmoid":
             reward = torch.sigmoid(reward)
         elif output.function == "negate":
@@ -100,6 +106,10 @@ class RewardHead(nn.Module):
                 weight = self.get_parameter(f"norm_{index}_{number}")
                 bias = getattr(self, f"norm_bias_{index}_{number}", None)
                 state = nn.functional.layer_norm(state, state.shape[-1:], weight, bias, layer.norm_eps)
+        if head.scale != 1.0:
+            state = state * head.scale
+        if head.softcap:
+            state = head.softcap * torch.tanh(state / head.softcap)
         if head.reduce != "none":
             groups = state.unflatten(-1, (-1, head.group))
             weights = torch.full((head.group,), 1 / head.group)
@@ -185,7 +195,8 @@ def _check_values(name: str, values: torch.Tensor) -> None:
 def _check_sizes(spec: Spec, sizes: list[int]) -> None:
     """Check that the heads give as many values as the combine rule and the output take."""
     rule, name = spec.combine.rule, spec.heads[0].layers[-1].weight
-    if rule == "none" and spec.output.function != "softmax" and sizes != [1]:
+    chooses = spec.output.function in ("softmax", "log_odds")
+    if rule == "none" and not chooses and sizes != [1]:
         raise CheckpointError(
             f"{name}: {sizes[0]} outputs; expected a reward model with one, or --weights for each{_named(spec)}"
         )
@@ -201,8 +212,10 @@ def _check_sizes(spec: Spec, sizes: list[int]) -> None:
             f"{name}: {sizes[0]} outputs; expected an even number for a skew product, and half as many of its gate, "
             f"found {sizes[1:] or 'none'}"
         )
-    if spec.output.function == "softmax" and not spec.output.index < sizes[0]:
+    if chooses and not spec.output.index < sizes[0]:
         raise CheckpointError(f"{name}: {sizes[0]} outputs, the spec takes the softmax's number {spec.output.index}")
+    if spec.output.function == "log_odds" and sizes[0] < 2:
+        raise CheckpointError(f"{name}: 1 output; log-odds need at least two")
     if spec.output.labels and len(spec.output.labels) != sizes[0]:
         raise CheckpointError(f"{name}: {sizes[0]} outputs, but {len(spec.output.labels)} labels")
 

@@ -30,15 +30,17 @@ _POINTWISE = ("Add", "Gelu", "Mul", "Relu", "Sigmoid")
 def halve(model: ir.Model) -> ir.Model:
     """Let products with the backbone's weights, attention, and what lies between them be float16, in place.
 
-    Before: weights are float32 initializers named `backbone.*`, and every value has a type. After: past and present are
-    float16, of one text or of as many as there are rows; norms, sums and heads read float32; no weight is stored twice.
+    Before: weights are float32 initializers named `backbone.*`, and every value has a type. After: keys and values are
+    float16, and they and the states of a past are of one text or of as many as there are rows; norms, sums, states and
+    heads are float32; no weight is stored twice.
     Raises ExportError for a weight that float16 cannot hold, when the model is saved.
     """
     pool_early(model, standard=True)
     store(model, _SMALL)
     past = [value for value in model.graph.inputs if str(value.name).startswith("past_")]
     for value in past:
-        value.type = ir.TensorType(_SMALL)
+        if not str(value.name).startswith("past_state."):
+            value.type = ir.TensorType(_SMALL)
     if past:
         share_past(model.graph, past)
     halver = _Halver(model.graph)
@@ -49,21 +51,24 @@ def halve(model: ir.Model) -> ir.Model:
 
 
 def share_past(graph: ir.Graph, past: list[ir.Value]) -> None:
-    """Let keys and values of one text stand for those of every row: the answers to a prompt are one batch after it.
+    """Let the past of one text stand for that of every row: the answers to a prompt are one batch after it.
 
     Before: the past [batch, ...] has as many rows as `input_ids`. After: it may have one, and is read expanded.
     """
     tape = Tape()
     ids = next(value for value in graph.inputs if value.name == "input_ids")
-    ones = register(graph, ir.tensor(np.ones(3, np.int64), name="past.ones"))
-    shape = tape.op("Concat", [tape.op("Shape", [ids], {"start": 0, "end": 1}), ones], {"axis": 0})
+    batch = tape.op("Shape", [ids], {"start": 0, "end": 1})
+    shapes = {}
     for value in past:
-        rows = tape.op("Expand", [value, shape])
+        assert value.shape is not None
+        if (axes := len(value.shape)) not in shapes:
+            ones = register(graph, ir.tensor(np.ones(axes - 1, np.int64), name=f"past.ones.{axes - 1}"))
+            shapes[axes] = tape.op("Concat", [batch, ones], {"axis": 0})
+        rows = tape.op("Expand", [value, shapes[axes]])
         rows.name = f"{value.name}.rows"
         rows.shape, rows.type = value.shape, value.type
         value.replace_all_uses_with(rows)
         rows.producer().replace_input_with(0, value)  # type: ignore[union-attr]
-        assert value.shape is not None
         value.shape = ir.Shape([PAST_BATCH, *value.shape[1:]])
     graph.insert_before(graph[0], tape.nodes)
 

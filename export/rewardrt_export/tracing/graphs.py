@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from rewardrt_export.model.backbone import first_position
 from rewardrt_export.model.heads import RewardHead
 from rewardrt_export.tracing.attention import BIDIRECTIONAL, prefix
 from rewardrt_export.tracing.bidirectional import padding_masks
+from rewardrt_export.tracing.state_layers import layer_states
 
 
 class CausalGraph(nn.Module):
@@ -32,16 +34,20 @@ class CausalGraph(nn.Module):
         self,
         input_ids: torch.Tensor,  # [batch, tokens] int64, right-padded
         lengths: torch.Tensor,  # [batch] int64
-        past_keys: list[torch.Tensor],
-        past_values: list[torch.Tensor],
+        past_keys: Sequence[torch.Tensor] = (),  # of each layer with attention
+        past_values: Sequence[torch.Tensor] = (),
+        past_states: Sequence[torch.Tensor] = (),  # of each function that keeps one
         positions: torch.Tensor | None = None,  # [batch, taps] int64
     ) -> tuple[torch.Tensor, ...]:
         prefix.begin(list(zip(past_keys, past_values, strict=True)))
+        layer_states.begin(list(past_states))
         batch, tokens = input_ids.shape
-        place = (torch.arange(tokens) + past_keys[0].shape[2]).unsqueeze(0).expand(batch, tokens)
+        past = past_keys[0].shape[2] if past_keys else 0  # without attention nothing asks where a token stands
+        place = (torch.arange(tokens) + past).unsqueeze(0).expand(batch, tokens)
         hidden = self.backbone(input_ids=input_ids, position_ids=place, use_cache=False).last_hidden_state
         rewards = rewards_of(self.head, hidden, lengths, positions, self.every_token)
-        return (*rewards, *[tensor for layer in range(len(past_keys)) for tensor in prefix.present[layer]])
+        kept = [tensor for layer in range(len(past_keys)) for tensor in prefix.present[layer]]
+        return (*rewards, *kept, *layer_states.present)
 
 
 class WholeTextGraph(nn.Module):
@@ -72,6 +78,7 @@ class WholeTextGraph(nn.Module):
         batch, tokens = input_ids.shape
         padding_masks.begin(tokens, lengths)
         prefix.begin(None)
+        layer_states.begin(None)
         place = torch.arange(tokens).unsqueeze(0)
         inputs = {
             "input_ids": input_ids,

@@ -22,6 +22,17 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class PastShape:
+    """What a decoder's graph takes of a past: of each attention layer, and the sizes of each state without the batch.
+
+    A graph that takes none has no layers and no states.
+    """
+
+    layers: Sequence[AttentionShape] = ()
+    states: Sequence[tuple[int, ...]] = ()
+
+
+@dataclass(frozen=True)
 class Signature:
     """What a graph is traced with: sample inputs, which of their axes are dynamic, and the names of the contract."""
 
@@ -31,8 +42,9 @@ class Signature:
     output_names: list[str]
 
 
-def signature_of(spec: Spec, layers: Sequence[AttentionShape], every_token: bool) -> Signature:
-    """Make the signature of a spec's graph; `layers` are those that take a past. To be called where fakes are made."""
+def signature_of(spec: Spec, taken: PastShape, every_token: bool) -> Signature:
+    """Make the signature of a spec's graph, which takes such a past. To be called where fakes are made."""
+    layers = taken.layers
     batch, tokens, past = (torch.export.Dim(name) for name in ("batch", "tokens", "past"))
     inputs: dict[str, Any] = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "lengths": torch.full((2,), 5)}
     axes: dict[str, Any] = {"input_ids": {0: batch, 1: tokens}, "lengths": {0: batch}}
@@ -44,6 +56,11 @@ def signature_of(spec: Spec, layers: Sequence[AttentionShape], every_token: bool
         axes |= {name: [{0: batch, 2: past} for _ in layers] for name in ("past_keys", "past_values")}
         names += [f"past_{part}.{i}" for part in ("key", "value") for i in range(len(layers))]
         outputs += [f"present_{part}.{i}" for i in range(len(layers)) for part in ("key", "value")]
+    if taken.states:
+        inputs["past_states"] = [torch.zeros(2, *sizes) for sizes in taken.states]
+        axes["past_states"] = [{0: batch} for _ in taken.states]
+        names += [f"past_state.{i}" for i in range(len(taken.states))]
+        outputs += [f"present_state.{i}" for i in range(len(taken.states))]
     if spec.text.type_ids:
         inputs["token_type_ids"] = torch.zeros(2, 5, dtype=torch.long)
         axes["token_type_ids"] = {0: batch, 1: tokens}
@@ -69,5 +86,6 @@ def name_axes(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.name is not None and value.shape is not None
         kind = value.name.split(".")[0]
-        axes = names.get(kind) or (past if kind.startswith("past") else total)
+        state = ("batch", *[None] * (len(value.shape) - 1)) if kind in ("past_state", "present_state") else None
+        axes = names.get(kind) or state or (past if kind.startswith("past") else total)
         value.shape = ir.Shape([axis or size for axis, size in zip(axes, value.shape, strict=True)])

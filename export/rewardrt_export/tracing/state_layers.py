@@ -8,7 +8,8 @@ The recurrences are all of one kind, over tokens t, with a state S [keys, values
     o_t = S_t^T q_t
 
 onnxruntime has one operator for them, `LinearAttention`, which goes from token to token: a text has the same bits
-however it is cut. The convolutions before them are sums of shifted products, element by element.
+however it is cut. The convolutions before them are sums of shifted products, element by element; their state is the
+last tokens that they were given. States of a past go in and come out like keys and values: see `layer_states`.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ def linear_attention(
     key: torch.Tensor,  # [batch, tokens, heads * keys]
     value: torch.Tensor,  # [batch, tokens, heads * values]
     decay: torch.Tensor,  # [batch, tokens, heads], or heads * keys: g
+    past_state: torch.Tensor,  # [batch, heads, keys, values]
     beta: torch.Tensor | None,  # [batch, tokens, heads]: b; None: the gated rule
     heads: int,
-) -> torch.Tensor:
-    """Compute a recurrence over the tokens of each text; gives o [batch, tokens, heads * values]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute a recurrence over the tokens of each text; gives o [batch, tokens, heads * values] and the last S."""
     raise NotImplementedError("this operator exists to be traced")
 
 
@@ -49,10 +51,11 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     decay: torch.Tensor,
+    past_state: torch.Tensor,
     beta: torch.Tensor | None,
     heads: int,
-) -> torch.Tensor:
-    return torch.empty_like(value)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(value), torch.empty_like(past_state)
 
 
 _OPTIONAL = OpSchema.FormalParameterOption.Optional
@@ -77,17 +80,58 @@ _LINEAR_ATTENTION = Op(Opset(DOMAIN, 1), "LinearAttention", _SCHEMA)
 
 
 def _onnx_linear_attention(
-    query: FLOAT, key: FLOAT, value: FLOAT, decay: FLOAT, beta: FLOAT | None, heads: int
-) -> FLOAT:
+    query: FLOAT, key: FLOAT, value: FLOAT, decay: FLOAT, past_state: FLOAT, beta: FLOAT | None, heads: int
+) -> tuple[FLOAT, FLOAT]:
     rule = "gated" if beta is None else "gated_delta"
     given = {"q_num_heads": heads, "kv_num_heads": heads, "scale": 1.0, "update_rule": rule}
-    return _LINEAR_ATTENTION(query, key, value, None, decay, beta, **given)[0]
+    found: tuple[FLOAT, FLOAT] = _LINEAR_ATTENTION(query, key, value, past_state, decay, beta, **given)
+    return found
 
 
 # How the exporter writes the custom operator.
 STATE_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.rewardrt.linear_attention.default: _onnx_linear_attention,
 }
+
+
+class LayerStates:
+    """The states of a forward pass, handed to the functions that keep one in the order in which they are called."""
+
+    def __init__(self) -> None:
+        self._past: list[torch.Tensor] | None = None
+        self.present: list[torch.Tensor] = []
+
+    def begin(self, past: list[torch.Tensor] | None) -> None:
+        """Begin a pass with these states; None: with those of no tokens, of whichever shapes."""
+        self._past, self.present = past, []
+
+    def past(self, like: torch.Tensor, *sizes: int) -> torch.Tensor:
+        """Return the state [batch, *sizes] that the next function goes on from: zeros, where there is no past."""
+        if self._past is not None:
+            return self._past[len(self.present)]
+        return like.new_zeros((like.shape[0], *sizes), dtype=torch.float32)
+
+    def add(self, state: torch.Tensor) -> None:
+        """Take in the state after all tokens of the function that comes next."""
+        self.present.append(state)
+
+
+layer_states = LayerStates()
+
+
+def _recurrence(
+    query: torch.Tensor,  # [batch, tokens, heads * keys], as is the key
+    key: torch.Tensor,
+    value: torch.Tensor,  # [batch, tokens, heads * values]
+    decay: torch.Tensor,  # [batch, tokens, heads], or heads * keys
+    beta: torch.Tensor | None,
+    heads: int,
+) -> torch.Tensor:
+    """Compute a recurrence that goes on from the pass's states; returns o [batch, tokens, heads * values]."""
+    past = layer_states.past(value, heads, key.shape[2] // heads, value.shape[2] // heads)
+    found, present = torch.ops.rewardrt.linear_attention(query, key, value, decay, past, beta, heads)
+    layer_states.add(present)
+    return found
 
 
 def _causal_conv1d(
@@ -99,7 +143,8 @@ def _causal_conv1d(
 ) -> torch.Tensor:
     """Convolve each channel with its own kernel, over a token and those before it."""
     tokens, size = hidden_states.shape[2], weight.shape[1]
-    padded = nn.functional.pad(hidden_states, (size - 1, 0))
+    padded = torch.cat([layer_states.past(hidden_states, hidden_states.shape[1], size - 1), hidden_states], dim=2)
+    layer_states.add(padded[:, :, tokens:])
     found = padded[:, :, :tokens] * weight[:, :1]
     for place in range(1, size):
         found = found + padded[:, :, place : place + tokens] * weight[:, place : place + 1]
@@ -129,7 +174,7 @@ def _delta_rule(
         query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS) for x in (query, key))
     query = query * query.shape[3] ** -0.5
     query, key = (x.repeat_interleave(shared, dim=2) if shared > 1 else x for x in (query, key))
-    found = torch.ops.rewardrt.linear_attention(_flat(query), _flat(key), _flat(value), g.float(), beta.float(), heads)
+    found = _recurrence(_flat(query), _flat(key), _flat(value), g.float(), beta.float(), heads)
     return found.view(value.shape), None
 
 
@@ -152,7 +197,7 @@ def _mamba2(
     dt = torch.clamp(nn.functional.softplus(dt) if dt_softplus else dt, dt_limit[0], dt_limit[1])
     B, C = (x.repeat_interleave(shared, dim=2) if shared > 1 else x for x in (B, C))
     value = hidden_states * dt.unsqueeze(-1)
-    found = torch.ops.rewardrt.linear_attention(_flat(C), _flat(B), _flat(value), A * dt, None, heads)
+    found = _recurrence(_flat(C), _flat(B), _flat(value), A * dt, None, heads)
     found = found.view(hidden_states.shape)
     return found if D is None else found + D.unsqueeze(-1) * hidden_states
 
@@ -180,7 +225,7 @@ def _mamba(
         for each in (B, C)
     )
     decay = (dt.unsqueeze(-1) * A).reshape(batch, tokens, channels * keys)
-    found = torch.ops.rewardrt.linear_attention(C, B, dt * x, decay, None, channels)
+    found = _recurrence(C, B, dt * x, decay, None, channels)
     if D is not None:
         found = found + D * x
     found = found.transpose(1, 2)

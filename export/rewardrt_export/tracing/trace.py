@@ -30,8 +30,8 @@ from rewardrt_export.tracing.bidirectional import padding_masks
 from rewardrt_export.tracing.complex_numbers import complex_as_real
 from rewardrt_export.tracing.experts import EXPERT_TRANSLATIONS
 from rewardrt_export.tracing.graphs import CausalGraph, WholeTextGraph
-from rewardrt_export.tracing.signature import AttentionShape, name_axes, signature_of
-from rewardrt_export.tracing.state_layers import STATE_TRANSLATIONS, has_state, state_functions
+from rewardrt_export.tracing.signature import AttentionShape, PastShape, name_axes, signature_of
+from rewardrt_export.tracing.state_layers import STATE_TRANSLATIONS, has_state, layer_states, state_functions
 
 # What torch raises where code looks at a number that is not there while it is traced.
 _BY_VALUE = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
@@ -55,7 +55,8 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
             "export it without"
         )
     every_token = every_token or spec.input == "steps"
-    takes_past = backbone.config._attn_implementation == ATTENTION and not has_state(backbone)
+    hooked = backbone.config._attn_implementation == ATTENTION
+    takes_past = hooked or (has_state(backbone) and not hasattr(backbone.config, "num_attention_heads"))
     graph = (CausalGraph if takes_past else WholeTextGraph)(backbone, head, every_token).eval()
     fill_with_fakes(graph, mode)
     with mode, complex_as_real(), state_functions(backbone), _quiet():
@@ -89,31 +90,33 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
     return model
 
 
-def _look_through(graph: CausalGraph | WholeTextGraph) -> list[AttentionShape]:
-    """Run the backbone once with its masks watched, and return what each attention layer of a decoder keeps.
+def _look_through(graph: CausalGraph | WholeTextGraph) -> PastShape:
+    """Run the backbone once with its masks watched, and return what each layer of a decoder keeps of a text.
 
     Raises TraceError for a mask that is no window.
     """
     backbone = graph.backbone
-    if backbone.config._attn_implementation not in (ATTENTION, BIDIRECTIONAL):
-        return []  # its attention is its own code, traced as it is
+    if backbone.config._attn_implementation not in (ATTENTION, BIDIRECTIONAL) and not isinstance(graph, CausalGraph):
+        return PastShape()  # its attention is its own code, traced as it is
     tokens, lengths = torch.zeros(2, 5, dtype=torch.long), torch.full((2,), 5)
     causal = graph.head.spec.causal
     padding_masks.begin(tokens.shape[1], lengths)
     prefix.begin(None)
+    layer_states.begin(None)
     prefix.reaches, padding_masks.reaches = [], []
     with watch_masks(backbone.config):
         # With a mask of the padding transformers does not look for several texts in one row, by their positions.
         backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), **({"use_cache": False} if causal else {}))
     if not isinstance(graph, CausalGraph):
-        return []
-    if not prefix.present:
+        return PastShape()
+    if not prefix.present and not layer_states.present:
         raise TraceError(
             f"{type(backbone).__name__} computes attention in its own code, not through transformers' attention "
             "functions; this backbone cannot be exported yet"
         )
     kept = (prefix.present[layer] for layer in range(len(prefix.present)))
-    return [AttentionShape(key.shape[1], key.shape[3], value.shape[3]) for key, value in kept]
+    layers = [AttentionShape(key.shape[1], key.shape[3], value.shape[3]) for key, value in kept]
+    return PastShape(layers, [tuple(state.shape[1:]) for state in layer_states.present])
 
 
 def _say_cause(backbone: PreTrainedModel, cause: BaseException) -> str:

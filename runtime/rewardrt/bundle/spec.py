@@ -37,7 +37,7 @@ POOLING_RULES: tuple[PoolingRule, ...] = typing.get_args(PoolingRule)
 Activation = Literal["none", "relu", "leaky_relu", "gelu", "gelu_tanh", "tanh", "sigmoid", "selu", "silu"]
 ReduceRule = Literal["none", "mean", "expectation"]
 CombineRule = Literal["none", "dot", "gate", "difference", "skew"]
-OutputFunction = Literal["identity", "sigmoid", "softmax", "negate"]
+OutputFunction = Literal["identity", "sigmoid", "softmax", "log_odds", "negate"]
 StepLayout = Literal["joined", "turns", "apart"]
 AggregateRule = Literal["min", "product", "last", "mean"]  # how --aggregate makes one reward of those of the steps
 AGGREGATE_RULES: tuple[AggregateRule, ...] = typing.get_args(AggregateRule)
@@ -58,13 +58,16 @@ class TextRule:
     apart    the text before the response, every step and every `step_token` are tokenized each by itself
     """
 
-    # concatenate: prompt + response; format: `format` with {prompt} and {response}; pair: tokenizer(prompt, response);
-    # segments: several texts, each tokenized alone, one after the other. chat_template with a `format`: what the format
-    # gives is the one user message of the template. Two answers that are read together are {first} and {second}.
+    # concatenate: prompt + response; format: `format` with {prompt}, {response} and {instruction}; pair:
+    # tokenizer(prompt, response); segments: several texts, each tokenized alone, one after the other. chat_template
+    # with a `format`: what the format gives is the one user message of the template. Two answers that are read together
+    # are {first} and {second}.
     source: Literal["chat_template", "concatenate", "format", "pair", "segments"] = "chat_template"
     format: str = ""
-    segments: tuple[str, ...] = ()  # formats of the segments
-    first_part: float = 0.0  # the share of max_length the first segment may take; the others share evenly what is left
+    segments: tuple[str, ...] = ()  # formats of the segments; one without a place for words is never cut
+    # Of what max_length leaves the segments with words: the share that the first of them may take. The others share
+    # evenly what it leaves.
+    first_part: float = 0.0
     prompt_template: str = (
         ""  # Jinja that makes {prompt} of the prompt's messages; without it a prompt is one user turn
     )
@@ -81,6 +84,19 @@ class TextRule:
     prepend_ids: tuple[int, ...] = ()  # put before the ids of the text (BOS, where it is not the tokenizer's doing)
     # A special token that a text holds literally is tokenized as ordinary text. tokenizer.json cannot say so.
     split_special_tokens: bool = field(default=False, metadata={OPTIONAL: True})
+    instruction: str = field(default="", metadata={OPTIONAL: True})  # {instruction} of a row that brings none
+    # The name of the chat template's variable that gets the instruction, where no format has a place for it.
+    instruction_variable: str = field(default="", metadata={OPTIONAL: True})
+    generation_prompt: bool = field(default=False, metadata={OPTIONAL: True})  # the template begins the model's turn
+    close: str = field(default="", metadata={OPTIONAL: True})  # appended to the text, whatever it ends with
+    # Where a text that is too long is cut: at its end, or in the answer, so that what follows the answer stays.
+    cut: Literal["end", "answer"] = field(default="end", metadata={OPTIONAL: True})
+
+    @property
+    def takes_instruction(self) -> bool:
+        """Whether the model reads an instruction beside prompt and response."""
+        formats = (self.format, *self.segments)
+        return bool(self.instruction_variable) or any("{instruction}" in format for format in formats)
 
 
 @dataclass(frozen=True)
@@ -137,8 +153,9 @@ class Layer:
 class Head:
     """Linear layers over the states of its taps (side by side, if several), one after the other.
 
-    `reduce` makes one value of every `group` neighbouring outputs: their mean (quantiles), or the expectation of a
-    softmax over values evenly spaced from `low` to `high` (a distribution over scores).
+    Their outputs are multiplied by `scale`, and then `softcap` c makes c * tanh(x / c) of each: what language models do
+    to their logits. `reduce` makes one value of every `group` neighbouring outputs: their mean (quantiles), or the
+    expectation of a softmax over values evenly spaced from `low` to `high` (a distribution over scores).
     """
 
     layers: tuple[Layer, ...]
@@ -148,6 +165,8 @@ class Head:
     low: float = 0.0
     high: float = 1.0
     minus: tuple[float, ...] = ()  # subtracted from the values: a mean for each
+    scale: float = field(default=1.0, metadata={OPTIONAL: True})
+    softcap: float = field(default=0.0, metadata={OPTIONAL: True})  # 0: none
 
 
 @dataclass(frozen=True)
@@ -177,8 +196,8 @@ class Combine:
 class Output:
     """What is done to the combined value last, and what the values are called.
 
-    softmax takes component `index` of the softmax over the outputs. `labels` name the further columns of the graph's
-    `rewards`, after the reward itself: the objectives.
+    softmax takes component `index` of the softmax p over the outputs, log_odds ln(p / (1 - p)) of it. `labels` name
+    the further columns of the graph's `rewards`, after the reward itself: the objectives.
     """
 
     function: OutputFunction = "identity"

@@ -11,7 +11,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,39 +46,69 @@ _FLOATS: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tens
 
 @dataclass(frozen=True)
 class PastInput:
-    """One input of the graph for a shared prefix: [batch, kv_heads, past, head_dim]."""
+    """One input of the graph for a shared prefix: keys or values [batch, *shape], or a state that a layer keeps.
+
+    `shape` is that of a prefix of no tokens: (kv_heads, 0, head_dim) for keys and values; a state's sizes are the same
+    after any number of tokens.
+    """
 
     name: str
-    kv_heads: int
-    head_dim: int
+    shape: tuple[int, ...]
     dtype: type[np.floating[Any]]
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it is the state of a layer (linear attention, Mamba, a convolution), not keys or values."""
+        return self.name.startswith("past_state.")
+
+
+States = tuple[npt.NDArray[Any], ...]  # [1, ...] each, in the order of the graph
 
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values of one text's first tokens: arrays [1, kv_heads, tokens, head_dim] in the order of the graph."""
+    """What the graph keeps of one text's first tokens.
+
+    `arrays` are keys and values [1, kv_heads, tokens, head_dim] in the order of the graph. `states` are those of layers
+    that have one state for all tokens so far, by the number of tokens that they are after; empty where no layer has.
+    """
 
     arrays: tuple[npt.NDArray[Any], ...]
+    states: Mapping[int, States] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         """How many tokens they are of."""
-        return int(self.arrays[0].shape[2])
+        return int(self.arrays[0].shape[2]) if self.arrays else max(self.states, default=0)
 
     @property
     def bytes(self) -> int:
         """What they take in memory."""
-        return sum(array.nbytes for array in self.arrays)
+        return sum(
+            array.nbytes for array in (*self.arrays, *(each for state in self.states.values() for each in state))
+        )
 
-    def first(self, tokens: int) -> KeyValues:
-        """Return those of the first `tokens`; a copy, unless it is all of them."""
+    def first(self, tokens: int) -> KeyValues | None:
+        """Return those of the first `tokens`; a copy, unless it is all of them.
+
+        With states they are of as many tokens as there is a state after, and None where there is none.
+        """
+        states = {end: state for end, state in self.states.items() if end <= tokens}
+        if self.states and not states:
+            return None
+        tokens = max(states, default=tokens)
         if tokens == self.tokens:
             return self
-        return KeyValues(tuple(np.ascontiguousarray(array[:, :, :tokens]) for array in self.arrays))
+        return KeyValues(tuple(np.ascontiguousarray(array[:, :, :tokens]) for array in self.arrays), states)
 
     def block(self, start: int, tokens: int) -> KeyValues:
-        """Return a copy of those of `tokens` tokens from `start` on, which holds no more memory than they take."""
-        return KeyValues(tuple(array[:, :, start : start + tokens].copy() for array in self.arrays))
+        """Return a copy of those of `tokens` tokens from `start` on, which holds no more memory than they take.
+
+        Of the states it holds the one after its last token, if there is one.
+        """
+        end = start + tokens
+        states = {end: self.states[end]} if end in self.states else {}
+        return KeyValues(tuple(array[:, :, start:end].copy() for array in self.arrays), states)
 
 
 @dataclass(frozen=True)
@@ -93,7 +123,7 @@ class GraphSession:
     """A reward graph on one execution provider. `run` may be called from several threads at once.
 
     `provider` is the one obtained, `note` says why it is not a better one, `threads` is what was asked for,
-    `past` holds the graph's inputs for a shared prefix: key, value, key, ... by layer; empty for an encoder.
+    `past` holds the graph's inputs for a shared prefix: key, value, key, ... by layer, then states; none of an encoder.
     `shares_past` says that one text's may stand for those of every row of a batch.
 
     In a process that was forked the graph is opened again when it is first run.
@@ -117,7 +147,7 @@ class GraphSession:
         self.has_token_rewards = any(item.name == "token_rewards" for item in session.get_outputs())
         self.past = past
         self.shares_past = any(
-            item.name == "past_key.0" and item.shape[0] == PAST_BATCH for item in session.get_inputs()
+            item.name.startswith("past_") and item.shape[0] == PAST_BATCH for item in session.get_inputs()
         )
         self.provider: Provider = provider
         self.note = note
@@ -214,12 +244,16 @@ class GraphSession:
         """Compute a part of one text, input_ids [1, tokens], after the tokens that `past` is of.
 
         `positions` [1, taps] count from the part's first token. With `keep`, the keys and values of past and part
-        come out too. Raises InferenceError.
+        come out too, with the states after the part's last token. Raises InferenceError.
         """
-        names = [output, *(past.name.replace("past_", "present_") for past in self.past if keep)]
+        names = [output, *(item.name.replace("past_", "present_") for item in self.past if keep)]
         lengths = np.array([input_ids.shape[1]], dtype=np.int64)
-        rewards, *values = self._run(input_ids, lengths, positions, None, past, names)
-        return Part(rewards, KeyValues(tuple(values)) if keep else None)
+        rewards, *found = self._run(input_ids, lengths, positions, None, past, names)
+        if not keep:
+            return Part(rewards, None)
+        states = tuple(array for item, array in zip(self.past, found, strict=True) if item.is_state)
+        tokens = input_ids.shape[1] + (past.tokens if past is not None else 0)
+        return Part(rewards, KeyValues(tuple(found[: len(found) - len(states)]), {tokens: states} if states else {}))
 
     def _run(
         self,
@@ -246,11 +280,12 @@ class GraphSession:
                 feeds[name] = array
         if past is None:
             for item in self.past:
-                feeds[item.name] = np.empty((len(input_ids), item.kv_heads, 0, item.head_dim), item.dtype)
+                feeds[item.name] = np.zeros((len(input_ids), *item.shape), item.dtype)
         elif not self.past:
             raise InferenceError("the graph takes no past, and one was given")
         else:
-            feeds |= {item.name: array for item, array in zip(self.past, past.arrays, strict=True)}
+            given = (*past.arrays, *past.states.get(past.tokens, ()))
+            feeds |= {item.name: array for item, array in zip(self.past, given, strict=True)}
         session = self._live()
         try:
             with denormals.as_zero():
@@ -380,13 +415,11 @@ def _session_options(threads: int | None) -> Any:
 
 
 def _read_contract(session: Any, graph: Path) -> tuple[PastInput, ...]:
-    """Check the graph's inputs and outputs, and read the layers, heads and head size off its own shapes."""
+    """Check the graph's inputs and outputs, and read the layers, heads, head sizes and states off its own shapes."""
     inputs = {item.name: item for item in session.get_inputs()}
     outputs = {item.name: item for item in session.get_outputs()}
-    layers = 1 + max(
-        (int(found[1]) for name in inputs if (found := re.fullmatch(r"past_\w+\.(\d+)", name))), default=-1
-    )
-    parts = [f"{part}.{layer}" for layer in range(layers) for part in ("key", "value")]
+    parts = [f"{part}.{layer}" for layer in range(_count(inputs, "key|value")) for part in ("key", "value")]
+    parts += [f"state.{place}" for place in range(_count(inputs, "state"))]
     needed_inputs = ["input_ids", "lengths", *(f"past_{part}" for part in parts)]
     needed_outputs = ["rewards", *(f"present_{part}" for part in parts)]
     faults = [f"no input {name}" for name in needed_inputs if name not in inputs]
@@ -397,14 +430,23 @@ def _read_contract(session: Any, graph: Path) -> tuple[PastInput, ...]:
     past = []
     for item in (inputs[f"past_{part}"] for part in parts if f"past_{part}" in inputs):
         shape, dtype = item.shape, _FLOATS.get(item.type)
-        if dtype is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
-            faults.append(f"{item.name} is {item.type} {shape}, not float [batch, kv_heads, past, head_dim]")
+        state = item.name.startswith("past_state.")
+        sizes = [0 if place == 2 and not state else size for place, size in enumerate(shape)][1:]
+        if dtype is None or not all(isinstance(size, int) for size in sizes) or not (len(shape) == 4 or state):
+            expected = "float [batch, ...] of known sizes" if state else "float [batch, kv_heads, past, head_dim]"
+            faults.append(f"{item.name} is {item.type} {shape}, not {expected}")
         else:
-            past.append(PastInput(item.name, shape[1], shape[3], dtype))
+            past.append(PastInput(item.name, tuple(sizes), dtype))
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise BundleError(f"{graph}: not a reward graph: {', '.join(faults[:4])}{more}; export the checkpoint again")
     return tuple(past)
+
+
+def _count(inputs: Mapping[str, Any], part: str) -> int:
+    """Return how many layers have inputs `past_<part>.<layer>`."""
+    found = (re.fullmatch(rf"past_({part})\.(\d+)", name) for name in inputs)
+    return 1 + max((int(match[2]) for match in found if match), default=-1)
 
 
 def _type_faults(found: Mapping[str, Any], expected: Mapping[str, str]) -> list[str]:

@@ -1,9 +1,10 @@
 """Tokens that several texts begin with are computed once: which texts follow which, and what is kept between calls.
 
 A token's keys and values depend on the tokens up to it alone, so those of one text serve every text that begins the
-same way. onnxruntime's kernels give a token the same bits however many others are computed beside it, with two
-exceptions: a call of exactly one token takes other kernels, and so do scores of attention over few tokens where heads
-are wide (`least_shared`). `legal_cut` is the one place that keeps clear of both.
+same way; so does the state that a layer of linear attention or Mamba has after a token. onnxruntime's kernels give a
+token the same bits however many others are computed beside it, with two exceptions: a call of exactly one token takes
+other kernels, and so do scores of attention over few tokens where heads are wide (`least_shared`). `legal_cut` is the
+one place that keeps clear of both.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 import numpy as np
 
@@ -25,6 +26,7 @@ MIN_SHARED = 16  # tokens; for fewer, cutting and copying keys and values costs 
 WHOLE_KEY = 128  # numbers of a key that are added up in one go, whatever there is of them
 FEW_KEYS = 65  # from so many keys on, longer ones are added up in the same steps
 BLOCK = MIN_SHARED  # tokens that the cache keeps or drops together
+MAX_STATES = 8  # of one text, that are held for others to go on from
 CHUNK = 256  # most tokens of one call: their activations stay in a core's cache, and attention's scores stay small
 # Operations that a group must save: one call more, and its keys and values to the host and back, take some 25 ms of an
 # H200, in which it does so many. 16 answers after 600 tokens then took 117 ms for 342 with 7.5 billion parameters, and
@@ -50,15 +52,35 @@ def legal_cut(shared: int, text: EncodedText, least: int) -> int:
     return cut if cut >= least else 0
 
 
-def chunk_ends(start: int, text: EncodedText) -> list[int]:
+def chunk_ends(start: int, text: EncodedText, stops: Sequence[int] = ()) -> list[int]:
     """Return where the calls end that compute a text from token `start` on: parts of equal length, at most CHUNK each.
 
-    Positions that are read lie in the last part, which may be longer for it; no part is a single token.
+    Calls end at `stops` as well (`state_stops`). Positions that are read lie in the last part, which may be longer for
+    it; no part is a single token.
     """
-    new = text.needed - start
-    parts = -(-new // CHUNK)
-    ends = [start + new * part // parts for part in range(1, parts)]
-    return [end for end in ends if end <= int(text.positions.min())] + [text.needed]
+    ends = [end for first, last in pairwise([start, *stops, text.needed]) for end in _equal_ends(first, last)]
+    return [end for end in ends[:-1] if end <= int(text.positions.min())] + [text.needed]
+
+
+def _equal_ends(first: int, last: int) -> list[int]:
+    parts = -(-(last - first) // CHUNK)
+    return [first + (last - first) * part // parts for part in range(1, parts + 1)]
+
+
+def state_stops(start: int, text: EncodedText, wanted: Iterable[int], least: int) -> list[int]:
+    """Return after which tokens of a text, computed from `start` on, the states of its layers are to be kept.
+
+    Keys and values are there for every token. A state is there after a call's last token alone, so a call has to end
+    where another text goes on: after `wanted` tokens. Stops are MIN_SHARED tokens apart; a text that wants one in
+    between goes on from the stop before it. Of more than MAX_STATES the last are taken: a state may take as much memory
+    as the keys and values of a thousand tokens.
+    """
+    legal = legal_cut(text.needed, text, least)
+    found: list[int] = []
+    for stop in sorted({min(stop, legal) for stop in wanted}):
+        if stop >= max(least, (found[-1] if found else start) + MIN_SHARED):
+            found.append(stop)
+    return found[-MAX_STATES:]
 
 
 @dataclass(frozen=True)
@@ -160,12 +182,14 @@ class PrefixCache:
 
     They are kept in blocks of BLOCK tokens, each known by all tokens up to its end. So what several texts begin with is
     held once, and many texts may go on from it. A block is never older than those that follow it: texts lose their
-    ends first. Safe to use from several threads.
+    ends first. Of a graph `with_states` a text goes on from a block that has the states after it; `find` and `keep` say
+    where those come from. Safe to use from several threads.
     """
 
-    def __init__(self, budget: int, least: int) -> None:
+    def __init__(self, budget: int, least: int, *, with_states: bool = False) -> None:
         self._budget = budget
         self._least = least
+        self._with_states = with_states
         self._blocks: _Blocks = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -176,35 +200,47 @@ class PrefixCache:
         with self._lock:
             return self._bytes
 
-    def find(self, text: EncodedText) -> KeyValues | None:
-        """Return the keys and values of the longest beginning that is kept and may be used, or None."""
+    def find(self, text: EncodedText) -> tuple[KeyValues | None, int]:
+        """Return what is kept of the longest beginning that may be used, or None; and how many tokens are known.
+
+        More tokens are known than are given where blocks have no state after them: a text that computes them again
+        stops there (`state_stops`), for the next.
+        """
         names = _block_names(text.ids[: legal_cut(text.needed, text, self._least)])
         with self._lock:
             known = list(takewhile(self._blocks.__contains__, names))
             blocks = [self._blocks[name] for name in known]
             self._touch(known)
+        tokens = len(blocks) * BLOCK
+        while self._with_states and blocks and not blocks[-1].states:
+            blocks.pop()
         if len(blocks) * BLOCK < self._least:
-            return None
-        return KeyValues(
-            tuple(np.concatenate(parts, axis=2) for parts in zip(*(b.arrays for b in blocks), strict=True))
-        )
+            return None, tokens
+        arrays = tuple(np.concatenate(parts, axis=2) for parts in zip(*(b.arrays for b in blocks), strict=True))
+        return KeyValues(arrays, blocks[-1].states), tokens
 
     def keep(self, ids: Ids, values: KeyValues) -> None:
-        """Keep the keys and values of a text that was just computed, unless it is too short for others to use them."""
+        """Keep what was just computed of a text, unless it is too short for others to use it."""
         if len(ids) < self._least:
             return
         names = _block_names(ids)
         with self._lock:
-            missing = [place for place, name in enumerate(names) if name not in self._blocks]
+            missing = [place for place, name in enumerate(names) if self._lacks(name, (place + 1) * BLOCK, values)]
         made = {names[place]: values.block(place * BLOCK, BLOCK) for place in missing}
         with self._lock:
             for name, block in made.items():
-                if name not in self._blocks:  # another thread may have been faster
+                # Another thread may have been faster, and have kept a state that this one has not.
+                held = self._blocks.get(name)
+                if held is None or (block.states and not held.states):
                     self._blocks[name] = block
-                    self._bytes += block.bytes
+                    self._bytes += block.bytes - (held.bytes if held is not None else 0)
             self._touch([name for name in names if name in self._blocks])
             while self._bytes > self._budget:
                 self._bytes -= self._blocks.popitem(last=False)[1].bytes
+
+    def _lacks(self, name: bytes, end: int, values: KeyValues) -> bool:
+        held = self._blocks.get(name)
+        return held is None or (end in values.states and not held.states)
 
     def _touch(self, names: Sequence[bytes]) -> None:
         for name in reversed(names):  # what follows is older than what it follows

@@ -12,6 +12,8 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from itertools import accumulate, islice, takewhile
 from typing import Literal
 
 import numpy as np
@@ -22,6 +24,8 @@ from rewardrt.errors import InferenceError, RewardRTError
 from rewardrt.graph.session import GraphSession, KeyValues
 from rewardrt.scoring.batching import BATCH_TOKENS, make_batch, plan_batches
 from rewardrt.scoring.prefix import (
+    BLOCK,
+    MAX_STATES,
     Group,
     Link,
     PrefixCache,
@@ -31,10 +35,12 @@ from rewardrt.scoring.prefix import (
     least_shared,
     plan_chains,
     plan_groups,
+    state_stops,
 )
 from rewardrt.text.tokens import EncodedText
 
 Values = npt.NDArray[np.float32]
+Output = Literal["rewards", "token_rewards"]
 
 
 class Runner:
@@ -73,8 +79,9 @@ class Runner:
         self._prefix_reuse = prefix_reuse and self._takes_parts
         self._group_worth = group_worth(weights_bytes)
         self._cache_bytes = prefix_cache_mb * 2**20 if self._prefix_reuse else 0
-        self._least = least_shared(max((past.head_dim for past in session.past if "key" in past.name), default=0))
-        self._cache = PrefixCache(self._cache_bytes, self._least) if self._cache_bytes else None
+        self._least = least_shared(max((item.shape[-1] for item in session.past if "key" in item.name), default=0))
+        self._with_states = any(item.is_state for item in session.past)
+        self._cache = self._empty_cache()
         self._statistics = Statistics()
         self._lock = threading.Lock()
         _ALIVE.add(self)
@@ -184,40 +191,66 @@ class Runner:
         """Run texts one by one, each after the one that it shares most with."""
         results: dict[int, Values | InferenceError] = {}
         held: KeyValues | None = None
-        for link, following in zip(chain, [*(link.cut for link in chain[1:]), 0], strict=True):
-            text = texts[link.index]
-            if link.cut:
-                past = held.first(link.cut) if held is not None else None
-            else:
-                past = self._cache.find(text) if self._cache is not None else None
-            keep = following > (past.tokens if past is not None else 0) or (self._cache is not None and not link.cut)
+        cuts = [*(link.cut for link in chain), 0]
+        for place, link in enumerate(chain):
+            text, following = texts[link.index], cuts[place + 1]
+            cached = self._cache if not link.cut else None
+            past, known = (held.first(link.cut) if link.cut and held is not None else None), 0
+            if cached is not None:
+                past, known = cached.find(text)
+            start = past.tokens if past is not None else 0
+            keep = following > start or cached is not None
+            # A text farther on shares with this one what all in between share.
+            ahead = accumulate(islice(cuts, place + 1, None), min)
+            stops = self._stops(text, start, [*takewhile(start.__lt__, ahead), known]) if keep else []
             try:
-                values, present = self._run_new(text, past, keep)
+                values, present = self._run_new(text, past, keep, stops)
                 results[link.index] = self._check_finite(values)
             except InferenceError as error:
                 results[link.index], present = error, None
             held = present if keep else past
-            if self._cache is not None and not link.cut and present is not None:
-                self._cache.keep(text.ids[: text.needed], present)
+            if cached is not None and present is not None:
+                cached.keep(text.ids[: text.needed], present)
         return results
 
-    def _run_new(self, text: EncodedText, past: KeyValues | None, keep: bool) -> tuple[Values, KeyValues | None]:
+    def _stops(self, text: EncodedText, start: int, wanted: Sequence[int]) -> list[int]:
+        """Return after which tokens of a text, computed from `start` on, its layers' states are kept."""
+        if not self._with_states:
+            return []
+        # Nobody knows where a text of a later call goes on: where a call ends anyway serves some.
+        ends = chunk_ends(start, text)[:-1] if self._cache is not None else []
+        return state_stops(start, text, [*wanted, *(end // BLOCK * BLOCK for end in ends)], self._least)
+
+    def _run_new(
+        self, text: EncodedText, past: KeyValues | None, keep: bool, stops: Sequence[int]
+    ) -> tuple[Values, KeyValues | None]:
         """Compute what is new of one text, and count it; with `keep`, give its keys and values."""
         first = past.tokens if past is not None else 0
         steps = self._spec.input == "steps"
-        found, present = self._run_parts(text, past, keep=keep, output="token_rewards" if steps else "rewards")
+        output: Output = "token_rewards" if steps else "rewards"
+        found, present = self._run_parts(text, past, keep=keep, output=output, stops=stops)
         self._count(text.needed, text.needed - first)
         values = np.concatenate(found)[text.positions - first, 0] if steps else found[-1]
         return values, present
 
     def _run_parts(
-        self, text: EncodedText, past: KeyValues | None, *, keep: bool, output: Literal["rewards", "token_rewards"]
+        self,
+        text: EncodedText,
+        past: KeyValues | None,
+        *,
+        keep: bool,
+        output: Output,
+        stops: Sequence[int] = (),
     ) -> tuple[list[Values], KeyValues | None]:
-        """Return an output of every part of what is new of one text; with `keep`, the text's keys and values, too."""
+        """Return an output of every part of what is new of one text; with `keep`, the text's keys and values, too.
+
+        The states after `stops` are among them, and those that came with the past.
+        """
         start = past.tokens if past is not None else 0
+        states = dict(past.states) if past is not None else {}
         found: list[Values] = []
         # A graph without a past computes a text whole.
-        for end in chunk_ends(start, text) if self.session.past else (text.needed,):
+        for end in chunk_ends(start, text, stops) if self.session.past else (text.needed,):
             last = end == text.needed
             positions = None
             if self._spec.has_positions:
@@ -230,7 +263,11 @@ class Runner:
                 output=output,
             )
             past, start = part.values, end
+            if past is not None and (end in stops or last):
+                states |= past.states
             found.append(part.rewards[0])
+        if past is not None:
+            past = replace(past, states={end: states[end] for end in sorted(states)[-MAX_STATES:]})
         return found, past
 
     def _run(self, texts: Sequence[EncodedText], past: KeyValues | None = None) -> Sequence[Values]:
@@ -256,8 +293,12 @@ class Runner:
     def forked(self) -> None:
         """Replace what a thread of the other process may have held, or left half done, when this one was forked."""
         self._lock = threading.Lock()
-        if self._cache is not None:
-            self._cache = PrefixCache(self._cache_bytes, self._least)
+        self._cache = self._empty_cache()
+
+    def _empty_cache(self) -> PrefixCache | None:
+        if not self._cache_bytes:
+            return None
+        return PrefixCache(self._cache_bytes, self._least, with_states=self._with_states)
 
 
 _ALIVE: weakref.WeakSet[Runner] = weakref.WeakSet()

@@ -44,12 +44,14 @@ class TemplateInputs:
     """What a row gives the chat template beside its messages.
 
     `tools` and `documents` are lists of JSON objects. `options` are the row's `chat_template_kwargs`: variables that
-    the template reads by name, such as `enable_thinking`.
+    the template reads by name, such as `enable_thinking`. `instruction` says what is to be judged (a policy, what makes
+    a document relevant); where it goes is the text rule's business.
     """
 
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    instruction: str | None = None
 
     @property
     def given(self) -> list[str]:
@@ -63,10 +65,12 @@ NO_INPUTS = TemplateInputs()
 class ChatTemplate:
     """A Jinja chat template and the special tokens that it may name.
 
+    With `generation_prompt` a text ends with the beginning of the model's own turn (`add_generation_prompt`).
+
     Raises BundleError for a template that is not valid Jinja.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], *, generation_prompt: bool = False) -> None:
         from jinja2 import meta, nodes  # importing jinja2 costs as much as the rest of this package
 
         environment = _environment()
@@ -79,6 +83,7 @@ class ChatTemplate:
             message = f"the chat template is not valid Jinja ({_one_line(error)}); mend it and export again"
             raise BundleError(message) from error
         self._special_tokens = dict(special_tokens)
+        self._generation_prompt = generation_prompt
         self._shown: set[Any] = set()
 
     @cached_property
@@ -89,7 +94,7 @@ class ChatTemplate:
         a list of parts as Python or JSON writes it, or fails. Which it is cannot be read off a program: both are tried.
         """
         found: dict[str, set[ContentKind]] = {"user": set(), "assistant": set()}
-        words = {"user": _sentinel(0), "assistant": _sentinel(1)}
+        words = {"user": sentinel(0), "assistant": sentinel(1)}
         for kinds in itertools.product(_KINDS, repeat=2):
             tried = dict(zip(words, kinds, strict=True))
             try:
@@ -104,7 +109,7 @@ class ChatTemplate:
         return {role: frozenset(kinds or _KINDS[:1]) for role, kinds in found.items()}
 
     def render(self, messages: Sequence[Message], inputs: TemplateInputs = NO_INPUTS) -> str:
-        """Return what `apply_chat_template(messages, tokenize=False, add_generation_prompt=False)` returns.
+        """Return what transformers' `apply_chat_template(messages, tokenize=False)` returns.
 
         `inputs` are passed to the template as transformers passes `tools`, `documents` and further arguments. Content
         comes in a form that the template shows: a string as one part of text where it reads parts alone, and one part
@@ -132,7 +137,7 @@ class ChatTemplate:
             "messages": [_without_none(message) for message in messages],
             "tools": inputs.tools or None,
             "documents": inputs.documents or None,
-            "add_generation_prompt": False,
+            "add_generation_prompt": self._generation_prompt,
         }
         try:
             return self._template.render(variables)
@@ -168,7 +173,7 @@ class ChatTemplate:
         if shape in self._shown:
             return
         words = {
-            index: _sentinel(index)
+            index: sentinel(index)
             for index, message in enumerate(messages)
             if _says_something(message) and (index == last or message["role"] not in KNOWN_ROLES)
         }
@@ -240,7 +245,7 @@ def _said(role: str, kind: ContentKind, text: str) -> Message:
     return {"role": role, "content": text if kind == "string" else [_part(text)]}
 
 
-def _sentinel(index: int) -> str:
+def sentinel(index: int) -> str:
     """Return a word that stands in no conversation, and that no filter of a template changes."""
     return f"Rewardrtword{index}q7x"
 

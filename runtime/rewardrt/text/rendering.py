@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rewardrt.bundle.spec import TextRule
 from rewardrt.errors import BundleError, RowError
-from rewardrt.text.chat_template import ChatTemplate, Message, content_string
+from rewardrt.text.chat_template import ChatTemplate, Message, TemplateInputs, content_string, sentinel
 from rewardrt.text.items import Conversation, Item, Pair, RawText, Steps, as_turns, check_string
+
+# What a format has a place for.
+PLACEHOLDER = re.compile(r"(\{prompt\}|\{response\}|\{instruction\}|\{first\}|\{second\})")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class RenderedText:
     prompt: str | None = None  # the first message alone, for models that read at its end
     special_tokens: bool = False  # whether raw text gets the tokenizer's own special tokens
     steps: int | None = None  # how many the row has; None where it does not say
+    # Where the answer stands in `text`, from and to which character; None where that is not known or of no use.
+    answer: tuple[int, int] | None = None
     # Texts that are tokenized each by itself, one after the other; together they are `text`. Of the step layout
     # "apart": what comes before the response, then each step and its step token.
     pieces: tuple[str, ...] = ()
@@ -41,6 +46,7 @@ class Renderer:
         """Return the string that is tokenized for this item, or raise RowError."""
         if isinstance(item, RawText):
             return RenderedText(item.text, is_raw=True, special_tokens=item.special_tokens)
+        self._instruction((item.first if isinstance(item, Pair) else item).inputs)
         shown = item if isinstance(item, Pair) else self.conversation(item)
         steps = len(item.steps) if self.rewards_steps and isinstance(item, Steps) else None
         if self._rule.source == "pair" and isinstance(shown, Conversation):
@@ -53,14 +59,56 @@ class Renderer:
             before = self._join(Conversation(item.prompt, {"role": "assistant", "content": ""}, item.inputs))
             pieces = (before, *(piece for step in item.steps for piece in (step, self._rule.step_token)))
             return RenderedText("".join(pieces), is_raw=False, steps=steps, pieces=pieces)
-        text = self._join(shown).replace(self._rule.remove, "").rstrip(self._rule.strip_tail)
-        end = self._rule.append_if_missing
-        if end and not text.endswith(end):
-            text += self._rule.append_prefix + end
+        text = self._finish(self._join(shown))
         if not text:
             raise RowError("the conversation renders to an empty text; expected at least one character")
         prompt = self._first_message(shown) if self._with_prompt else None
-        return RenderedText(check_string(text, "the rendered text"), is_raw=False, prompt=prompt, steps=steps)
+        return RenderedText(
+            check_string(text, "the rendered text"),
+            is_raw=False,
+            prompt=prompt,
+            steps=steps,
+            answer=self._find_answer(shown, text) if self._rule.cut == "answer" else None,
+        )
+
+    def _finish(self, text: str) -> str:
+        """Take out, strip and append what the rule says."""
+        text = text.replace(self._rule.remove, "").rstrip(self._rule.strip_tail)
+        end = self._rule.append_if_missing
+        if end and not text.endswith(end):
+            text += self._rule.append_prefix + end
+        return text + self._rule.close
+
+    def _find_answer(self, shown: Conversation | Pair, text: str) -> tuple[int, int] | None:
+        """Return where the answer stands in its text: between what stays the same with another answer."""
+        if isinstance(shown, Pair):
+            return None
+        word = sentinel(0)
+        kind = shown.answer["content"]
+        content = word if isinstance(kind, str) else [{"type": "text", "text": word}]
+        try:
+            before, found, after = self._finish(
+                self._join(replace(shown, answer={**shown.answer, "content": content}))
+            ).partition(word)
+        except RowError:  # a template may be particular about what stands there
+            return None
+        same = found and text.startswith(before) and text[len(before) :].endswith(after)
+        return (len(before), len(text) - len(after)) if same else None
+
+    def _instruction(self, inputs: TemplateInputs) -> str:
+        """Return the instruction that the model reads with this row; "" of one that reads none."""
+        if not self._rule.takes_instruction:
+            if inputs.instruction is not None:
+                raise RowError(
+                    "instruction: this model reads none; put it into the prompt, as the model was trained to read it"
+                )
+            return ""
+        if (name := self._rule.instruction_variable) in inputs.options and inputs.instruction is not None:
+            raise RowError(f"instruction: chat_template_kwargs.{name} is one already; leave one of them out")
+        found = inputs.instruction or self._rule.instruction
+        if not found and name not in inputs.options:
+            raise RowError("no instruction: this model reads one, and its bundle has no default; add `instruction`")
+        return found
 
     @property
     def rewards_steps(self) -> bool:
@@ -107,12 +155,18 @@ class Renderer:
     def _join(self, item: Conversation | Pair) -> str:
         inputs = (item.first if isinstance(item, Pair) else item).inputs
         if self._template is not None:
-            return self._template.render(self._turns(item), inputs)
+            return self._template.render(self._turns(item), self._with_instruction(inputs))
         if inputs.given:
             raise RowError(
                 f"{', '.join(inputs.given)}: this model has no chat template that could read it; leave it out"
             )
         return self._fill("{prompt}{response}" if self._rule.source == "concatenate" else self._rule.format, item)
+
+    def _with_instruction(self, inputs: TemplateInputs) -> TemplateInputs:
+        name = self._rule.instruction_variable
+        if not name or name in inputs.options:
+            return inputs
+        return replace(inputs, options={**inputs.options, name: self._instruction(inputs)})
 
     def messages(self, item: Conversation | Pair | Steps) -> tuple[Message, ...]:
         """Return the messages that the chat template is applied to."""
@@ -131,12 +185,12 @@ class Renderer:
         else:
             prompt = self._prompt_template.render(as_turns(conversation.prompt))
             answer = content_string(conversation.answer, "the answer")
-        values = {"{prompt}": prompt, "{response}": answer}
+        values = {"{prompt}": prompt, "{response}": answer, "{instruction}": self._instruction(conversation.inputs)}
         if isinstance(item, Pair):
             second = content_string(item.second.answer, "the second answer")
             values = {"{prompt}": prompt, "{first}": answer, "{second}": second}
         # Split first: what the texts hold is not looked at for placeholders.
-        parts = re.split(r"(\{prompt\}|\{response\}|\{first\}|\{second\})", format)
+        parts = PLACEHOLDER.split(format)
         return "".join(values.get(part, part) for part in parts)
 
     def _first_message(self, item: Conversation | Pair) -> str:

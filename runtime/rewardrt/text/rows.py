@@ -49,7 +49,6 @@ REFUSED_FIELDS = {
     "system_prompt": "put it first in `messages`, as the role system",
     "system_message": "put it first in `messages`, as the role system",
     "history": "put earlier turns into `messages`",
-    "instruction": "put it into the prompt, as the model was trained to read it",
     "functions": "name them `tools`",
     "function_call": "put it into a message, as `tool_calls`",
     "tool_choice": "leave it out: it is for models that write",
@@ -113,21 +112,22 @@ def parse_row(row: object) -> Row:
         raise RowError(
             f"{refused}: this field could change the text, and nothing here reads it; {REFUSED_FIELDS[refused]}"
         )
-    inputs = _template_inputs(row)
+    inputs = _template_inputs(row) if given else NO_INPUTS
     if row.get("steps") is not None and _may_have_steps(row, given):
         return Row("single", (replace(_steps(row, given[0]), inputs=inputs),))
     parsed = _parse_answers(row, given)
-    if inputs is NO_INPUTS:
+    if not inputs.given and inputs.instruction is None:
         return parsed
     if given == ["text"]:
-        raise RowError(f"{', '.join(inputs.given)}: a text is scored as it stands, without a template; send messages")
+        names = [*inputs.given, *(["instruction"] if inputs.instruction is not None else [])]
+        raise RowError(f"{', '.join(names)}: a text is scored as it stands, without a template; send messages")
     conversations = [item for item in parsed.items if isinstance(item, Conversation)]
     return replace(parsed, items=tuple(replace(item, inputs=inputs) for item in conversations))
 
 
 def _template_inputs(row: dict[str, Any]) -> TemplateInputs:
     """Return what the row gives the chat template; `tools` may be JSON in a string, as columns of data sets have it."""
-    if not any(row.get(name) for name in TEMPLATE_FIELDS):
+    if not any(row.get(name) for name in (*TEMPLATE_FIELDS, "instruction")):
         return NO_INPUTS
     lists: dict[str, list[dict[str, Any]] | None] = {}
     for name in ("tools", "documents"):
@@ -149,8 +149,13 @@ def _template_inputs(row: dict[str, Any]) -> TemplateInputs:
     for name in options:
         if name in RESERVED or not isinstance(name, str):
             raise RowError(f"chat_template_kwargs.{name}: expected variables of the chat template; leave this one out")
-    found = TemplateInputs(lists["tools"], lists["documents"], check_json(options, "chat_template_kwargs"))
-    return found if found.given else NO_INPUTS
+    checked = check_json(options, "chat_template_kwargs")
+    return TemplateInputs(lists["tools"], lists["documents"], checked, _instruction(row))
+
+
+def _instruction(row: dict[str, Any]) -> str | None:
+    value = row.get("instruction")
+    return check_string(value, "instruction") if value is not None and value != "" else None
 
 
 def _parse_answers(row: dict[str, Any], given: list[str]) -> Row:

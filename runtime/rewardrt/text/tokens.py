@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Backend
 
 from rewardrt.bundle.spec import Spec
 from rewardrt.errors import BundleError, RowError
-from rewardrt.text.rendering import RenderedText
+from rewardrt.text.rendering import PLACEHOLDER, RenderedText
 from rewardrt.text.taps import Ids, run_starts, tap_positions
 
 
@@ -234,16 +234,23 @@ class Tokenizer:
         return EncodedText(ids, truncated, self._step_positions(ends[1::2], text, limit))
 
     def _finish_segments(self, text: RenderedText, limit: int) -> EncodedText:
-        """Encode a text whose pieces have special tokens of their own, each cut to its part of the limit."""
-        parts: list[Ids] = []
-        truncated, room = 0, int(self._spec.text.first_part * limit)
+        """Encode a text whose pieces are tokenized each by itself, those with words each cut to its part of the limit.
+
+        A segment without a place for words is the same in every text, and stays whole.
+        """
         special = self.adds_special_tokens(text)
-        for whole in self._backend.encode_batch_fast(list(text.pieces), add_special_tokens=special):
-            if len(parts) == 1:
-                room = (limit - len(parts[0])) // (len(text.pieces) - 1)
-            kept = self._cut(whole, room)
+        encodings = self._backend.encode_batch_fast(list(text.pieces), add_special_tokens=special)
+        with_words = [bool(PLACEHOLDER.search(segment)) for segment in self._spec.text.segments]
+        limit -= sum(len(whole.ids) for whole, words in zip(encodings, with_words, strict=True) if not words)
+        room, first = int(self._spec.text.first_part * limit), True
+        parts: list[Ids] = []
+        truncated = 0
+        for whole, words in zip(encodings, with_words, strict=True):
+            kept = self._cut(whole, room) if words else whole
             truncated += len(whole.ids) - len(kept.ids)
             parts.append(np.array(kept.ids, dtype=np.int64))
+            if words and first:  # the others share evenly what it leaves
+                room, first = (limit - len(kept.ids)) // max(1, with_words.count(True) - 1), False
         ids = np.concatenate(parts)
         return EncodedText(ids, truncated, tap_positions(ids, self._spec.taps))
 
@@ -267,10 +274,34 @@ class Tokenizer:
         ids = np.concatenate([np.array(rule.prepend_ids, dtype=np.int64), ids])
         room = limit - len(rule.append_ids)
         truncated = max(len(ids) - room, 0)
-        ids = np.concatenate([ids[:room], np.array(rule.append_ids, dtype=np.int64)])
+        kept = self._cut_answer(ids, text, room) if truncated and rule.cut == "answer" else ids[:room]
+        ids = np.concatenate([kept, np.array(rule.append_ids, dtype=np.int64)])
         if rule.overwrite_last is not None:
             ids[-1] = rule.overwrite_last
         return ids, truncated
+
+    def _cut_answer(self, ids: Ids, text: RenderedText, room: int) -> Ids:
+        """Cut tokens off the end of the answer, and keep what the rule writes after it: the reward is read there.
+
+        `ids` have the rule's `prepend_ids` before them. Raises RowError where nothing of the answer would be left.
+        """
+        if text.answer is None:
+            raise RowError(
+                f"{len(ids)} tokens, {room} fit; and what of them is the answer, which could be cut, cannot be told "
+                "from what the chat template makes of it: send a shorter one"
+            )
+        begin, end = text.answer
+        # With the places of tokens, which the batches go without: they take time.
+        special = self.adds_special_tokens(text)
+        offsets = np.array(self._backend.encode(text.text, add_special_tokens=special).offsets)
+        before = len(ids) - len(offsets) + int(np.searchsorted(offsets[:, 1], begin, side="right"))
+        after = int((offsets[:, 1] > end).sum())
+        if room - after <= before:
+            raise RowError(
+                f"{before + after} tokens beside the answer, and the limit is {room}: nothing of the answer is left; "
+                "send a shorter prompt"
+            )
+        return np.concatenate([ids[: room - after], ids[len(ids) - after :]])
 
     def _step_positions(self, begins: Ids, text: RenderedText, limit: int) -> Ids:
         """Return where the steps' rewards are read, in ids with `prepend_ids` before them.
