@@ -151,7 +151,7 @@ def seconds_of(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def compare(checkpoint: Path, bundle: Path, tokens: int, rounds: int = 7) -> dict[str, float]:
+def compare(checkpoint: Path, folders: dict[str, Path], tokens: int, rounds: int = 7) -> dict[str, float]:
     """Return tokens/s, medians of calls taken in turns: torch eager, and the bundle in fp32 and int8."""
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -162,7 +162,7 @@ def compare(checkpoint: Path, bundle: Path, tokens: int, rounds: int = 7) -> dic
     model = AutoModelForSequenceClassification.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     ).eval()
-    bundles = {name: RewardModel.load(bundle, provider="cpu", precision=name) for name in ("fp32", "int8")}
+    bundles = {name: RewardModel.load(each, provider="cpu", precision=name) for name, each in folders.items()}
     text = encoded(ids)
     inputs = torch.from_numpy(ids).unsqueeze(0)
 
@@ -212,23 +212,19 @@ def encoded(ids: npt.NDArray[np.int64]) -> EncodedText:
 @click.option("--precision", hidden=True)
 def main(folder: Path, kind: str, layers: int | None, tokens: int, precision: str | None) -> None:
     """Measure a kind of backbone in FOLDER, which must not exist."""
-    checkpoint, bundle = folder / "checkpoint", folder / "bundle"
+    checkpoint = folder / "checkpoint"
     if precision is not None:
-        measure(bundle, precision, tokens)
+        measure(folder / precision, precision, tokens)
         return
     folder.mkdir(parents=True)
     try:
         parameters = write_checkpoint(checkpoint, kind, layers or KINDS[kind][2])
         print(f"{kind}: {parameters / 1e6:,.0f} million parameters, a text of {tokens} tokens")
         again = [sys.executable, __file__, str(folder), "--tokens", str(tokens)]
-        for name in ("fp32", "int8"):
-            out = ["--force", str(checkpoint), str(folder / f"alone-{name}"), "--precision", name]
-            taken, most = watched([*EXPORT, *out])
-            print(f"export and certificate, {name}: {taken:.0f} s, {most / 1e9:.2f} GB at most")
-        shutil.rmtree(folder / "alone-int8")
-        shutil.rmtree(folder / "alone-fp32")
-        watched([*EXPORT, str(checkpoint), str(bundle), "--precision", "fp32", "--precision", "int8"])
-        for name in ("fp32", "int8"):
+        bundles = {name: folder / name for name in ("fp32", "int8")}
+        for name, bundle in bundles.items():
+            taken, most = watched([*EXPORT, str(checkpoint), str(bundle), "--precision", name])
+            print(f"export and certificate, {name}: {taken:.0f} s, {most / 1e9:.2f} GB at most", flush=True)
             done = subprocess.run([*again, "--precision", name], check=True, capture_output=True, text=True)
             held = json.loads(done.stdout.splitlines()[-1])
             size = sum(path.stat().st_size for path in bundle.glob(f"model{'' if name == 'fp32' else '.int8'}.onnx*"))
@@ -238,7 +234,7 @@ def main(folder: Path, kind: str, layers: int | None, tokens: int, precision: st
             )
             other, of, shared = other_bits(bundle, name)
             print(f"{name}: {other} of {of} rewards have other bits than alone; {shared:.0%} of the tokens were reused")
-        for name, rate in compare(checkpoint, bundle, tokens).items():
+        for name, rate in compare(checkpoint, bundles, tokens).items():
             print(f"{name}: {rate:,.0f} tokens/s")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

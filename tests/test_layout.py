@@ -32,9 +32,11 @@ ORDER = {
     "rewardrt_export": """
         source: foreign weights adapter_config adapters chat_template layouts config multimodal padding tokenizer tokenizer_files
           tokenizer_loader folder
-        model: length_limits logits backbone heads
+        token_options
+        model: length_limits two_way logits backbone heads
         families: draft encoder objectives openrlhf sequence_classification gated general_preference ldl linear_heads
-          language_model_head lm_row mlp_head pair_preference pairrm process urm value_head listing
+          language_model_head lm_row mlp_head pair_preference pairrm process urm value_head token_logit rerankers guards
+          listing
         checkpoint explain
         tracing: attention_masks bidirectional attention experts complex_numbers state_layers graphs signature trace whole_vectors lower
         precisions: calibrate functions operators nodes pool fuse_attention fuse rounding smoothing quantize storage half dense_experts tensorrt engine table writing

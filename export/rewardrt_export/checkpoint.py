@@ -16,12 +16,14 @@ from rewardrt.bundle.spec import Combine, PoolingRule, Spec, Tap, TextRule, from
 from rewardrt.errors import BundleError, CheckpointError
 from rewardrt_export.families import Draft, choose_family, matching_families
 from rewardrt_export.families.objectives import label_names
+from rewardrt_export.families.token_logit import TOKEN_LOGIT
 from rewardrt_export.model.backbone import Binding, bind, first_position, meta_backbone
 from rewardrt_export.model.heads import RewardHead
 from rewardrt_export.model.length_limits import length_limit
 from rewardrt_export.source.folder import Source, read_source
 from rewardrt_export.source.tokenizer import TokenizerChoice
 from rewardrt_export.source.weights import StoredTensor, shorten
+from rewardrt_export.token_options import TokenOptions
 
 # A tokenizer that knows no limit says so with a number like 1e30.
 UNLIMITED = 10_000_000
@@ -53,12 +55,14 @@ def read_checkpoint(
     weights: Sequence[float] = (),
     normalise: bool = False,
     tokenizer: TokenizerChoice | None = None,
+    token_options: TokenOptions | None = None,
 ) -> Checkpoint:
     """Read a checkpoint folder of any known family, or of the kind that `spec_file` describes; options override.
 
     `base` is the folder of the model that was trained: an adapter's base where adapter_config.json does not name one,
     and what else a checkpoint leaves out. `pad_token` is the token, or its id, that training padded with;
-    `chat_template` one of several templates by its name, or a file. What was chosen where the files allow two readings
+    `chat_template` one of several templates by its name, or a file; `token_options` how logits of tokens are read. What
+    was chosen where the files allow two readings
     is in the source's `choices`.
 
     Raises CheckpointError naming the file or the tensors when something is missing, left over or of a wrong shape.
@@ -66,7 +70,7 @@ def read_checkpoint(
     source = read_source(folder, base, pad_token=pad_token, chat_template=chat_template, tokenizer=tokenizer)
     if pooling == "last_mask":
         source = dataclasses.replace(source, padding=dataclasses.replace(source.padding, unread=True))
-    name, draft = describe(source, family=family, spec_file=spec_file)
+    name, draft = describe(source, family=family, spec_file=spec_file, options=token_options)
     if pooling is not None:
         draft = dataclasses.replace(draft, taps=(_pooling_tap(pooling, source), *draft.taps[1:]))
     if pad_token is not None and "pad_token" not in source.choices:
@@ -134,13 +138,33 @@ def _weigh(draft: Draft, weights: tuple[float, ...], source: Source) -> Draft:
     return dataclasses.replace(draft, combine=Combine("dot", weights), output=output)
 
 
-def describe(source: Source, *, family: str | None = None, spec_file: Path | None = None) -> tuple[str, Draft]:
-    """Return the family's name and its draft, from the checkpoint's files or from a --spec file."""
+def describe(
+    source: Source,
+    *,
+    family: str | None = None,
+    spec_file: Path | None = None,
+    options: TokenOptions | None = None,
+) -> tuple[str, Draft]:
+    """Return the family's name and its draft, from the checkpoint's files or from a --spec file.
+
+    `options` say how logits of tokens are read; --tokens alone makes the family `token-logit`.
+    """
+    given = options.given if options is not None else []
     if spec_file is None:
+        if family is None and options is not None and options.tokens:
+            family = TOKEN_LOGIT.name
         chosen = choose_family(source, family)
         if family is not None:
-            source.choices["family"] = f"{chosen.name}, as --family says; {_fitting(source)}"
-        return chosen.name, chosen.describe(source)
+            source.choices["family"] = f"{chosen.name}, as the options say; {_fitting(source)}"
+        if options is None or not given:
+            return chosen.name, chosen.describe(source)
+        if chosen.with_options is None:
+            raise CheckpointError(
+                f"{given[0]}: the {chosen.name} family reads no logits of tokens; leave the option out"
+            )
+        return chosen.name, chosen.with_options(source, options)
+    if given:
+        raise CheckpointError(f"{given[0]}: --spec says what the model is; write it there")
     try:
         data = tomllib.loads(spec_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ import click
 from rewardrt.bundle.precisions import PRECISIONS, in_words
 from rewardrt.bundle.spec import POOLING_RULES, PoolingRule
 from rewardrt.errors import MissingExtraError
+from rewardrt_export.token_options import LOGIT_FUNCTIONS, LogitFunction, TokenOptions
 
 if TYPE_CHECKING:
     from rewardrt_export.source.tokenizer import TokenizerChoice
@@ -27,6 +28,16 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
         raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.5,0.3,-0.2") from None
 
 
+def _parse_text(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Return a text as it is meant: of a file, without its last line break, or with \\n for line breaks."""
+    if not value.startswith("@"):
+        return value.replace("\\n", "\n").replace("\\t", "\t")
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{value[1:]}: cannot be read ({error})") from None
+
+
 # A line for each precision: \b keeps click from filling the lines.
 _PRECISIONS = "\b\nPrecisions:\n" + "\n".join(
     f"  {name}: weights {each.weights}, products {each.products}; {each.description}"
@@ -40,6 +51,20 @@ _PRECISIONS = "\b\nPrecisions:\n" + "\n".join(
 @click.option("--base", type=click.Path(path_type=Path), help="The base model's folder, if CHECKPOINT leaves it out.")
 @click.option("--family", help="The checkpoint's family, where its files do not say: one of `rewardrt families`.")
 @click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="TOML that describes a model of no family.")
+@click.option("--tokens", default="", help="Tokens whose logits make the reward: yes,no or 9693,2152 or 1..5.")
+@click.option(
+    "--function",
+    type=click.Choice(LOGIT_FUNCTIONS),
+    help="What is made of the logits.  [default: of one logit, of two difference, of a range expectation]",
+)
+@click.option(
+    "--template",
+    default="",
+    callback=_parse_text,
+    help="The text, with {prompt} or {query}, {response} or {document}, and {instruction}; or @FILE.",
+)
+@click.option("--close", default="", callback=_parse_text, help="What comes after the text, as an empty think block.")
+@click.option("--instruction", default="", callback=_parse_text, help="What {instruction} is in rows that have none.")
 @click.option("--explain", is_flag=True, help="Print the spec that would be used, with reasons, and export nothing.")
 @click.option("--pooling", type=click.Choice(POOLING_RULES), help="Where the reward was read in training.")
 @click.option("--pad-token", help="The token, or its id, that training padded with, where the files allow two.")
@@ -76,6 +101,11 @@ def export(
     base: Path | None,
     family: str | None,
     spec_file: Path | None,
+    tokens: str,
+    function: LogitFunction | None,
+    template: str,
+    close: str,
+    instruction: str,
     explain: bool,
     pooling: PoolingRule | None,
     pad_token: str | None,
@@ -105,6 +135,8 @@ def export(
         raise click.UsageError("--family and --spec both say what the model is; give one")
     if golden is not None and not certified:
         raise click.UsageError("--golden names texts to certify on; leave it or --no-certify out")
+    if tokens and family not in (None, "token-logit"):
+        raise click.UsageError("--tokens says what is read, and so does --family; give one")
     if explain:
         if bundle is not None or spec_file is not None:
             raise click.UsageError(
@@ -113,8 +145,9 @@ def export(
         from rewardrt_export.explain import explain as explain_source
         from rewardrt_export.source.folder import read_source
 
+        options = TokenOptions(tokens, function, template, close, instruction)
         source = read_source(checkpoint, base, pad_token=pad_token, chat_template=chat_template, tokenizer=tokenizer)
-        click.echo(explain_source(source, family), nl=False)
+        click.echo(explain_source(source, family, options), nl=False)
         return
     if bundle is None:
         raise click.UsageError("give the folder to write the BUNDLE to (or --explain to write none)")
@@ -135,6 +168,7 @@ def export(
         weights=weights,
         normalise=normalize,
         tokenizer=tokenizer,
+        token_options=TokenOptions(tokens, function, template, close, instruction),
         precisions=precisions or ("fp32",),
         token_rewards=token_rewards,
         golden=golden,

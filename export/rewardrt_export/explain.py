@@ -17,12 +17,13 @@ from rewardrt_export.checkpoint import describe, rename_backbone
 from rewardrt_export.families import FAMILIES, Draft
 from rewardrt_export.model.backbone import bind, meta_backbone
 from rewardrt_export.source.folder import Source
+from rewardrt_export.token_options import TokenOptions
 
 
-def explain(source: Source, family: str | None = None) -> str:
+def explain(source: Source, family: str | None = None, options: TokenOptions | None = None) -> str:
     """Return the spec of a checkpoint as commented TOML, or raise CheckpointError naming the closest family."""
     try:
-        name, draft = describe(source, family=family)
+        name, draft = describe(source, family=family, options=options)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {closest(source)}") from error
     chosen = (

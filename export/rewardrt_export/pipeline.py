@@ -45,6 +45,7 @@ from rewardrt_export.precisions.calibrate import KEPT_TOKENS, Calibration, cut
 from rewardrt_export.precisions.table import chosen_precisions
 from rewardrt_export.precisions.writing import build_engine, write_graphs
 from rewardrt_export.source.tokenizer import TokenizerChoice
+from rewardrt_export.token_options import TokenOptions
 from rewardrt_export.tracing.attention import attention_name
 from rewardrt_export.tracing.experts import EXPERTS
 from rewardrt_export.tracing.lower import lower
@@ -69,6 +70,7 @@ def export(
     weights: Sequence[float] = (),
     normalise: bool = False,
     tokenizer: TokenizerChoice | None = None,
+    token_options: TokenOptions | None = None,
     precisions: Sequence[str] = ("fp32",),
     token_rewards: bool = False,
     golden: Path | None = None,
@@ -83,7 +85,8 @@ def export(
     `tokenizer` "file" takes the ids of the saved tokenizer.json, and "transformers" those of what transformers makes of
     the folder; None takes the file's, with a word where the two differ.
     `pad_token` is the token, or its id, that training padded with, where the files allow two;
-    `chat_template` one of several templates by its name, or a file.
+    `chat_template` one of several templates by its name, or a file. `token_options` say how the logits of tokens are
+    read, of a model whose reward they are.
     `precisions` are names in `rewardrt.bundle.precisions`: a graph each. int8 is calibrated on the texts of the JSONL
     file `calibrate`, or else on every other one of the golden texts. With `token_rewards` the graphs also give the
     reward after every token, where a model reads one answer at one token. Without `certified` the torch model scores
@@ -110,6 +113,7 @@ def export(
         weights=weights,
         normalise=normalise,
         tokenizer=tokenizer,
+        token_options=token_options,
     )
     if not checkpoint.spec.padded and any(PRECISIONS[name].engine for name in precisions):
         raise ExportError(

@@ -161,19 +161,21 @@ class RewardModel:
         tools: list[dict[str, Any]] | None = None,
         documents: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        instruction: str | None = None,
         normalize: bool | None = None,
         aggregate: AggregateRule | None = None,
     ) -> float:
         """Return the reward of one text, given as the fields of a row: prompt or messages with response, or text.
 
-        `tools`, `documents` and `chat_template_kwargs` go to the chat template, as in transformers.
+        `tools`, `documents` and `chat_template_kwargs` go to the chat template, as in transformers. `instruction` says
+        what is judged, of a model that reads one; None takes the bundle's.
         A model that rewards steps takes `steps` for the response, and needs `aggregate` to make one reward of theirs.
         Raises RowError for a combination that is none of these, InferenceError for a reward that is not a number.
         Warns with TruncationWarning when the text was cut.
         """
         row = _given(
             prompt=prompt, response=response, messages=messages, text=text, steps=steps,
-            tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs,
+            tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs, instruction=instruction,
         )  # fmt: skip
         return float(self._score_texts([row], normalize, aggregate)[0])
 
@@ -231,16 +233,17 @@ class RewardModel:
         tools: list[dict[str, Any]] | None = None,
         documents: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        instruction: str | None = None,
         normalize: bool | None = None,
     ) -> list[Ranked]:
         """Score answers to one prompt and return them best first; equal rewards keep the order given.
 
-        `tools`, `documents` and `chat_template_kwargs` go to the chat template, as in `score`.
+        `tools`, `documents`, `chat_template_kwargs` and `instruction` are those of `score`.
         """
         responses = responses if isinstance(responses, str) else list(responses)  # a bare string is refused as a row
         row = _given(
             prompt=prompt, messages=messages, responses=responses,
-            tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs,
+            tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs, instruction=instruction,
         )  # fmt: skip
         (scored,) = self.score_rows([row], normalize=normalize)
         if isinstance(scored, RewardRTError):

@@ -9,7 +9,7 @@ from typing import Any
 from rewardrt.bundle.manifest import TOKENIZER
 from rewardrt.errors import CertificateError, RowError
 from rewardrt.text.chat_template import ChatTemplate
-from rewardrt.text.items import Pair, RawText
+from rewardrt.text.items import RawText
 from rewardrt.text.rendering import Renderer
 from rewardrt.text.tokens import EncodedText, Tokenizer
 from rewardrt_export.certificate.golden import MARGIN, Candidate, golden_texts, probe_texts
@@ -65,7 +65,9 @@ def uncertified_lengths(checkpoint: Checkpoint, longest: int) -> tuple[str, ...]
 def _reader(checkpoint: Checkpoint, bundle: Path) -> tuple[Renderer, Tokenizer, ChatTemplate | None]:
     """Return what makes token ids of rows in the bundle that is being written."""
     spec, source = checkpoint.spec, checkpoint.source.chat_template
-    template = ChatTemplate(source, spec.special_tokens) if source else None
+    template = (
+        ChatTemplate(source, spec.special_tokens, generation_prompt=spec.text.generation_prompt) if source else None
+    )
     renderer = Renderer(spec.text, template, with_prompt=spec.reads_prompt_end)
     return renderer, Tokenizer(bundle / TOKENIZER, spec), template
 
@@ -80,11 +82,12 @@ def _encode(
     item = candidate.item
     if template is not None and checkpoint.spec.text.source == "chat_template" and not isinstance(item, RawText):
         messages = list(renderer.messages(item))
-        inputs = (item.first if isinstance(item, Pair) else item).inputs
+        inputs = renderer.inputs(item)
         theirs = checkpoint.source.tokenizer.apply_chat_template(
             template.as_read(messages),
             chat_template=checkpoint.source.chat_template,
             tokenize=False,
+            add_generation_prompt=checkpoint.spec.text.generation_prompt,
             tools=list[Any](inputs.tools) if inputs.tools else None,
             documents=inputs.documents,
             **inputs.options,

@@ -51,6 +51,7 @@ TOOLS = [
         },
     }
 ]
+INSTRUCTION = "Judge whether the answer is right, safe and of use."  # to models that read one and have no default
 OTHER = {"role": "assistant", "content": "There is nothing to say."}  # beside a probe's answer, where two are read
 DOCUMENTS = [{"title": "Oslo", "text": "It was four degrees at noon."}]
 
@@ -100,7 +101,8 @@ def _default_set(renderer: Renderer, tokenizer: Tokenizer, spec: Spec, refused: 
         question, words = (overlong[0][name] for name in ("prompt", "response"))
         short = {"prompt": question, "steps": ["Breathe in.", "Breathe out."]}
         overlong = [{"text": f"{text} {words}"} for text in _rendered(renderer, short)]
-    texts = [Candidate(row, None) for row in rows] + [Candidate(row, limit) for row in overlong]
+    texts = [Candidate(_instructed(row, spec), None) for row in rows]
+    texts += [Candidate(_instructed(row, spec), limit) for row in overlong]
     if spec.reads_two_answers:
         texts = _pair_up(texts)
     elif spec.input == "pairwise":
@@ -127,7 +129,7 @@ def probe_texts(
 
     def taken(rows: Iterable[dict[str, Any]], limit: int | None = None) -> list[Candidate]:
         rows = [_split_into_steps(row) if renderer.rewards_steps and "text" not in row else row for row in rows]
-        texts = [Candidate(row, limit) for row in rows]
+        texts = [Candidate(_instructed(row, spec), limit) for row in rows]
         if spec.reads_two_answers:
             answered = [item for text in texts if isinstance(item := text.item, Conversation)]
             both = [(item, Conversation(item.prompt, OTHER, item.inputs)) for item in answered]
@@ -151,6 +153,12 @@ def probe_texts(
     others = sorted(set(variables) - {"messages", "tools", "documents", "add_generation_prompt", *spec.special_tokens})
     inputs += [{"chat_template_kwargs": dict.fromkeys(others, value)} for value in (False, True) if others]
     return probes + taken(_answered("It is four degrees in Oslo.") | fields for fields in inputs)
+
+
+def _instructed(row: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    """Return the row with an instruction, where a model reads one and its bundle has none."""
+    needs = spec.text.takes_instruction and not spec.text.instruction and "text" not in row
+    return row | {"instruction": INSTRUCTION} if needs else row
 
 
 def _answered(response: str) -> dict[str, Any]:

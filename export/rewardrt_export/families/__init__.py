@@ -14,6 +14,7 @@ from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.encoder import ENCODER
 from rewardrt_export.families.gated import ARMORM, QRM
 from rewardrt_export.families.general_preference import GENERAL_PREFERENCE
+from rewardrt_export.families.guards import GUARDS
 from rewardrt_export.families.ldl import LDL
 from rewardrt_export.families.linear_heads import LINEAR_HEADS
 from rewardrt_export.families.lm_row import LM_ROW
@@ -22,7 +23,9 @@ from rewardrt_export.families.openrlhf import OPENRLHF
 from rewardrt_export.families.pair_preference import PAIR_PREFERENCE
 from rewardrt_export.families.pairrm import PAIRRM
 from rewardrt_export.families.process import MATH_SHEPHERD, QWEN_PRM, RLHFLOW_PRM, SKYWORK_PRM, TRL_PRM
+from rewardrt_export.families.rerankers import RERANKERS
 from rewardrt_export.families.sequence_classification import ODIN, SEQUENCE_CLASSIFICATION
+from rewardrt_export.families.token_logit import TOKEN_LOGIT
 from rewardrt_export.families.urm import URM
 from rewardrt_export.families.value_head import VALUE_HEAD
 
@@ -33,6 +36,18 @@ __all__ = ["FAMILIES", "Draft", "Family", "choose_family", "matching_families"]
 
 # What backbones call their parts, for a message: the others may be a head.
 BACKBONE = re.compile(r"(layers?|h|blocks)\.\d+\.|embed|norm|wte|wpe|ln_f")
+
+# Classes of known scoring models that no spec can say, and why.
+NOT_ONE_TEXT = {
+    "JinaForRanking": "it reads all documents of a query in one text, and a document's score depends on the others "
+    "(jina-reranker-v3); a bundle scores each text by itself",
+    "Qwen3ForGuardModel": "it labels every token of a stream, and its verdict is of two tokens in a row "
+    "(Qwen3Guard-Stream); a bundle has one reward for a text: Qwen3Guard-Gen can be exported",
+    "LayerWiseMiniCPMForCausalLM": "it has a head for each layer over a backbone that transformers does not have "
+    "(bge-reranker-v2-minicpm-layerwise)",
+    "CostWiseGemmaForCausalLM": "it merges tokens of the document between its layers "
+    "(bge-reranker-v2.5-gemma2-lightweight); transformers has no such backbone",
+}
 
 FAMILIES = {
     family.name: family
@@ -57,6 +72,9 @@ FAMILIES = {
         PAIR_PREFERENCE,
         GENERAL_PREFERENCE,
         LM_ROW,
+        TOKEN_LOGIT,
+        *RERANKERS,
+        *GUARDS,
     )
 }
 
@@ -66,6 +84,8 @@ def choose_family(source: Source, override: str | None = None) -> Family:
 
     Raises CheckpointError when none or several match: a guess would be a wrong reward.
     """
+    if (reason := NOT_ONE_TEXT.get(source.architecture)) is not None:
+        raise CheckpointError(f"{source.architecture}: {reason}")
     if override is not None:
         if override not in FAMILIES:
             raise CheckpointError(f"no family {override!r}; expected one of {', '.join(FAMILIES)}")
@@ -83,7 +103,7 @@ def choose_family(source: Source, override: str | None = None) -> Family:
     raise CheckpointError(
         f"{source.architecture} is not a reward model of a known family (`rewardrt families` lists them): "
         f"beside the backbone it has {', '.join(beside[:6]) or 'nothing'}; {_where_heads_get_lost(source)}"
-        + (f"; if a row of its LM head is the reward, say --family {LM_ROW.name}" if _is_causal_lm(source) else "")
+        + (_of_a_language_model() if _is_causal_lm(source) else "")
     )
 
 
@@ -103,6 +123,14 @@ def _where_heads_get_lost(source: Source) -> str:
         saved = ", ".join(source.adapter.saved_modules) or "nothing"
         return f"the adapter lost its head (modules_to_save: {saved}), and no value_head file is beside it"
     return "a head trained with LoRA, or saved in a file of its own (value_head.safetensors), is easily lost in a merge"
+
+
+def _of_a_language_model() -> str:
+    names = ", ".join(family.name for family in FAMILIES.values() if family.with_options and family is not TOKEN_LOGIT)
+    return (
+        f"; if logits of its LM head are the reward, say which: --tokens yes,no, or --family {LM_ROW.name}; a reranker "
+        f"or a guard is one of {names}"
+    )
 
 
 def _is_causal_lm(source: Source) -> bool:

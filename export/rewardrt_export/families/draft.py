@@ -10,6 +10,7 @@ from rewardrt.bundle.spec import Affine, Combine, Head, InputKind, Output, Tap, 
 
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
+    from rewardrt_export.token_options import TokenOptions
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Family:
 
     `matches` says why a checkpoint is of this family, or None, from its files alone. `examples` are checkpoints that
     users know by name. `head`, `tap`, `eos` and `output` say in words what `describe` says in a Draft, and `maths` is
-    the formula: they are what `rewardrt families` and docs/families.md show.
+    the formula: they are what `rewardrt families` and docs/families.md show. `with_options` describes a checkpoint of a
+    family that reads logits of tokens, with what the command line says of them.
     """
 
     name: str
@@ -55,3 +57,4 @@ class Family:
     maths: str
     matches: Callable[[Source], str | None]
     describe: Callable[[Source], Draft]
+    with_options: Callable[[Source, TokenOptions], Draft] | None = None

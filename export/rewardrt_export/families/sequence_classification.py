@@ -33,7 +33,8 @@ def _matches(source: Source) -> str | None:
     # Decoders' classes call the head score, encoders' call it classifier.
     is_encoder = kind in ENCODERS | NO_GRAPH or any(name.startswith("classifier.") for name in source.stored)
     is_encoder = is_encoder and kind not in HEADS
-    other = is_encoder or source.stored.keys() & set(OTHER_HEADS)
+    two_way = getattr(source.config, "rewardrt_two_way", False)  # a decoder's class that reads as an encoder
+    other = is_encoder or two_way or source.stored.keys() & set(OTHER_HEADS)
     if other:
         return None
     if source.architecture.endswith("ForSequenceClassification"):

@@ -25,6 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from rewardrt.errors import CheckpointError
 from rewardrt_export.model.length_limits import hold, hold_rotary
+from rewardrt_export.model.two_way import look_both_ways
 from rewardrt_export.source.weights import StoredTensor, first_line, shorten
 
 # Buffers that old transformers versions saved and every version computes anew.
@@ -89,7 +90,7 @@ def meta_backbone(config: PretrainedConfig, attention: str, experts: str = "eage
         raise
     except Exception as error:  # whatever the class's code raises: it takes config.json's fields as they come
         raise CheckpointError(f"{found.__name__} cannot be built of config.json: {_blame(config, error)}") from error
-    return hold_rotary(model).eval()  # type: ignore[return-value]
+    return look_both_ways(hold_rotary(model).eval(), config)  # type: ignore[arg-type]
 
 
 def _blame(config: PretrainedConfig, error: Exception) -> str:

@@ -97,7 +97,16 @@ def _take_rows(tensor: StoredTensor, name: str, rows: torch.Tensor) -> StoredTen
     return StoredTensor(name, (len(rows), *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[rows])
 
 
+def _llama_two_way_config(raw: dict[str, Any]) -> PretrainedConfig:
+    """NVIDIA's Llama for rerankers and embeddings: the same tensors, and tokens that look both ways."""
+    config = LlamaConfig.from_dict({name: value for name, value in raw.items() if name != "model_type"})
+    config.use_cache = False
+    config.rewardrt_two_way = True
+    return config
+
+
 LAYOUTS: dict[str, Layout] = {
+    "llama_bidirec": Layout(_llama_two_way_config, lambda stored, raw: stored),
     "internlm2": Layout(_internlm2_config, _internlm2_tensors),
     # OpenAssistant's subclass of GPT-NeoX adds `pooling` to the config and nothing to the backbone.
     "gpt_neox_reward_model": Layout(

@@ -85,10 +85,14 @@ class TextRule:
     # A special token that a text holds literally is tokenized as ordinary text. tokenizer.json cannot say so.
     split_special_tokens: bool = field(default=False, metadata={OPTIONAL: True})
     instruction: str = field(default="", metadata={OPTIONAL: True})  # {instruction} of a row that brings none
+    # Where it is set, the instruction may be left out: what stands for {instruction} where there is one.
+    instruction_format: str = field(default="", metadata={OPTIONAL: True})
     # The name of the chat template's variable that gets the instruction, where no format has a place for it.
     instruction_variable: str = field(default="", metadata={OPTIONAL: True})
     generation_prompt: bool = field(default=False, metadata={OPTIONAL: True})  # the template begins the model's turn
     close: str = field(default="", metadata={OPTIONAL: True})  # appended to the text, whatever it ends with
+    # White space at both ends of prompt and response is left out before they are put into a format.
+    strip_words: bool = field(default=False, metadata={OPTIONAL: True})
     # Where a text that is too long is cut: at its end, or in the answer, so that what follows the answer stays.
     cut: Literal["end", "answer"] = field(default="end", metadata={OPTIONAL: True})
 

@@ -30,6 +30,9 @@ from rewardrt.reward_model import RewardModel
 @click.option("-o", "--output", help="Write rows here instead of standard output; moved into place at the end.")
 @click.option("--prompt", help="Score one prompt instead of a file.")
 @click.option("--response", "responses", multiple=True, help="An answer to --prompt; several are ranked.")
+@click.option(
+    "--instruction", help="What is judged, for a model that reads one, in rows that do not say it themselves."
+)
 @provider_option
 @precision_option
 @click.option("--normalize/--raw", default=None, help="Normalised or raw rewards.  [default: as the bundle says, raw]")
@@ -57,6 +60,7 @@ def score(
     output: str | None,
     prompt: str | None,
     responses: tuple[str, ...],
+    instruction: str | None,
     provider: ProviderChoice,
     precision: str,
     normalize: bool | None,
@@ -98,6 +102,8 @@ def score(
         f"{bundle}: {model.precision} on {model.session.runs_on}"
         + (f" ({model.session.note})" if model.session.note else "")
     )
+    if instruction is not None:
+        model.answers.use_instruction(instruction)
     labels = model.spec.output.labels if objectives else ()
     if objectives and not labels:
         raise RewardRTError(f"--objectives: {bundle} has none; its reward is not made of several values")

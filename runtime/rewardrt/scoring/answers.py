@@ -10,7 +10,7 @@ Knows the model's spec, its tokenizer and its chat template, and no graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from rewardrt.errors import BundleError, InferenceError, RewardRTError, RowError
 from rewardrt.scoring.pairwise import plan, settle
 from rewardrt.scoring.scored import Scored, ScoredAnswers, ScoredPair, ScoredRow
 from rewardrt.text.chat_template import ChatTemplate
-from rewardrt.text.items import Input, TokenIds
+from rewardrt.text.items import Input, TokenIds, check_string
 from rewardrt.text.rendering import RenderedText, Renderer
 from rewardrt.text.rows import Row, parse_row
 from rewardrt.text.tokens import EncodedText, Tokenizer
@@ -44,9 +44,16 @@ class Answers:
         """Read the tokenizer and the chat template. Raises BundleError."""
         self.spec = bundle.manifest.spec
         self.tokenizer = Tokenizer(bundle.file(TOKENIZER), self.spec)
-        template = _read_template(bundle)
-        self.renderer = Renderer(self.spec.text, template, with_prompt=self.spec.reads_prompt_end)
-        self.uses_date = template is not None and template.uses_date
+        self._template = _read_template(bundle)
+        self.renderer = Renderer(self.spec.text, self._template, with_prompt=self.spec.reads_prompt_end)
+        self.uses_date = self._template is not None and self._template.uses_date
+
+    def use_instruction(self, instruction: str) -> None:
+        """Let rows that bring no instruction have this one. Raises RowError where the model reads none."""
+        if not self.spec.text.takes_instruction:
+            raise RowError("instruction: this model reads none; put it into the prompt, as the model was trained")
+        rule = replace(self.spec.text, instruction=check_string(instruction, "instruction"))
+        self.renderer = Renderer(rule, self._template, with_prompt=self.spec.reads_prompt_end)
 
     def parse(self, row: object) -> Row:
         """Return the texts that this model scores for a row, or raise RowError."""
@@ -190,4 +197,5 @@ def _read_template(bundle: Bundle) -> ChatTemplate | None:
         source = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BundleError(f"{path}: expected UTF-8 ({error.reason}); mend the template and export again") from error
-    return ChatTemplate(source, bundle.manifest.spec.special_tokens)
+    spec = bundle.manifest.spec
+    return ChatTemplate(source, spec.special_tokens, generation_prompt=spec.text.generation_prompt)

@@ -17,7 +17,11 @@ from rewardrt.server.vocabulary import texts as rows_of
 
 CLASSIFY_BODY = body({"text": {"anyOf": [STRING, STRINGS]}}, model=STRING, rid=STRING)
 RERANK_BODY = body(
-    {"query": STRING, "documents": STRINGS}, top_n=INTEGER | {"minimum": 1}, return_documents=BOOLEAN, rid=STRING
+    {"query": STRING, "documents": STRINGS},
+    instruct=STRING,
+    top_n=INTEGER | {"minimum": 1},
+    return_documents=BOOLEAN,
+    rid=STRING,
 )
 EMBEDDINGS_BODY = body(
     {"input": INPUT},
@@ -69,7 +73,7 @@ def rerank(incoming: Incoming) -> Call:
             for index in best_first(scores, wanted.get("top_n"))
         ]
 
-    return Call(served, ranking(served, wanted["query"], documents), render)
+    return Call(served, ranking(served, wanted["query"], documents, wanted.get("instruct")), render)
 
 
 def embeddings(incoming: Incoming) -> Call:

@@ -22,7 +22,7 @@ PREDICT_BODY = body(
     parameters=body(function_to_apply=only("none", "sigmoid"), top_k=INTEGER | {"minimum": 1}),
     **SHARED,
 )
-RERANK_BODY = body({"query": STRING, "texts": STRINGS}, return_text=BOOLEAN, **SHARED)
+RERANK_BODY = body({"query": STRING, "texts": STRINGS}, return_text=BOOLEAN, instruction=STRING, **SHARED)
 TYPES = {
     "empty": "Empty",
     "overloaded": "Overloaded",
@@ -97,7 +97,8 @@ def rerank(incoming: Incoming) -> Call:
             for index in best_first(scores, None)
         ]
 
-    return Call(served, ranking(served, wanted["query"], wanted["texts"]), render, **_limits(wanted))
+    rows = ranking(served, wanted["query"], wanted["texts"], wanted.get("instruction"))
+    return Call(served, rows, render, **_limits(wanted))
 
 
 DIALECT = Dialect("tei", refusal, {"validation": 422, "empty": 400, "overloaded": 429, "backend": 424, "draining": 503})

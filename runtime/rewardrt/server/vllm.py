@@ -58,6 +58,7 @@ CHAT = {
     "chat_template_kwargs": OBJECT,
     "tools": array(OBJECT),
     "documents": array(OBJECT),
+    "instruction": STRING,
 }
 CLASSIFY_BODY = body(input=INPUT, add_special_tokens=BOOLEAN, **SHARED, **CHAT)
 POOLING_BODY = body(
@@ -68,7 +69,14 @@ POOLING_BODY = body(
     **CHAT,
 )
 TEXT_OR_TEXTS = {"anyOf": [STRING, STRINGS]}
-SCORE_BODY = body(queries=TEXT_OR_TEXTS, documents=TEXT_OR_TEXTS, text_1=TEXT_OR_TEXTS, text_2=TEXT_OR_TEXTS, **SHARED)
+SCORE_BODY = body(
+    queries=TEXT_OR_TEXTS,
+    documents=TEXT_OR_TEXTS,
+    text_1=TEXT_OR_TEXTS,
+    text_2=TEXT_OR_TEXTS,
+    instruction=STRING,
+    **SHARED,
+)
 
 
 def listed(item: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +181,7 @@ def score(incoming: Incoming) -> Call:
         return envelope("score", served, scores, data)
 
     single_rewards(served)
-    rows = answers(served, list(zip(firsts, seconds, strict=True)))
+    rows = answers(served, list(zip(firsts, seconds, strict=True)), wanted.get("instruction"))
     return Call(served, rows, render, **limits(wanted))
 
 

@@ -21,7 +21,7 @@ from rewardrt.text.items import RawText, TokenIds
 from rewardrt.text.rows import Row
 
 # The fields of a request that make the text of a conversation.
-CONVERSATION = ("messages", "tools", "documents", "chat_template_kwargs")
+CONVERSATION = ("messages", "tools", "documents", "chat_template_kwargs", "instruction")
 INPUT = {"anyOf": [STRING, STRINGS, array(INTEGER), array(array(INTEGER))]}
 # What vLLM takes everywhere and no score depends on.
 NEUTRAL = {
@@ -42,6 +42,7 @@ RERANK_BODY = body(
     {"query": STRING, "documents": array({"anyOf": [STRING, body({"text": STRING})]})},
     top_n=INTEGER | {"minimum": 0},
     return_documents=BOOLEAN,
+    instruction=STRING,
     **SHARED,
 )
 USAGE = {"type": "object", "properties": {"prompt_tokens": INTEGER, "total_tokens": INTEGER}}
@@ -68,19 +69,19 @@ def texts(served: Served, values: Sequence[str], *, special_tokens: bool = False
     return tuple(rows)
 
 
-def answers(served: Served, pairs: Sequence[tuple[str, str]]) -> tuple[Row, ...]:
-    """Return a row for each (prompt, answer)."""
+def answers(served: Served, pairs: Sequence[tuple[str, str]], instruction: str | None = None) -> tuple[Row, ...]:
+    """Return a row for each (prompt, answer), all with one instruction where there is one."""
     return tuple(
-        _parse(served, {"prompt": prompt, "response": answer}, f"item {index}")
+        _parse(served, {"prompt": prompt, "response": answer, "instruction": instruction}, f"item {index}")
         for index, (prompt, answer) in enumerate(pairs)
     )
 
 
-def ranking(served: Served, query: str, documents: Sequence[str]) -> tuple[Row, ...]:
+def ranking(served: Served, query: str, documents: Sequence[str], instruction: str | None = None) -> tuple[Row, ...]:
     """Return the one row of a query and its documents; () for no documents."""
     if not documents:
         return ()
-    row = {"prompt": query, "responses": list(documents)}
+    row = {"prompt": query, "responses": list(documents), "instruction": instruction}
     check_texts(served, [row])
     return (_parse(served, row, ""),)
 
@@ -192,7 +193,8 @@ def rank(served: Served, wanted: dict[str, Any]) -> Call:
         name = f"rerank-{secrets.token_hex(8)}"
         return {"id": name, "model": served.name, "usage": usage(scores), "results": results}
 
-    return Call(served, ranking(served, wanted["query"], documents), render, **limits(wanted))
+    rows = ranking(served, wanted["query"], documents, wanted.get("instruction"))
+    return Call(served, rows, render, **limits(wanted))
 
 
 def _shown(document: Any) -> dict[str, Any]:

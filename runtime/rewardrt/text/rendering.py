@@ -105,10 +105,10 @@ class Renderer:
             return ""
         if (name := self._rule.instruction_variable) in inputs.options and inputs.instruction is not None:
             raise RowError(f"instruction: chat_template_kwargs.{name} is one already; leave one of them out")
-        found = inputs.instruction or self._rule.instruction
-        if not found and name not in inputs.options:
+        found, optional = inputs.instruction or self._rule.instruction, self._rule.instruction_format
+        if not found and not optional and name not in inputs.options:
             raise RowError("no instruction: this model reads one, and its bundle has no default; add `instruction`")
-        return found
+        return optional.replace("{instruction}", found) if found and optional else found
 
     @property
     def rewards_steps(self) -> bool:
@@ -155,15 +155,16 @@ class Renderer:
     def _join(self, item: Conversation | Pair) -> str:
         inputs = (item.first if isinstance(item, Pair) else item).inputs
         if self._template is not None:
-            return self._template.render(self._turns(item), self._with_instruction(inputs))
+            return self._template.render(self._turns(item), self.inputs(item))
         if inputs.given:
             raise RowError(
                 f"{', '.join(inputs.given)}: this model has no chat template that could read it; leave it out"
             )
         return self._fill("{prompt}{response}" if self._rule.source == "concatenate" else self._rule.format, item)
 
-    def _with_instruction(self, inputs: TemplateInputs) -> TemplateInputs:
-        name = self._rule.instruction_variable
+    def inputs(self, item: Conversation | Pair | Steps) -> TemplateInputs:
+        """Return what the chat template is given beside the messages: the instruction, too, where it reads that."""
+        inputs, name = (item.first if isinstance(item, Pair) else item).inputs, self._rule.instruction_variable
         if not name or name in inputs.options:
             return inputs
         return replace(inputs, options={**inputs.options, name: self._instruction(inputs)})
@@ -185,6 +186,8 @@ class Renderer:
         else:
             prompt = self._prompt_template.render(as_turns(conversation.prompt))
             answer = content_string(conversation.answer, "the answer")
+        if self._rule.strip_words:
+            prompt, answer = prompt.strip(), answer.strip()
         values = {"{prompt}": prompt, "{response}": answer, "{instruction}": self._instruction(conversation.inputs)}
         if isinstance(item, Pair):
             second = content_string(item.second.answer, "the second answer")

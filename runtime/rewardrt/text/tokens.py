@@ -242,7 +242,7 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(text.pieces), add_special_tokens=special)
         with_words = [bool(PLACEHOLDER.search(segment)) for segment in self._spec.text.segments]
         limit -= sum(len(whole.ids) for whole, words in zip(encodings, with_words, strict=True) if not words)
-        room, first = int(self._spec.text.first_part * limit), True
+        room, first = int(self._spec.text.first_part * limit + 1e-6), True  # a share is a quotient of whole numbers
         parts: list[Ids] = []
         truncated = 0
         for whole, words in zip(encodings, with_words, strict=True):

@@ -1,0 +1,260 @@
+"""Language models whose reward is a function of a few tokens' logits after a text: rerankers, guards, judges."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rewardrt.bundle.spec import Combine, Output, TextRule
+from rewardrt.errors import CheckpointError
+from rewardrt_export.families.draft import Draft, Family
+from rewardrt_export.families.language_model_head import token_head, token_id
+from rewardrt_export.source.weights import read_json
+from rewardrt_export.token_options import LOGIT_FUNCTIONS, LogitFunction, TokenOptions
+
+if TYPE_CHECKING:
+    from rewardrt_export.source.folder import Source
+
+# What people call the two texts, and what a spec calls them.
+NAMES = {"{query}": "{prompt}", "{document}": "{response}"}
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_WORDS = {
+    "logit": (1, 1),
+    "difference": (2, 2),
+    "sigmoid": (1, 2),
+    "softmax": (2, None),
+    "log-odds": (2, None),
+    "expectation": (2, None),
+}
+# sentence-transformers' module for such models, and its file.
+LOGIT_SCORE = "1_LogitScore/config.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one kind of model is read. Of two tokens the first is the one whose probability is the reward.
+
+    The logits are divided by `temperature`. `low` and `high` are the values of the first and the last token of an
+    expectation.
+    """
+
+    tokens: tuple[str | int, ...]
+    function: LogitFunction
+    text: TextRule
+    temperature: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    max_length: int | None = None
+    source: str = ""  # where the publisher says so
+
+    def draft(self, source: Source) -> Draft:
+        """Return the spec of a checkpoint that is read so. Raises CheckpointError."""
+        ids = tuple(each if isinstance(each, int) else token_id(source, each) for each in self.tokens)
+        least, most = _WORDS[self.function]
+        if not least <= len(ids) <= (most or len(ids)):
+            wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} or {most}"
+            raise CheckpointError(f"--function {self.function}: takes {wanted} tokens, found {len(ids)}")
+        if len(set(ids)) < len(ids):
+            raise CheckpointError(f"--tokens: {list(ids)} names one token twice")
+        head = token_head(source, ids)
+        if self.temperature != 1.0:
+            # Of c tanh(s x / c) / t: both the cap and the scale are smaller by t.
+            head = replace(head, scale=head.scale / self.temperature, softcap=head.softcap / self.temperature)
+        if self.function == "expectation":
+            head = replace(head, reduce="expectation", group=len(ids), low=self.low, high=self.high)
+        two = self.function in ("difference", "sigmoid") and len(ids) == 2
+        output = Output()
+        if self.function == "sigmoid":
+            output = Output("sigmoid")
+        elif self.function in ("softmax", "log-odds"):
+            output = Output("softmax" if self.function == "softmax" else "log_odds")
+        named = ", ".join(f"{source.tokenizer.decode([each])!r} (id {each})" for each in ids)
+        return Draft(
+            heads=(head,),
+            text=self.text,
+            combine=Combine("difference") if two else Combine(),
+            output=output,
+            max_length=self.max_length,
+            reasons={
+                "heads": f"the logits of {named}: these rows of {head.layers[0].weight}",
+                "text": self.source or "as the options say",
+                "taps": "the last token of the whole text: what is predicted after it is read",
+                "output": self.function,
+            },
+        )
+
+
+def describe_with(recipe: Callable[[Source], Recipe], source: Source, options: TokenOptions) -> Draft:
+    """Return the draft of a checkpoint that is read by a recipe, with what the options say otherwise."""
+    found = recipe(source)
+    if options.tokens:
+        tokens, values = parse_tokens(options.tokens)
+        low, high = values or (found.low, found.high)
+        found = replace(found, tokens=tokens, low=low, high=high)
+    if options.function:
+        found = replace(found, function=options.function)
+    text = found.text
+    if options.template:
+        text = format_rule(source, options.template, instruction=text.instruction)
+    if options.close:
+        text = replace(text, close=options.close)
+    if options.instruction:
+        if not text.takes_instruction:
+            raise CheckpointError(
+                "--instruction: the text has no place for one; write {instruction} where it stands in --template"
+            )
+        text = replace(text, instruction=options.instruction)
+    return replace(found, text=text).draft(source)
+
+
+def parse_tokens(given: str) -> tuple[tuple[str | int, ...], tuple[float, float] | None]:
+    """Return the tokens that --tokens names, and the values of a range.
+
+    `yes,no` are texts, `9693,2152` ids, `1..5` the digits with their values; a JSON list is for tokens with spaces or
+    commas, and for digits that are texts.
+    """
+    if match := _RANGE.fullmatch(given.strip()):
+        low, high = int(match[1]), int(match[2])
+        if not low < high <= low + 100:
+            raise CheckpointError(f"--tokens {given}: expected a range of 2 to 101 whole numbers, the lower first")
+        return tuple(str(value) for value in range(low, high + 1)), (float(low), float(high))
+    if given.lstrip().startswith("["):
+        try:
+            listed = json.loads(given)
+        except ValueError:
+            listed = None
+        if not isinstance(listed, list) or not listed or any(type(each) not in (str, int) for each in listed):
+            raise CheckpointError(f"--tokens {given}: expected a JSON list of texts and ids")
+        return tuple(listed), None
+    parts = given.split(",")
+    if spaced := next((part for part in parts if part != part.strip() or not part), None):
+        raise CheckpointError(
+            f"--tokens {given!r}: a token with a space is another token than the word alone; leave the space out of "
+            f"{spaced!r}, or say that you mean it by a JSON list: --tokens '{json.dumps(parts, ensure_ascii=False)}'"
+        )
+    if "" in parts:
+        raise CheckpointError(f"--tokens {given!r}: expected tokens between the commas")
+    return tuple(int(part) if part.isdigit() and len(part) > 1 else part for part in parts), None
+
+
+def format_rule(source: Source, template: str, *, instruction: str = "") -> TextRule:
+    """Return the rule of a text with {instruction}, {prompt} or {query}, and {response} or {document}.
+
+    It is tokenized as a whole, after the BOS that the tokenizer adds. A text that is too long is cut in the response.
+    """
+    for name, ours in NAMES.items():
+        template = template.replace(name, ours)
+    for place, said in (("{prompt}", "{prompt} or {query}"), ("{response}", "{response} or {document}")):
+        if template.count(place) != 1:
+            found = "none" if place not in template else "several"
+            raise CheckpointError(f"--template: expected one place {said} in the text, found {found}")
+    return TextRule(
+        "format", format=template, prepend_ids=begin_ids(source, template), cut="answer", instruction=instruction
+    )
+
+
+def chat_rule(source: Source, *, close: str = "", instruction_variable: str = "") -> TextRule:
+    """Return the rule of a conversation in the checkpoint's chat template, up to the beginning of the model's turn."""
+    if source.chat_template is None:
+        raise CheckpointError(
+            "the tokenizer has no chat template; say what the model reads: --template 'a text with {prompt} and "
+            "{response}'"
+        )
+    return TextRule(
+        "chat_template", generation_prompt=True, close=close, cut="answer", instruction_variable=instruction_variable
+    )
+
+
+def begin_ids(source: Source, template: str) -> tuple[int, ...]:
+    """Return the BOS that the tokenizer puts before a text, unless the text brings its own."""
+    bos = source.tokenizer.bos_token
+    added = list(source.tokenizer("")["input_ids"])
+    if bos is None or template.startswith(str(bos)) or added[:1] != [source.tokenizer.bos_token_id]:
+        return ()
+    return (added[0],)
+
+
+def logit_score(source: Source) -> tuple[int | None, int | None]:
+    """Return the ids of sentence-transformers' LogitScore module, the true and the false token's; None for none."""
+    path = source.folder / LOGIT_SCORE
+    if not path.is_file():
+        return None, None
+    found = read_json(path)
+    true, false = found.get("true_token_id"), found.get("false_token_id")
+    return true if type(true) is int else None, false if type(false) is int else None
+
+
+def is_qwen3_reranker(source: Source) -> bool:
+    """Whether files say so: vLLM's override in config.json, or sentence-transformers' LogitScore of yes and no."""
+    if source.raw.get("is_original_qwen3_reranker") is True:
+        return True
+    return source.config.model_type == "qwen3" and _texts_of_logit_score(source) == ("yes", "no")
+
+
+def is_zerank_2(source: Source) -> bool:
+    """Whether sentence-transformers' LogitScore reads Yes alone, as in zerank-2."""
+    return source.config.model_type == "qwen3" and _texts_of_logit_score(source) == ("Yes", None)
+
+
+def _texts_of_logit_score(source: Source) -> tuple[str | None, str | None]:
+    true, false = logit_score(source)
+    return tuple(None if each is None else source.tokenizer.decode([each]) for each in (true, false))  # type: ignore[return-value]
+
+
+def stated_tokens(source: Source) -> list[str]:
+    """Return the tokens of `classifier_from_token` in config.json, vLLM's name for them: the false one first."""
+    found = source.raw.get("classifier_from_token")
+    return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+
+
+def _recipe(source: Source) -> Recipe:
+    tokens: tuple[str | int, ...] = tuple(reversed(stated_tokens(source)))
+    if not tokens:
+        true, false = logit_score(source)
+        tokens = tuple(each for each in (true, false) if each is not None)
+    text = chat_rule(source) if source.chat_template is not None else TextRule("format")
+    return Recipe(tokens, "logit" if len(tokens) == 1 else "difference", text)
+
+
+def _describe_with(source: Source, options: TokenOptions) -> Draft:
+    if not options.tokens and not _recipe(source).tokens:
+        raise CheckpointError("token-logit: say whose logits are the reward, as in --tokens yes,no")
+    if not options.template and source.chat_template is None:
+        chat_rule(source)  # refuses
+    if options.function is None and options.tokens:
+        tokens, values = parse_tokens(options.tokens)
+        if values is None and len(tokens) > 2:
+            raise CheckpointError(
+                f"--tokens names {len(tokens)} tokens; say what is made of them: "
+                f"--function {' or '.join(LOGIT_FUNCTIONS[3:])}"
+            )
+        function: LogitFunction = "expectation" if values else "logit" if len(tokens) == 1 else "difference"
+        options = replace(options, function=function)
+    return describe_with(_recipe, source, options)
+
+
+def _matches(source: Source) -> str | None:
+    if is_qwen3_reranker(source) or is_zerank_2(source) or not source.architecture.endswith("ForCausalLM"):
+        return None
+    if stated_tokens(source):
+        return "config.json has classifier_from_token"
+    return f"it has {LOGIT_SCORE}" if logit_score(source)[0] is not None else None
+
+
+TOKEN_LOGIT = Family(
+    name="token-logit",
+    title="A function of a few tokens' logits",
+    examples=("a judge of your own", "checkpoints with 1_LogitScore or classifier_from_token"),
+    head="rows of the language model's head, named by --tokens; the class's scale and softcap of logits are kept",
+    tap="last token of the whole text",
+    eos="none; the chat template with a generation prompt, or --template, then --close",
+    output="by --function: logit, difference (default for two), sigmoid, softmax, log-odds, or expectation (1..5)",
+    maths="x = softcap(W_lm[tokens] h[last]); r = x0 - x1, sigmoid(x0 - x1), softmax(x)[0], ln(p0 / (1 - p0)), x0 or "
+    "sum(p_i v_i)",
+    matches=_matches,
+    describe=lambda source: _describe_with(source, TokenOptions()),
+    with_options=_describe_with,
+)

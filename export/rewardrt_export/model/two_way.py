@@ -1,0 +1,41 @@
+"""A decoder's class whose tokens look both ways: rerankers that were trained so have no class in transformers.
+
+The class stays as it is. Its attention modules are told that they are not causal, and the mask that it asks
+transformers for is the one of an encoder.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+
+from rewardrt.errors import CheckpointError
+
+TWO_WAY = "rewardrt_two_way"  # of a config: set where its model_type says so
+
+
+def look_both_ways(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """Let the tokens of a backbone look both ways, in place, if its config says so."""
+    if not getattr(config, TWO_WAY, False):
+        return model
+    home = vars(sys.modules[type(model).__module__])
+    if "create_causal_mask" not in home:
+        raise CheckpointError(f"{type(model).__name__} makes its masks by itself; it cannot look both ways")
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False  # type: ignore[assignment]
+    forward = model.forward
+
+    def two_way(*args: Any, **fields: Any) -> Any:
+        causal = home["create_causal_mask"]
+        home["create_causal_mask"] = create_bidirectional_mask
+        try:
+            return forward(*args, **fields)
+        finally:
+            home["create_causal_mask"] = causal
+
+    model.forward = two_way
+    return model

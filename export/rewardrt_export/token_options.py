@@ -1,0 +1,25 @@
+"""What the command line says of a model whose reward is a function of tokens' logits. Light to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+LogitFunction = Literal["logit", "difference", "sigmoid", "softmax", "log-odds", "expectation"]
+LOGIT_FUNCTIONS: tuple[LogitFunction, ...] = get_args(LogitFunction)
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """None and "" leave it to the family; the fields are the options of `rewardrt export`."""
+
+    tokens: str = ""
+    function: LogitFunction | None = None
+    template: str = ""
+    close: str = ""
+    instruction: str = ""
+
+    @property
+    def given(self) -> list[str]:
+        """The options that say something."""
+        return [f"--{name}" for name, value in vars(self).items() if value]
