@@ -182,7 +182,6 @@ def test_each_message_of_a_rare_role_is_looked_for_by_a_word_of_its_own() -> Non
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("system", "Be terse."), ("system_prompt", "Be terse."), ("history", [["a", "b"]]), ("instruction", "Judge."),
         ("chat_template", "{{ 1 }}"), ("add_generation_prompt", True), ("continue_final_message", True),
         ("functions", TOOLS), ("function_call", {"name": "weather"}), ("tool_choice", "auto"),
         ("images", ["x.png"]), ("image", "x.png"), ("videos", ["x"]), ("audios", ["x"]),
