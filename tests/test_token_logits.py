@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -27,11 +28,13 @@ from checkpoints_token_logits import (
 from parity import assert_parity
 from rewardrt import RewardModel
 from rewardrt.errors import CheckpointError, RowError
+from rewardrt.scoring.scored import shortest
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.families.token_logit import parse_tokens
 from rewardrt_export.model.logits import logit_rule
 from rewardrt_export.pipeline import export
 from rewardrt_export.token_options import TokenOptions
+from server_process import serving
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 POLICY = "* No harmful request: the response shall not harm the user."
@@ -477,3 +480,39 @@ def test_scoring_models_that_no_spec_says_are_refused_by_name(tmp_path: Path) ->
         edit_json(tmp_path / "rm" / "config.json", architectures=[architecture])
         with pytest.raises(CheckpointError, match=f"{architecture}: it .*{words}"):
             read_checkpoint(tmp_path / "rm")
+
+
+def test_an_instruction_goes_through_every_route_that_ranks(tmp_path: Path) -> None:
+    tokenizer = byte_level(QWEN_SPECIAL, bos=None, template=QWEN_TEMPLATE)
+    write_language_model(tmp_path / "rm", "qwen3", tokenizer)
+    export(tmp_path / "rm", tmp_path / "bundle", family="qwen3-reranker", certified=False)
+    runtime = RewardModel.load(tmp_path / "bundle", provider="cpu")
+    query, documents = "the question", [document for _, document in pairs(6)]
+    rows = [{"prompt": query, "responses": documents, "instruction": each} for each in ("Find passages.", None)]
+    given, default = ([float(value) for value in row.rewards] for row in runtime.score_rows(rows))  # type: ignore[union-attr]
+    assert given != default
+    with serving(tmp_path / "bundle") as server:
+
+        def post(path: str, body: dict[str, Any]) -> Any:
+            answer = httpx.post(server.url + path, json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        name = httpx.get(server.url + "/info").json()["models"][0]
+        assert name["instruction"] == INSTRUCTION
+        for said, expected in (({"instruction": "Find passages."}, given), ({}, default)):
+            found = post("/v2/rerank", {"model": name["name"], "query": query, "documents": documents} | said)[
+                "results"
+            ]
+            assert {each["index"]: each["relevance_score"] for each in found} == dict(
+                enumerate(map(shortest, expected))
+            )
+            found = post("/rerank", {"query": query, "texts": documents} | said)
+            assert {each["index"]: each["score"] for each in found} == dict(enumerate(map(shortest, expected)))
+            found = post("/score", {"queries": query, "documents": documents} | said)["data"]
+            assert [each["score"] for each in found] == [shortest(value) for value in expected]
+            found = post("/v1/reward", {"rows": [{"prompt": query, "responses": documents} | said]})["rows"]
+            assert found[0]["rewards"] == [shortest(value) for value in expected]
+            instruct = {"instruct": said["instruction"]} if said else {}
+            found = post("/v1/rerank", {"query": query, "documents": documents} | instruct)
+            assert {each["index"]: each["score"] for each in found} == dict(enumerate(map(shortest, expected)))

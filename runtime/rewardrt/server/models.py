@@ -67,6 +67,8 @@ class Served:
             "max_length": model.spec.max_length,
             "objectives": list(model.spec.output.labels),
             "token_rewards": model.session.has_token_rewards,
+            # The default of a model that reads one, "" where it has none; null for a model that reads none.
+            "instruction": model.spec.text.instruction if model.spec.text.takes_instruction else None,
             "normalisation": model.spec.normalise is not None,
             "changed_on_disk": self.changed_on_disk,
             "fault": self.engine.fault,
