@@ -18,7 +18,7 @@ import zoo
 from checkpoints import edit_json, read_tensors, write_sequence_classification
 from rewardrt import RewardModel
 from rewardrt.bundle.spec import Head, Layer, Tap
-from rewardrt.errors import CheckpointError, ExportError, TraceError
+from rewardrt.errors import CheckpointError, ExportError, ProviderError, TraceError
 from rewardrt.text.tokens import EncodedText
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.model.length_limits import length_limit
@@ -311,6 +311,18 @@ def test_layers_with_state_are_those_of_transformers_class(kind: str, tmp_path: 
     assert (row.outcome, row.reason) == ("exact", "")
     assert row.found["fp32"].same_bits
     assert row.reuses
+
+
+def test_a_graph_says_the_oldest_onnxruntime_that_it_runs_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = zoo.Specimen("mamba2", tmp_path / "checkpoint").export(tmp_path / "bundle", ("fp32",))
+    assert bundle.manifest.variants[0].onnxruntime == "1.26"
+    import onnxruntime
+
+    RewardModel.load(bundle.path, provider="cpu")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.25.1")
+    expected = r"fp32 graph needs onnxruntime 1.26 or later for its operators, found 1.25.1: `pip install -U"
+    with pytest.raises(ProviderError, match=expected):
+        RewardModel.load(bundle.path, provider="cpu")
 
 
 def test_layers_with_state_are_refused_for_tensorrt_by_the_operator_that_it_lacks(tmp_path: Path) -> None:

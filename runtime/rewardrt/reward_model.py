@@ -22,7 +22,7 @@ from rewardrt.bundle.precisions import range_advice
 from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule, Spec
 from rewardrt.errors import BundleError, InferenceError, RewardRTError, RowError, TruncationWarning
 from rewardrt.graph.session import GraphSession
-from rewardrt.machine.providers import Provider, ProviderChoice, select_provider
+from rewardrt.machine.providers import Provider, ProviderChoice, check_onnxruntime, select_provider
 from rewardrt.scoring.answers import Answers, Prepared, regroup
 from rewardrt.scoring.batching import BATCH_TOKENS
 from rewardrt.scoring.prefix import Statistics
@@ -116,6 +116,8 @@ class RewardModel:
         selection = select_provider(warm_choice(bundle, opening.options.provider))
         variant = choose_variant(bundle, opening.options.precision, selection.provider)
         check_whole(bundle, variant, selection.provider)
+        if variant.onnxruntime:
+            check_onnxruntime(variant.onnxruntime, f"{bundle.path}: the {variant.precision} graph")
         opening = replace(opening, options=replace(opening.options, precision=variant.precision))
         graph, engine, threads = bundle.file(variant.graph), engine_request(bundle, variant), opening.options.threads
         session = GraphSession.open(graph, selection, threads, unchanged=opening.read, engine=engine)

@@ -15,6 +15,7 @@ from rewardrt.graph.shapes import Profile
 from rewardrt_export.precisions import engine
 from rewardrt_export.precisions.calibrate import Calibration
 from rewardrt_export.precisions.table import LOWERINGS
+from rewardrt_export.tracing.state_layers import oldest_onnxruntime
 
 Progress = Callable[[str], None]
 
@@ -43,7 +44,7 @@ def _write_graph(graph: ir.Model, precision: str, calibration: Calibration | Non
     written = LOWERINGS[precision](graph.clone(), calibration)
     written.producer_name, written.producer_version = "rewardrt", rewardrt.__version__
     ir.save(written, folder / variant.graph, external_data=variant.data[0], alignment=4096, align_threshold=65_536)
-    return variant
+    return dataclasses.replace(variant, onnxruntime=oldest_onnxruntime(written.graph))
 
 
 def _write_sharing(

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema
 from onnxscript import FLOAT
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 DOMAIN = "com.microsoft"
+OLDEST_ONNXRUNTIME = "1.26"  # that has the operator; models of its time and of today pass their certificates there
 NORM_EPS = 1e-6  # of the lengths that queries and keys are divided by, in transformers' functions
 
 
@@ -239,6 +241,12 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mamba_selective_scan": _mamba,
     "torch_chunk_gated_delta_rule": _delta_rule,
 }
+
+
+def oldest_onnxruntime(graph: ir.Graph) -> str:
+    """Return the oldest onnxruntime that has the graph's operators, "" where the package's own floor has them."""
+    ours = any(node.domain == DOMAIN and node.op_type == "LinearAttention" for node in graph)
+    return OLDEST_ONNXRUNTIME if ours else ""
 
 
 def has_state(backbone: PreTrainedModel) -> bool:

@@ -46,7 +46,8 @@ class Variant:
 
     `needs` are the instruction sets that it is good for, one of which will do, as `rewardrt doctor` calls them: such a
     graph is for CPUs. `made_for` are the providers that it is fast on; it runs on the others too. With neither it is
-    good for any machine. `built` says what TensorRT made of it at export, where it was asked.
+    good for any machine. `built` says what TensorRT made of it at export, where it was asked. `onnxruntime` is the
+    oldest version that has the graph's operators, where that is newer than what this package asks for anyway.
     """
 
     precision: str  # by its name of today, whatever the file says
@@ -55,6 +56,7 @@ class Variant:
     needs: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
     made_for: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
     built: str = field(default="", metadata={OPTIONAL: True})
+    onnxruntime: str = field(default="", metadata={OPTIONAL: True})
 
     def runs_on(self, provider: str, instruction_sets: Sequence[str]) -> bool:
         """Whether a provider, on a machine with these instruction sets, has what the graph needs.

@@ -314,6 +314,17 @@ def quiet_options(ort: ModuleType) -> Any:
     return options
 
 
+def check_onnxruntime(oldest: str, what: str) -> None:
+    """Raise ProviderError where the installed onnxruntime is older than `what` needs, as in "1.26"."""
+    version = getattr(import_onnxruntime(), "__version__", "")
+    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
+    if numbers < [int(part) for part in oldest.split(".")]:
+        raise ProviderError(
+            f"{what} needs onnxruntime {oldest} or later for its operators, found {version}: "
+            f"`pip install -U 'onnxruntime>={oldest}'`"
+        )
+
+
 @functools.cache  # of a success; a failure is looked at anew
 def import_onnxruntime() -> ModuleType:
     """Import onnxruntime, or raise ProviderError with the reason and the command that mends it.
