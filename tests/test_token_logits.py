@@ -280,11 +280,8 @@ def test_wildguard_reads_the_users_file(tmp_path: Path) -> None:
     assert_parity(tmp_path / "bundle", rows_of(every), expected)
 
 
+# The others are those of a family above: one logit, a difference, its sigmoid, a softmax.
 FUNCTIONS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
-    "logit": ("yes", lambda x: x[0]),
-    "difference": ("yes,no", lambda x: x[0] - x[1]),
-    "sigmoid": ("yes,no", lambda x: torch.sigmoid(x[0] - x[1])),
-    "softmax": ("yes,no,safe", lambda x: torch.softmax(x, 0)[0]),
     "log-odds": ("yes,no,safe", lambda x: torch.logit(torch.softmax(x.double(), 0)[0])),
     "expectation": ("1..5", lambda x: torch.softmax(x, 0) @ torch.arange(1.0, 6.0)),
 }
@@ -297,8 +294,8 @@ def test_a_judge_of_ones_own_is_one_option(function: str, tmp_path: Path) -> Non
     tokenizer = sentence_piece(None)
     model = write_language_model(tmp_path / "rm", "gemma2", tokenizer, final_logit_softcapping=2.0)
     template = "question: {instruction}\n{query}\nanswer: {document}\nrelevance judgment"
-    options = TokenOptions(tokens, None if function in ("difference", "logit", "expectation") else function,  # type: ignore[arg-type]
-                           template, ":", "the default")  # fmt: skip
+    chosen = None if function == "expectation" else function  # which a range says by itself
+    options = TokenOptions(tokens, chosen, template, ":", "the default")  # type: ignore[arg-type]
     export(tmp_path / "rm", tmp_path / "bundle", token_options=options)
     every = pairs()
     names = ["1", "2", "3", "4", "5"] if tokens == "1..5" else tokens.split(",")

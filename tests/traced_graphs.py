@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from rewardrt.bundle.spec import Layer
 from rewardrt_export import pipeline
 
 # Of a config, what no graph depends on.
 _IRRELEVANT = {
     "_name_or_path",
     "architectures",
+    "bos_token_id",
     "dtype",
+    "eos_token_id",
     "id2label",
     "label2id",
     "problem_type",
+    "tie_word_embeddings",
     "transformers_version",
+    "use_cache",
 }
 _trace: Callable[..., Any] = pipeline.trace
 _kept: dict[str, Any] = {}
@@ -31,14 +37,48 @@ def share(shared: bool) -> None:
     pipeline.trace = _shared if shared else _trace
 
 
+def _whether(name: str | None) -> str | None:
+    return None if name is None else ""
+
+
+def _without_names(layer: Layer) -> Layer:
+    return replace(
+        layer,
+        weight="",
+        bias=_whether(layer.bias),
+        rows=(),
+        batch_norm=_whether(layer.batch_norm),
+        norm=_whether(layer.norm),
+        norm_bias=_whether(layer.norm_bias),
+    )
+
+
 def _shared(backbone: Any, head: Any, *, every_token: bool = False) -> Any:
     spec = head.spec
+    # Where a tap is comes as an input, but for means and first tokens; tensors have the names of the head's parameters.
+    taps = [(tap.name, tap.rule if tap.rule in ("first", "mean") else "", tap.count) for tap in spec.taps]
+    heads = [
+        replace(each, layers=tuple(_without_names(layer) for layer in each.layers), minus=each.minus)
+        for each in spec.heads
+    ]
+    combine = replace(
+        spec.combine, matrix=_whether(spec.combine.matrix), scale_tensor=_whether(spec.combine.scale_tensor)
+    )
     config = {name: value for name, value in backbone.config.to_dict().items() if name not in _IRRELEVANT}
-    graph = (spec.causal, spec.input, spec.taps, spec.heads, spec.combine, spec.output, spec.text.type_ids)
+    output = replace(spec.output, labels=("",) if spec.output.labels else ())
+    graph = (spec.causal, spec.input, taps, spec.has_positions, heads, combine, output, spec.text.type_ids)
     sizes = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     implementations = (backbone.config._attn_implementation, getattr(backbone.config, "_experts_implementation", None))
     key = repr(
-        (type(backbone), json.dumps(config, sort_keys=True, default=repr), graph, sizes, implementations, every_token)
+        (
+            type(backbone),
+            getattr(backbone.config, "rewardrt_two_way", False),
+            json.dumps(config, sort_keys=True, default=repr),
+            graph,
+            sizes,
+            implementations,
+            every_token,
+        )
     )
     if key not in _kept:
         _kept[key] = _trace(backbone, head, every_token=every_token)
