@@ -111,7 +111,7 @@ _LATENT = {"num_key_value_heads": 4, "head_dim": 4}  # its rotated part; keys an
 _LATENT_12 = {"num_key_value_heads": 4, "head_dim": 12}
 _HYBRID: dict[str, Any] = {
     "num_hidden_layers": 4,
-    "layers_block_type": ["mamba", "hybrid", "mamba", "mamba"],
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],  # which share their weights
     "attention_hidden_size": 64,
     "attention_head_dim": 16,
 }
@@ -139,9 +139,9 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     },
     "roc_bert": {"pronunciation_vocab_size": 30, "shape_vocab_size": 30, "pronunciation_embed_dim": 16, "shape_embed_dim": 16},
     "xmod": {"default_language": "en_XX"},
-    "zamba": _HYBRID | {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba": _HYBRID,
     "zaya": {"num_experts_per_tok": 1},
-    "zamba2": _HYBRID | {"hybrid_layer_ids": [1], "num_mem_blocks": 1, "use_shared_attention_adapter": False, "adapter_rank": 4},
+    "zamba2": _HYBRID | {"hybrid_layer_ids": [1, 3], "num_mem_blocks": 1, "use_shared_attention_adapter": False, "adapter_rank": 4},
 }  # fmt: skip
 # Of a model that takes images, its text part, and a small rest.
 TEXT_PARTS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "llama4": "llama4_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}  # fmt: skip

@@ -150,13 +150,21 @@ def _home(module: nn.Module) -> ModuleType:
 
 
 def fill_with_fakes(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace every meta parameter and buffer by a fake CPU tensor, so that tracing sees ordinary devices."""
+    """Replace every meta parameter and buffer by a fake CPU tensor, so that tracing sees ordinary devices.
+
+    A parameter that several layers share stays one, and is stored once.
+    """
+    fakes: dict[int, nn.Parameter] = {}
+    kept: list[nn.Parameter] = []
     with mode:
         for part in module.modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None:
-                    fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                    part._parameters[name] = nn.Parameter(fake, requires_grad=False)
+                    if id(parameter) not in fakes:
+                        fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                        fakes[id(parameter)] = nn.Parameter(fake, requires_grad=False)
+                        kept.append(parameter)  # so that no other gets its id
+                    part._parameters[name] = fakes[id(parameter)]
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
@@ -239,6 +247,9 @@ def bind(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> Binding:
         for name, read in _converted(model, converter, target, parts).items():
             sources[name] = ParameterSource(tuple(tensor for _, tensor in parts), read)
 
+    # Layers that share weights are saved once.
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    sources |= {name: sources[tied[name]] for name in set(wanted) - set(sources) if tied.get(name) in sources}
     missing = sorted(set(wanted) - set(sources))
     if missing:
         raise CheckpointError(
