@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import normalizers
 
 from checkpoints import edit_json, read_tensors
 from checkpoints_token_logits import (
@@ -29,6 +31,7 @@ from parity import assert_parity
 from rewardrt import RewardModel
 from rewardrt.errors import CheckpointError, RowError
 from rewardrt.scoring.scored import shortest
+from rewardrt.text.rows import parse_row
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.families.token_logit import parse_tokens
 from rewardrt_export.model.logits import logit_rule
@@ -400,7 +403,14 @@ def test_files_that_say_how_they_are_read_are_recognised(tmp_path: Path) -> None
         (TokenOptions("[1, 2"), "expected a JSON list"),
         (TokenOptions("yes,no", "logit"), "--function logit: takes 1 tokens, found 2"),
         (TokenOptions("yes", "softmax"), "--function softmax: takes 2 or more tokens, found 1"),
-        (TokenOptions("yes,99999"), "has 600 rows|rows, the spec reads row 99999"),
+        (TokenOptions("yes,99999"), r"token id 99999: model.embed_tokens.weight has rows for 0 to \d+"),
+        (TokenOptions("[-1, 5]"), "expected a JSON list"),
+        (TokenOptions("[" * 3000), "expected a JSON list"),
+        (TokenOptions('["\\ud800"]'), "expected a JSON list"),
+        (TokenOptions("²³,no"), "the tokenizer makes"),
+        (TokenOptions("9" * 5000), "the tokenizer makes"),
+        (TokenOptions("1,20"), "a number of several digits is an id, and a digit a text"),
+        (TokenOptions("yes,no,safe", "expectation"), "the tokens have no values; name a range"),
         (
             TokenOptions("yes,no", template="a {query}"),
             r"expected one place \{response\} or \{document\} in the text, found none",
@@ -513,3 +523,88 @@ def test_an_instruction_goes_through_every_route_that_ranks(tmp_path: Path) -> N
             instruct = {"instruct": said["instruction"]} if said else {}
             found = post("/v1/rerank", {"query": query, "documents": documents} | instruct)
             assert {each["index"]: each["score"] for each in found} == dict(enumerate(map(shortest, expected)))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": ["q_proj", "embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}]
+)
+def test_a_tied_head_stays_as_it_was_where_an_adapter_changes_the_embeddings(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT wraps the embeddings, and the head goes on reading the base's: what was trained is untied."""
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = byte_level(QWEN_SPECIAL, bos=None, template=QWEN_TEMPLATE)
+    base = write_language_model(tmp_path / "base", "llama", tokenizer)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj"]} | changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, config).eval()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.save_pretrained(tmp_path / "adapter")
+    options = TokenOptions("yes,no", template="{query} {document} relevance:")
+    export(tmp_path / "adapter", tmp_path / "bundle", base=tmp_path / "base", token_options=options)
+    every = pairs()
+    expected = []
+    for query, document in every:
+        found = logits(model, tokenizer.encode(f"{query} {document} relevance:"))
+        expected.append(float(found[one(tokenizer, "yes")] - found[one(tokenizer, "no")]))
+    assert_parity(tmp_path / "bundle", rows_of(every), expected)
+
+
+def test_what_closes_a_text_comes_last_in_every_family(tmp_path: Path) -> None:
+    tokenizer = byte_level(QWEN_SPECIAL, bos=None, template=QWEN_TEMPLATE)
+    write_language_model(tmp_path / "rm", "qwen3", tokenizer)
+    end = tokenizer.encode("relevance:")
+    for family, ids_of in (("qwen3-reranker", qwen3_ids), ("mxbai-rerank-v2", mxbai_ids), ("zerank-2", zerank_ids)):
+        folder = tmp_path / family
+        export(tmp_path / "rm", folder, family=family, token_options=TokenOptions(close="relevance:"), certified=False)
+        runtime = RewardModel.load(folder, provider="cpu")
+        (text,) = runtime.answers.prepare([{"prompt": "question", "response": "answer"}]).texts
+        assert text.ids.tolist() == [*ids_of(tokenizer, "question", "answer"), *end]
+    with pytest.raises(
+        RowError, match=r"a limit of 100 tokens leaves no room for text beside \d+ that are in every text"
+    ):
+        RewardModel.load(tmp_path / "mxbai-rerank-v2", provider="cpu").answers.tokenizer.encode(
+            RewardModel.load(tmp_path / "mxbai-rerank-v2", provider="cpu").answers.renderer.render(
+                parse_row({"prompt": "question", "response": "answer"}).items[0]  # type: ignore[arg-type]
+            ),
+            max_length=100,
+        )
+
+
+def test_a_word_that_is_another_token_after_the_text_is_said(tmp_path: Path) -> None:
+    tokenizer = sentence_piece(None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]  # Llama 2's
+    )
+    write_language_model(tmp_path / "rm", "llama", tokenizer)
+    template = "{query} {document}\n"
+    checkpoint = read_checkpoint(tmp_path / "rm", token_options=TokenOptions("yes,no", template=template))
+    assert "'yes' is read as '▁yes'" in checkpoint.source.choices["tokens"]
+    assert "after the end of the text it is 'yes'" in checkpoint.source.choices["tokens"]
+
+
+def test_files_that_state_tokens_wrongly_are_named(tmp_path: Path) -> None:
+    tokenizer = byte_level(QWEN_SPECIAL, bos=None, template=QWEN_TEMPLATE)
+    write_language_model(tmp_path / "rm", "qwen3", tokenizer)
+    for stated in (["no", 1], ["no", "nothere"], ["yes", "no", "safe"], "yes", []):
+        edit_json(tmp_path / "rm" / "config.json", classifier_from_token=stated)
+        with pytest.raises(CheckpointError, match=r"classifier_from_token .*; expected one or two names"):
+            read_checkpoint(tmp_path / "rm")
+    edit_json(tmp_path / "rm" / "config.json", classifier_from_token=None)
+    (tmp_path / "rm" / "1_LogitScore").mkdir()
+    for true in (-1, 10**12, "yes", True):
+        (tmp_path / "rm" / "1_LogitScore" / "config.json").write_text(json.dumps({"true_token_id": true}))
+        with pytest.raises(CheckpointError, match=r"1_LogitScore/config.json: token id .*; expected 0 to \d+, or null"):
+            read_checkpoint(tmp_path / "rm")
+
+
+@pytest.mark.parametrize("value", [0, [], {}, False, 1, ["x"]])
+def test_an_instruction_is_a_string(value: object) -> None:
+    with pytest.raises(RowError, match="instruction: expected a string, found"):
+        parse_row({"prompt": "a", "response": "b", "instruction": value})

@@ -30,6 +30,8 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
 
 def _parse_text(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """Return a text as it is meant: of a file, without its last line break, or with \\n for line breaks."""
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
+        raise click.BadParameter("expected text in UTF-8")
     if not value.startswith("@"):
         return value.replace("\\n", "\n").replace("\\t", "\t")
     try:

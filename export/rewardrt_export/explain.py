@@ -25,6 +25,8 @@ def explain(source: Source, family: str | None = None, options: TokenOptions | N
     try:
         name, draft = describe(source, family=family, options=options)
     except CheckpointError as error:
+        if family is not None or (options is not None and options.given):
+            raise  # what is wrong is what was asked for
         raise CheckpointError(f"{error}; {closest(source)}") from error
     chosen = (
         line
@@ -81,6 +83,8 @@ def closest(source: Source) -> str:
     """Say which family comes closest to a checkpoint that is of none, and which tensors do not fit it."""
     best: tuple[int, str] | None = None
     for family in FAMILIES.values():
+        if family.with_options is not None:  # its head is any language model's: it is always as near
+            continue
         try:
             draft = family.describe(source)
         except (CheckpointError, KeyError, TypeError, ValueError):  # it is not of this family: anything may be missing

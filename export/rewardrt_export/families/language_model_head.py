@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rewardrt.bundle.spec import Head, Layer
 from rewardrt.errors import CheckpointError
+from rewardrt_export.families.encoder import ENCODERS
 from rewardrt_export.model.logits import logit_rule
 
 if TYPE_CHECKING:
@@ -20,13 +21,21 @@ def token_head(source: Source, ids: tuple[int, ...], taps: tuple[str, ...] = ("l
 
     Raises CheckpointError when there is no head, or when the class does something else to its logits.
     """
+    if source.config.model_type in ENCODERS:
+        raise CheckpointError(
+            f"{source.architecture} is an encoder, and predicts no next token; its logits are no reward"
+        )
+    tensor = _head_tensor(source)
+    rows = source.stored[tensor].shape[0]
+    if wrong := [each for each in ids if not 0 <= each < rows]:
+        raise CheckpointError(f"token id {wrong[0]}: {tensor} has rows for 0 to {rows - 1}")
     bias = "lm_head.bias" if "lm_head.bias" in source.stored else None
     rule = logit_rule(source.config)
     if bias is not None and rule.before != 1.0:
         raise CheckpointError(
             f"{source.architecture} scales the state before a head with a bias; its logits cannot be had of its rows"
         )
-    layer = Layer(_head_tensor(source), bias, rows=ids)
+    layer = Layer(tensor, bias, rows=ids)
     return Head((layer,), taps, scale=rule.before * rule.scale, softcap=rule.softcap)
 
 

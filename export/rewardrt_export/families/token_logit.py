@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # What people call the two texts, and what a spec calls them.
 NAMES = {"{query}": "{prompt}", "{document}": "{response}"}
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_RANGE = re.compile(r"([0-9]{1,6})\.\.([0-9]{1,6})")
+_ID = re.compile(r"[0-9]{2,9}")  # one digit is a word
 _WORDS = {
     "logit": (1, 1),
     "difference": (2, 2),
@@ -37,22 +38,21 @@ LOGIT_SCORE = "1_LogitScore/config.json"
 class Recipe:
     """How one kind of model is read. Of two tokens the first is the one whose probability is the reward.
 
-    The logits are divided by `temperature`. `low` and `high` are the values of the first and the last token of an
-    expectation.
+    The logits are divided by `temperature`. `values` are those of the first and the last token of an expectation.
     """
 
     tokens: tuple[str | int, ...]
     function: LogitFunction
     text: TextRule
     temperature: float = 1.0
-    low: float = 0.0
-    high: float = 1.0
+    values: tuple[float, float] | None = None
     max_length: int | None = None
     source: str = ""  # where the publisher says so
 
     def draft(self, source: Source) -> Draft:
         """Return the spec of a checkpoint that is read so. Raises CheckpointError."""
         ids = tuple(each if isinstance(each, int) else token_id(source, each) for each in self.tokens)
+        self._say_other_pieces(source, ids)
         least, most = _WORDS[self.function]
         if not least <= len(ids) <= (most or len(ids)):
             wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} or {most}"
@@ -64,14 +64,17 @@ class Recipe:
             # Of c tanh(s x / c) / t: both the cap and the scale are smaller by t.
             head = replace(head, scale=head.scale / self.temperature, softcap=head.softcap / self.temperature)
         if self.function == "expectation":
-            head = replace(head, reduce="expectation", group=len(ids), low=self.low, high=self.high)
+            if self.values is None:
+                raise CheckpointError("--function expectation: the tokens have no values; name a range: --tokens 1..5")
+            low, high = self.values
+            head = replace(head, reduce="expectation", group=len(ids), low=low, high=high)
         two = self.function in ("difference", "sigmoid") and len(ids) == 2
         output = Output()
         if self.function == "sigmoid":
             output = Output("sigmoid")
         elif self.function in ("softmax", "log-odds"):
             output = Output("softmax" if self.function == "softmax" else "log_odds")
-        named = ", ".join(f"{source.tokenizer.decode([each])!r} (id {each})" for each in ids)
+        named = ", ".join(f"{piece!r} (id {each})" for piece, each in zip(_pieces(source, ids), ids, strict=True))
         return Draft(
             heads=(head,),
             text=self.text,
@@ -86,21 +89,39 @@ class Recipe:
             },
         )
 
+    def _say_other_pieces(self, source: Source, ids: tuple[int, ...]) -> None:
+        """Say so where a word is another token after the end of the text than by itself, as "▁yes" and "yes"."""
+        end = (self.text.format.rpartition("}")[2] + self.text.close)[-20:]
+        before = source.tokenizer.encode(end, add_special_tokens=False) if end else []
+        for word, number in zip(self.tokens, ids, strict=True):
+            after = source.tokenizer.encode(f"{end}{word}", add_special_tokens=False) if before else []
+            if isinstance(word, str) and before and after[:-1] == before and after[-1] != number:
+                own, other = _pieces(source, (number, after[-1]))
+                source.choices["tokens"] = (
+                    f"{word!r} is read as {own!r} (id {number}), which it is by itself; after the end of the text it "
+                    f"is {other!r} (id {after[-1]}): if that is what the model says, name the ids"
+                )
+                return
+
+
+def _pieces(source: Source, ids: tuple[int, ...]) -> list[str]:
+    """Return the vocabulary's own names of tokens: those with and without a space differ."""
+    return [str(piece) for piece in source.tokenizer.convert_ids_to_tokens(list(ids))]
+
 
 def describe_with(recipe: Callable[[Source], Recipe], source: Source, options: TokenOptions) -> Draft:
     """Return the draft of a checkpoint that is read by a recipe, with what the options say otherwise."""
     found = recipe(source)
     if options.tokens:
         tokens, values = parse_tokens(options.tokens)
-        low, high = values or (found.low, found.high)
-        found = replace(found, tokens=tokens, low=low, high=high)
+        found = replace(found, tokens=tokens, values=values)
     if options.function:
         found = replace(found, function=options.function)
     text = found.text
     if options.template:
         text = format_rule(source, options.template, instruction=text.instruction)
     if options.close:
-        text = replace(text, close=options.close)
+        text = _closed(source, text, options.close)
     if options.instruction:
         if not text.takes_instruction:
             raise CheckpointError(
@@ -110,12 +131,24 @@ def describe_with(recipe: Callable[[Source], Recipe], source: Source, options: T
     return replace(found, text=text).draft(source)
 
 
+def _closed(source: Source, text: TextRule, close: str) -> TextRule:
+    """Let a text end with these words, whichever way its end is made."""
+    if text.source == "segments":
+        return replace(text, segments=(*text.segments, close))
+    if text.append_ids:
+        more = source.tokenizer.encode(close, add_special_tokens=False)
+        return replace(text, append_ids=(*text.append_ids, *more))
+    return replace(text, close=close)
+
+
 def parse_tokens(given: str) -> tuple[tuple[str | int, ...], tuple[float, float] | None]:
     """Return the tokens that --tokens names, and the values of a range.
 
     `yes,no` are texts, `9693,2152` ids, `1..5` the digits with their values; a JSON list is for tokens with spaces or
-    commas, and for digits that are texts.
+    commas, and for numbers that are texts.
     """
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in given):
+        raise CheckpointError("--tokens: expected text that can be encoded as UTF-8, found a lone surrogate")
     if match := _RANGE.fullmatch(given.strip()):
         low, high = int(match[1]), int(match[2])
         if not low < high <= low + 100:
@@ -124,10 +157,11 @@ def parse_tokens(given: str) -> tuple[tuple[str | int, ...], tuple[float, float]
     if given.lstrip().startswith("["):
         try:
             listed = json.loads(given)
-        except ValueError:
+        except (ValueError, RecursionError):
             listed = None
-        if not isinstance(listed, list) or not listed or any(type(each) not in (str, int) for each in listed):
-            raise CheckpointError(f"--tokens {given}: expected a JSON list of texts and ids")
+        good = isinstance(listed, list) and all(_is_token(each) for each in listed)
+        if not isinstance(listed, list) or not listed or not good:
+            raise CheckpointError(f"--tokens {given[:80]}: expected a JSON list of texts and ids")
         return tuple(listed), None
     parts = given.split(",")
     if spaced := next((part for part in parts if part != part.strip() or not part), None):
@@ -137,7 +171,20 @@ def parse_tokens(given: str) -> tuple[tuple[str | int, ...], tuple[float, float]
         )
     if "" in parts:
         raise CheckpointError(f"--tokens {given!r}: expected tokens between the commas")
-    return tuple(int(part) if part.isdigit() and len(part) > 1 else part for part in parts), None
+    ids = [_ID.fullmatch(part) is not None for part in parts]
+    if any(ids) and any(part.isdigit() for part, is_id in zip(parts, ids, strict=True) if not is_id):
+        raise CheckpointError(
+            f"--tokens {given[:80]}: a number of several digits is an id, and a digit a text; say which by a JSON "
+            "list: --tokens '[1, 20]' are ids, '[\"1\", \"20\"]' texts"
+        )
+    return tuple(int(part) if is_id else part for part, is_id in zip(parts, ids, strict=True)), None
+
+
+def _is_token(value: object) -> bool:
+    """Whether a value of a JSON list is a text that can be encoded, or an id."""
+    if type(value) is int:
+        return 0 <= value < 10**9
+    return isinstance(value, str) and bool(value) and not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
 
 
 def format_rule(source: Source, template: str, *, instruction: str = "") -> TextRule:
@@ -183,8 +230,11 @@ def logit_score(source: Source) -> tuple[int | None, int | None]:
     if not path.is_file():
         return None, None
     found = read_json(path)
-    true, false = found.get("true_token_id"), found.get("false_token_id")
-    return true if type(true) is int else None, false if type(false) is int else None
+    stated = (found.get("true_token_id"), found.get("false_token_id"))
+    for each in stated:
+        if each is not None and not (type(each) is int and 0 <= each < len(source.tokenizer)):
+            raise CheckpointError(f"{path}: token id {each!r}; expected 0 to {len(source.tokenizer) - 1}, or null")
+    return stated
 
 
 def is_qwen3_reranker(source: Source) -> bool:
@@ -204,10 +254,22 @@ def _texts_of_logit_score(source: Source) -> tuple[str | None, str | None]:
     return tuple(None if each is None else source.tokenizer.decode([each]) for each in (true, false))  # type: ignore[return-value]
 
 
-def stated_tokens(source: Source) -> list[str]:
-    """Return the tokens of `classifier_from_token` in config.json, vLLM's name for them: the false one first."""
+def stated_tokens(source: Source) -> list[int]:
+    """Return the ids of `classifier_from_token` in config.json, vLLM's name for them: the false one first.
+
+    They are names in the vocabulary, and one or two. Raises CheckpointError for others.
+    """
     found = source.raw.get("classifier_from_token")
-    return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+    if found is None:
+        return []
+    vocabulary = source.tokenizer.get_vocab()
+    known = isinstance(found, list) and all(isinstance(each, str) and each in vocabulary for each in found)
+    if not known or not 1 <= len(found) <= 2:
+        raise CheckpointError(
+            f"config.json: classifier_from_token {str(found)[:80]}; expected one or two names of the tokenizer's "
+            "vocabulary"
+        )
+    return [vocabulary[each] for each in found]
 
 
 def _recipe(source: Source) -> Recipe:

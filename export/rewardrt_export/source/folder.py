@@ -24,6 +24,7 @@ from rewardrt_export.source.adapters import merge_adapter
 from rewardrt_export.source.chat_template import read_chat_template
 from rewardrt_export.source.config import (
     CONFIG_FILE,
+    VOCABULARY_TENSORS,
     check_size,
     fit_vocabulary,
     follow_vocabulary,
@@ -229,10 +230,22 @@ def _read_adapter_source(
     trained = read_tokenizer(tokenized, config if tokenized == described else None, choice)
     padding = read_padding(trained.tokenizer, config, borrowed=described != folder, given=pad_token)
     follow_vocabulary(config, plain, stored)
+    stored = _untied_head(config, plain, stored)
     unused |= language_model_head(stored)
     choices |= _tokenizer_choice(trained)
     tokenizer = trained.tokenizer
     return Source(folder, raw, config, stored, tokenizer, template, padding, adapter, unused, choices, trained)
+
+
+def _untied_head(
+    config: PretrainedConfig, plain: dict[str, StoredTensor], stored: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Give a tied head its own tensor where an adapter changes the embeddings: PEFT leaves the head as it was."""
+    changed = [name for name in plain.keys() & stored.keys() if name.endswith(VOCABULARY_TENSORS)]
+    changed = [name for name in changed if stored[name] is not plain[name]]
+    if not config.tie_word_embeddings or "lm_head.weight" in stored or len(changed) != 1:
+        return stored
+    return stored | {"lm_head.weight": dataclasses.replace(plain[changed[0]], name="lm_head.weight")}
 
 
 def _read_template(folder: Path, wanted: str | None) -> tuple[str | None, dict[str, str]]:

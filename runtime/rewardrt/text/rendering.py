@@ -84,12 +84,10 @@ class Renderer:
         if isinstance(shown, Pair):
             return None
         word = sentinel(0)
-        kind = shown.answer["content"]
-        content = word if isinstance(kind, str) else [{"type": "text", "text": word}]
+        parts = isinstance(shown.answer.get("content"), list)
+        answer = {**shown.answer, "content": [{"type": "text", "text": word}] if parts else word}
         try:
-            before, found, after = self._finish(
-                self._join(replace(shown, answer={**shown.answer, "content": content}))
-            ).partition(word)
+            before, found, after = self._finish(self._join(replace(shown, answer=answer))).partition(word)
         except RowError:  # a template may be particular about what stands there
             return None
         same = found and text.startswith(before) and text[len(before) :].endswith(after)

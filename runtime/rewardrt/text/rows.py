@@ -127,7 +127,7 @@ def parse_row(row: object) -> Row:
 
 def _template_inputs(row: dict[str, Any]) -> TemplateInputs:
     """Return what the row gives the chat template; `tools` may be JSON in a string, as columns of data sets have it."""
-    if not any(row.get(name) for name in (*TEMPLATE_FIELDS, "instruction")):
+    if not any(row.get(name) for name in TEMPLATE_FIELDS) and row.get("instruction") is None:
         return NO_INPUTS
     lists: dict[str, list[dict[str, Any]] | None] = {}
     for name in ("tools", "documents"):
@@ -155,7 +155,7 @@ def _template_inputs(row: dict[str, Any]) -> TemplateInputs:
 
 def _instruction(row: dict[str, Any]) -> str | None:
     value = row.get("instruction")
-    return check_string(value, "instruction") if value is not None and value != "" else None
+    return (check_string(value, "instruction") or None) if value is not None else None
 
 
 def _parse_answers(row: dict[str, Any], given: list[str]) -> Row:

@@ -241,7 +241,10 @@ class Tokenizer:
         special = self.adds_special_tokens(text)
         encodings = self._backend.encode_batch_fast(list(text.pieces), add_special_tokens=special)
         with_words = [bool(PLACEHOLDER.search(segment)) for segment in self._spec.text.segments]
-        limit -= sum(len(whole.ids) for whole, words in zip(encodings, with_words, strict=True) if not words)
+        fixed = sum(len(whole.ids) for whole, words in zip(encodings, with_words, strict=True) if not words)
+        if fixed and limit <= fixed:
+            raise RowError(f"a limit of {limit} tokens leaves no room for text beside {fixed} that are in every text")
+        limit -= fixed
         room, first = int(self._spec.text.first_part * limit + 1e-6), True  # a share is a quotient of whole numbers
         parts: list[Ids] = []
         truncated = 0
