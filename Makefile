@@ -16,7 +16,7 @@ NEWEST_TESTS := $(patsubst %,tests/test_%.py,bundles_of_earlier_versions session
   chat_templates template_inputs tokens_and_batches hostile_bundles encoders) \
   tests/test_sequence_classification.py::test_every_backbone_scores_as_in_transformers
 
-.PHONY: demo test test-fast test-tensorrt test-oldest test-newest coverage sanitize test-frameworks check format docs zoo kernel-table tensorrt-table bench bench-bundle smollm2
+.PHONY: demo test test-fast test-tensorrt test-backbones test-oldest test-newest coverage sanitize test-frameworks check format docs zoo kernel-table tensorrt-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
@@ -25,8 +25,12 @@ demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample 
 test-fast: $(VENV)/installed  ## what neither exports nor is slow, in under 90 s
 	$(BIN)/python -m pytest --fast -n 2 --dist loadfile
 
-test: $(VENV)/installed  ## the whole suite, but for what test-tensorrt builds
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_tensorrt_engines.py --ignore tests/test_tensorrt_graph.py
+test: $(VENV)/installed  ## the whole suite, but for test-backbones and what test-tensorrt builds
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_tensorrt_engines.py \
+	  --ignore tests/test_tensorrt_graph.py --ignore tests/test_backbones.py
+
+test-backbones: $(VENV)/installed  ## one type of each kind of layer beside transformers' own class
+	$(BIN)/python -m pytest -n 2 tests/test_backbones.py
 
 test-tensorrt: $(VENV)/installed  ## graphs for TensorRT of every backbone and family, and its own parser and builder on them
 	$(BIN)/python -m pytest -n 2 tests/test_tensorrt_engines.py tests/test_tensorrt_graph.py

@@ -100,14 +100,16 @@ def test_the_reward_is_logit_0_of_the_next_token(tmp_path: Path, tied: bool) -> 
 
 def test_a_language_model_is_no_reward_model_by_itself(tmp_path: Path) -> None:
     write_language_model(tmp_path / "rm", tied=False)
-    with pytest.raises(RewardRTError, match="if a row of its LM head is the reward, say --family nemotron-lm-row"):
+    with pytest.raises(RewardRTError, match="say which: --tokens yes,no, or --family nemotron-lm-row"):
         read_checkpoint(tmp_path / "rm")
 
 
 def test_a_row_is_refused_where_the_logits_are_more_than_the_row(tmp_path: Path) -> None:
     write_language_model(tmp_path / "rm", tied=False)
     edit_json(tmp_path / "rm" / "config.json", final_logit_softcapping=30.0)
-    with pytest.raises(RewardRTError, match=r"final_logit_softcapping is 30.0; a row of this LM head is not its logit"):
+    with pytest.raises(
+        RewardRTError, match=r"final_logit_softcapping is 30.0, and transformers' class .* does not read it"
+    ):
         read_checkpoint(tmp_path / "rm", family="nemotron-lm-row")
 
 

@@ -151,11 +151,12 @@ def describe(
     """
     given = options.given if options is not None else []
     if spec_file is None:
+        said = "--family"
         if family is None and options is not None and options.tokens:
-            family = TOKEN_LOGIT.name
+            family, said = TOKEN_LOGIT.name, "--tokens"
         chosen = choose_family(source, family)
         if family is not None:
-            source.choices["family"] = f"{chosen.name}, as the options say; {_fitting(source)}"
+            source.choices["family"] = f"{chosen.name}, as {said} says; {_fitting(source)}"
         if options is None or not given:
             return chosen.name, chosen.describe(source)
         if chosen.with_options is None:

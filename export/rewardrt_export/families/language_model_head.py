@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 from rewardrt.bundle.spec import Head, Layer
 from rewardrt.errors import CheckpointError
 from rewardrt_export.families.encoder import ENCODERS
-from rewardrt_export.model.logits import logit_rule
+from rewardrt_export.model.logits import LogitRule, logit_rule
 
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
 NAME = "lm_head.weight"
+# Fields by which configs state what is done to logits, and what is done by a class that reads none of them.
+LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+NOTHING = LogitRule(1.0, 1.0, 0.0)
 TIED_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 
 
@@ -31,6 +34,13 @@ def token_head(source: Source, ids: tuple[int, ...], taps: tuple[str, ...] = ("l
         raise CheckpointError(f"token id {wrong[0]}: {tensor} has rows for 0 to {rows - 1}")
     bias = "lm_head.bias" if "lm_head.bias" in source.stored else None
     rule = logit_rule(source.config)
+    for name in LOGIT_FIELDS:
+        value = getattr(source.config, name, None)
+        if value not in (None, 1, 1.0) and rule == NOTHING:
+            raise CheckpointError(
+                f"config.json: {name} is {value}, and transformers' class of model_type {source.config.model_type!r} "
+                "does not read it; a row of this LM head may not be what the model was trained with"
+            )
     if bias is not None and rule.before != 1.0:
         raise CheckpointError(
             f"{source.architecture} scales the state before a head with a bias; its logits cannot be had of its rows"
