@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from checkpoints import BACKBONES, BASE, GQA, randomize
+from checkpoints import BACKBONES, BASE, GQA, edit_json, randomize, read_tensors
 
 WORDS = (
     "yes no Yes No safe unsafe Safe Unsafe Controversial query document instruction relevance judgment Query Document "
@@ -106,6 +107,24 @@ def write_language_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+def write_nemotron_rerank(folder: Path, temperature: float = 2.0) -> tuple[Any, Any, torch.Tensor]:
+    """Write NVIDIA's layout of a Llama that looks both ways; returns the causal model, the tokenizer and the head."""
+    tokenizer = byte_level(LLAMA_SPECIAL, bos="<|begin_of_text|>", template=None)
+    model = write_language_model(folder, "llama", tokenizer)
+    head = torch.randn(1, 32) * 0.3
+    tensors = {name: value for name, value in read_tensors(folder).items() if name != "lm_head.weight"}
+    save_file(tensors | {"score.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(
+        folder / "config.json",
+        architectures=["LlamaBidirectionalForSequenceClassification"],
+        model_type="llama_bidirec",
+        pooling="avg",
+        temperature=temperature,
+        num_labels=1,
+    )
+    return model, tokenizer, head
 
 
 def logits(model: Any, ids: list[int]) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 import checkpoints_gated as gated
 import checkpoints_process as process
+import checkpoints_token_logits as logits
 import checkpoints_value_head as value_head
 from checkpoints import BACKBONES, CHATML, make_tokenizer, write_openrlhf, write_sequence_classification
 from checkpoints_encoders import ENCODERS, write_encoder
@@ -22,6 +23,7 @@ from checkpoints_linear import (
     write_linear,
 )
 from checkpoints_pairwise import write_general_preference, write_pair_preference, write_pairrm
+from rewardrt_export.token_options import TokenOptions
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,21 @@ EVERY_BACKBONE: dict[str, Case] = {
     ),
     **{name: encoder(name) for name in ENCODERS},
 }
+
+
+def qwen() -> Any:
+    return logits.byte_level(logits.QWEN_SPECIAL, bos=None, template=logits.QWEN_TEMPLATE)
+
+
+def guard() -> Any:
+    return logits.byte_level(logits.LLAMA_SPECIAL, bos="<|begin_of_text|>", template=logits.GUARD_TEMPLATE)
+
+
+def language_model(family: str, backbone: str, tokenizer: Callable[[], Any], **options: Any) -> Case:
+    """A language model whose reward is of its tokens' logits; `options` are those of `TokenOptions`."""
+    given = {"family": family} | ({"token_options": TokenOptions(**options)} if options else {})
+    return Case(lambda folder: logits.write_language_model(folder, backbone, tokenizer()), given)
+
 
 EVERY_FAMILY: dict[str, Case] = {
     "openrlhf": Case(write_openrlhf),
@@ -189,4 +206,18 @@ EVERY_FAMILY: dict[str, Case] = {
     "nemotron-lm-row": Case(
         lambda folder: gated.write_language_model(folder, tied=False), {"family": "nemotron-lm-row"}
     ),
+    "token-logit": language_model("token-logit", "gemma2", qwen, tokens="1..5"),
+    "qwen3-reranker": language_model("qwen3-reranker", "qwen3", qwen),
+    "mxbai-rerank-v2": language_model("mxbai-rerank-v2", "qwen2", qwen),
+    "bge-reranker-gemma": language_model("bge-reranker-gemma", "gemma", lambda: logits.sentence_piece(None)),
+    "zerank-1": language_model("zerank-1", "qwen3", qwen),
+    "zerank-2": language_model("zerank-2", "qwen3", qwen),
+    "nemotron-rerank": Case(logits.write_nemotron_rerank),
+    "shieldgemma": language_model(
+        "shieldgemma", "gemma2", lambda: logits.sentence_piece(logits.SHIELD_TEMPLATE), instruction="Be kind."
+    ),
+    "llama-guard": language_model("llama-guard", "llama", guard),
+    "qwen3guard-gen": language_model("qwen3guard-gen", "qwen3", qwen),
+    "granite-guardian": language_model("granite-guardian", "granite", qwen),
+    "wildguard": language_model("wildguard", "mistral", qwen, template="{prompt}\n{response}\n"),
 }

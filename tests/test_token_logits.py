@@ -12,10 +12,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from tokenizers import normalizers
 
-from checkpoints import edit_json, read_tensors
+from checkpoints import edit_json
 from checkpoints_token_logits import (
     GUARD_TEMPLATE,
     LLAMA_SPECIAL,
@@ -26,6 +25,7 @@ from checkpoints_token_logits import (
     logits,
     sentence_piece,
     write_language_model,
+    write_nemotron_rerank,
 )
 from parity import assert_parity
 from rewardrt import RewardModel
@@ -186,19 +186,8 @@ def test_nemotron_rerank_averages_tokens_that_look_both_ways(tmp_path: Path) -> 
     """NVIDIA's LlamaBidirectionalModel: every attention layer of Llama without its mask, written out here."""
     from transformers import AutoModel
 
-    tokenizer = byte_level(LLAMA_SPECIAL, bos="<|begin_of_text|>", template=None)
-    language_model = write_language_model(tmp_path / "rm", "llama", tokenizer)
-    head, temperature = torch.randn(1, 32) * 0.3, 2.0
-    tensors = {name: value for name, value in read_tensors(tmp_path / "rm").items() if name != "lm_head.weight"}
-    save_file(tensors | {"score.weight": head}, tmp_path / "rm" / "model.safetensors", metadata={"format": "pt"})
-    edit_json(
-        tmp_path / "rm" / "config.json",
-        architectures=["LlamaBidirectionalForSequenceClassification"],
-        model_type="llama_bidirec",
-        pooling="avg",
-        temperature=temperature,
-        num_labels=1,
-    )
+    temperature = 2.0
+    language_model, tokenizer, head = write_nemotron_rerank(tmp_path / "rm", temperature)
     export(tmp_path / "rm", tmp_path / "bundle")
     backbone = AutoModel.from_config(language_model.config, attn_implementation="eager", dtype=torch.float32).eval()
     backbone.load_state_dict(language_model.model.state_dict())

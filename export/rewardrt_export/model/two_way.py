@@ -6,6 +6,7 @@ transformers for is the one of an encoder.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -29,6 +30,7 @@ def look_both_ways(model: PreTrainedModel, config: PretrainedConfig) -> PreTrain
             module.is_causal = False  # type: ignore[assignment]
     forward = model.forward
 
+    @functools.wraps(forward)  # what it takes is asked of its signature
     def two_way(*args: Any, **fields: Any) -> Any:
         causal = home["create_causal_mask"]
         home["create_causal_mask"] = create_bidirectional_mask
