@@ -62,8 +62,7 @@ def read_checkpoint(
     `base` is the folder of the model that was trained: an adapter's base where adapter_config.json does not name one,
     and what else a checkpoint leaves out. `pad_token` is the token, or its id, that training padded with;
     `chat_template` one of several templates by its name, or a file; `token_options` how logits of tokens are read. What
-    was chosen where the files allow two readings
-    is in the source's `choices`.
+    was chosen where the files allow two readings is in the source's `choices`.
 
     Raises CheckpointError naming the file or the tensors when something is missing, left over or of a wrong shape.
     """

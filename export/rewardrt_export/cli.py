@@ -12,7 +12,7 @@ import click
 from rewardrt.bundle.precisions import PRECISIONS, in_words
 from rewardrt.bundle.spec import POOLING_RULES, PoolingRule
 from rewardrt.errors import MissingExtraError
-from rewardrt_export.token_options import LOGIT_FUNCTIONS, LogitFunction, TokenOptions
+from rewardrt_export.token_options import LOGIT_FUNCTIONS, LogitFunction, TokenOptions, encodable
 
 if TYPE_CHECKING:
     from rewardrt_export.source.tokenizer import TokenizerChoice
@@ -30,7 +30,7 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
 
 def _parse_text(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """Return a text as it is meant: of a file, without its last line break, or with \\n for line breaks."""
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
+    if not encodable(value):
         raise click.BadParameter("expected text in UTF-8")
     if not value.startswith("@"):
         return value.replace("\\n", "\n").replace("\\t", "\t")

@@ -23,3 +23,8 @@ class TokenOptions:
     def given(self) -> list[str]:
         """The options that say something."""
         return [f"--{name}" for name, value in vars(self).items() if value]
+
+
+def encodable(text: str) -> bool:
+    """Whether a text can be written as UTF-8: a command line may bring halves of characters."""
+    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in text)

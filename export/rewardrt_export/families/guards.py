@@ -5,21 +5,19 @@ Their long policies are the checkpoint's own chat template, or a file of the use
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
-from rewardrt.bundle.spec import TextRule
 from rewardrt.errors import CheckpointError
 from rewardrt.text.chat_template import ChatTemplate, Message
 from rewardrt_export.families.draft import Draft, Family
-from rewardrt_export.families.token_logit import Recipe, chat_rule, describe_with
+from rewardrt_export.families.token_logit import Recipe, chat_rule, describe_with, format_rule, logit_family
 from rewardrt_export.token_options import TokenOptions
 
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
+UNTOLD = ". Only with --family: its files are those of any language model"
 WILDGUARD_CLOSE = "Harmful request:"
 OUTPUT = "P(harm), 0 to 1: higher is worse; --function difference for its log-odds"
 
@@ -57,70 +55,48 @@ def _wildguard(source: Source, options: TokenOptions) -> Draft:
             "wildguard: its text is in github.com/allenai/wildguard, wildguard/utils.py; write it to a file with "
             "{prompt} and {response}, with the line break after <|assistant|>, and give --template @FILE"
         )
-    recipe = Recipe(("yes", "no"), "sigmoid", TextRule("format", close=WILDGUARD_CLOSE))
-    close = options.close or WILDGUARD_CLOSE
-    return describe_with(lambda source: recipe, source, TokenOptions(**{**vars(options), "close": close}))
-
-
-def _family(
-    name: str,
-    title: str,
-    examples: tuple[str, ...],
-    recipe: Callable[[Source], Recipe],
-    *,
-    head: str,
-    eos: str,
-    maths: str,
-) -> Family:
-    return Family(
-        name=name,
-        title=title,
-        examples=examples,
-        head=f"{head}. Only with --family: its files are those of any language model",
-        tap="last token of the whole text",
-        eos=eos,
-        output=OUTPUT,
-        maths=maths,
-        matches=lambda source: None,
-        describe=lambda source: describe_with(recipe, source, TokenOptions()),
-        with_options=partial(describe_with, recipe),
-    )
+    text = replace(format_rule(source, options.template), close=WILDGUARD_CLOSE)
+    return describe_with(Recipe(("yes", "no"), "sigmoid", text), source, replace(options, template=""))
 
 
 GUARDS = (
-    _family(
+    logit_family(
         "shieldgemma",
         "ShieldGemma",
         ("google/shieldgemma-2b", "google/shieldgemma-9b"),
         _shield_gemma,
-        head='rows of the LM head for "Yes" and "No", with Gemma 2\'s softcap',
+        head='rows of the LM head for "Yes" and "No", with Gemma 2\'s softcap' + UNTOLD,
+        output=OUTPUT,
         eos="the template with a generation prompt; the policy is the row's `instruction`, or --instruction",
         maths="r = sigmoid(l['Yes'] - l['No'])",
     ),
-    _family(
+    logit_family(
         "llama-guard",
         "Llama Guard 3 and 4, of text",
         ("meta-llama/Llama-Guard-3-8B", "meta-llama/Llama-Guard-4-12B"),
         _llama_guard,
-        head='rows of the LM head for "unsafe" and "safe"',
+        head='rows of the LM head for "unsafe" and "safe"' + UNTOLD,
+        output=OUTPUT,
         eos="the template with a generation prompt and the empty line that comes before the word",
         maths="r = sigmoid(l['unsafe'] - l['safe'])",
     ),
-    _family(
+    logit_family(
         "qwen3guard-gen",
         "Qwen3Guard-Gen",
         ("Qwen/Qwen3Guard-Gen-0.6B", "Qwen/Qwen3Guard-Gen-8B"),
         _qwen3_guard,
-        head='rows of the LM head for " Unsafe", " Safe" and " Controversial"',
+        head='rows of the LM head for " Unsafe", " Safe" and " Controversial"' + UNTOLD,
+        output=OUTPUT,
         eos='the template, then "Safety:"',
         maths="r = softmax(l[' Unsafe'], l[' Safe'], l[' Controversial'])[0]",
     ),
-    _family(
+    logit_family(
         "granite-guardian",
         "Granite Guardian 3.0 and 3.1",
         ("ibm-granite/granite-guardian-3.1-8b",),
         _granite_guardian,
-        head='rows of the LM head for "Yes" and "No", over Granite\'s logits_scaling',
+        head='rows of the LM head for "Yes" and "No", over Granite\'s logits_scaling' + UNTOLD,
+        output=OUTPUT,
         eos="the template with a generation prompt; the risk is chat_template_kwargs.guardian_config",
         maths="r = sigmoid(l['Yes'] - l['No'])",
     ),

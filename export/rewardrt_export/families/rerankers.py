@@ -6,14 +6,12 @@ so does the rule here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from rewardrt.bundle.spec import TextRule
 from rewardrt.errors import CheckpointError
 from rewardrt_export.families.draft import Draft, Family
-from rewardrt_export.families.token_logit import Recipe, begin_ids, describe_with, is_qwen3_reranker, is_zerank_2
+from rewardrt_export.families.token_logit import Recipe, begin_ids, is_qwen3_reranker, is_zerank_2, logit_family
 from rewardrt_export.token_options import LogitFunction, TokenOptions
 
 if TYPE_CHECKING:
@@ -123,38 +121,7 @@ def _nemotron(source: Source, options: TokenOptions) -> Draft:
     )
 
 
-def _family(
-    name: str,
-    title: str,
-    examples: tuple[str, ...],
-    recipe: Callable[[Source], Recipe],
-    matches: Callable[[Source], str | None],
-    *,
-    head: str,
-    eos: str,
-    output: str,
-    maths: str,
-) -> Family:
-    return Family(
-        name=name,
-        title=title,
-        examples=examples,
-        head=head,
-        tap="last token of the whole text",
-        eos=eos,
-        output=output,
-        maths=maths,
-        matches=matches,
-        describe=lambda source: describe_with(recipe, source, TokenOptions()),
-        with_options=partial(describe_with, recipe),
-    )
-
-
-def _never(source: Source) -> str | None:
-    return None  # nothing in its files tells it from any language model
-
-
-QWEN3_RERANKER = _family(
+QWEN3_RERANKER = logit_family(
     "qwen3-reranker",
     "Qwen3-Reranker",
     ("Qwen/Qwen3-Reranker-0.6B", "Qwen/Qwen3-Reranker-8B"),
@@ -165,40 +132,37 @@ QWEN3_RERANKER = _family(
     output="P(yes) of the two, 0 to 1; --function difference for its log-odds. Takes an instruction",
     maths="r = sigmoid(l['yes'] - l['no'])",
 )
-MXBAI_RERANK = _family(
+MXBAI_RERANK = logit_family(
     "mxbai-rerank-v2",
     "mxbai-rerank-v2",
     ("mixedbread-ai/mxbai-rerank-base-v2", "mixedbread-ai/mxbai-rerank-large-v2"),
     _mxbai,
-    _never,
     head='rows of the LM head for "1" and "0". Only with --family',
     eos="its task and the beginning of the answer, each part tokenized by itself",
     output="raw difference. Takes an instruction, which may be left out",
     maths="r = l['1'] - l['0']",
 )
-BGE_RERANKER_GEMMA = _family(
+BGE_RERANKER_GEMMA = logit_family(
     "bge-reranker-gemma",
     "bge-reranker-v2-gemma",
     ("BAAI/bge-reranker-v2-gemma",),
     _bge_gemma,
-    _never,
     head='row of the LM head for "Yes". Only with --family',
     eos="its question, each part tokenized by itself",
     output="raw logit",
     maths="r = l['Yes']",
 )
-ZERANK_1 = _family(
+ZERANK_1 = logit_family(
     "zerank-1",
     "zerank-1",
     ("zeroentropy/zerank-1", "zeroentropy/zerank-1-small"),
     lambda source: _zerank(source, "sigmoid", ZERANK_TEMPERATURE),
-    _never,
     head='row of the LM head for "Yes". Only with --family',
     eos="the beginning of the assistant's turn; the query is the system's, the document the user's",
     output="0 to 1",
     maths="r = sigmoid(l['Yes'] / 5)",
 )
-ZERANK_2 = _family(
+ZERANK_2 = logit_family(
     "zerank-2",
     "zerank-2",
     ("zeroentropy/zerank-2",),

@@ -13,7 +13,7 @@ from rewardrt.errors import CheckpointError
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.language_model_head import token_head, token_id
 from rewardrt_export.source.weights import read_json
-from rewardrt_export.token_options import LOGIT_FUNCTIONS, LogitFunction, TokenOptions
+from rewardrt_export.token_options import LOGIT_FUNCTIONS, LogitFunction, TokenOptions, encodable
 
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
@@ -109,9 +109,8 @@ def _pieces(source: Source, ids: tuple[int, ...]) -> list[str]:
     return [str(piece) for piece in source.tokenizer.convert_ids_to_tokens(list(ids))]
 
 
-def describe_with(recipe: Callable[[Source], Recipe], source: Source, options: TokenOptions) -> Draft:
+def describe_with(found: Recipe, source: Source, options: TokenOptions) -> Draft:
     """Return the draft of a checkpoint that is read by a recipe, with what the options say otherwise."""
-    found = recipe(source)
     if options.tokens:
         tokens, values = parse_tokens(options.tokens)
         found = replace(found, tokens=tokens, values=values)
@@ -147,7 +146,7 @@ def parse_tokens(given: str) -> tuple[tuple[str | int, ...], tuple[float, float]
     `yes,no` are texts, `9693,2152` ids, `1..5` the digits with their values; a JSON list is for tokens with spaces or
     commas, and for numbers that are texts.
     """
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in given):
+    if not encodable(given):
         raise CheckpointError("--tokens: expected text that can be encoded as UTF-8, found a lone surrogate")
     if match := _RANGE.fullmatch(given.strip()):
         low, high = int(match[1]), int(match[2])
@@ -184,7 +183,7 @@ def _is_token(value: object) -> bool:
     """Whether a value of a JSON list is a text that can be encoded, or an id."""
     if type(value) is int:
         return 0 <= value < 10**9
-    return isinstance(value, str) and bool(value) and not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
+    return isinstance(value, str) and bool(value) and encodable(value)
 
 
 def format_rule(source: Source, template: str, *, instruction: str = "") -> TextRule:
@@ -272,30 +271,56 @@ def stated_tokens(source: Source) -> list[int]:
     return [vocabulary[each] for each in found]
 
 
-def _recipe(source: Source) -> Recipe:
-    tokens: tuple[str | int, ...] = tuple(reversed(stated_tokens(source)))
-    if not tokens:
-        true, false = logit_score(source)
-        tokens = tuple(each for each in (true, false) if each is not None)
-    text = chat_rule(source) if source.chat_template is not None else TextRule("format")
-    return Recipe(tokens, "logit" if len(tokens) == 1 else "difference", text)
+def _stated(source: Source) -> tuple[int, ...]:
+    """Return the ids that the checkpoint's files name, the true one first."""
+    return tuple(reversed(stated_tokens(source))) or tuple(each for each in logit_score(source) if each is not None)
 
 
 def _describe_with(source: Source, options: TokenOptions) -> Draft:
-    if not options.tokens and not _recipe(source).tokens:
+    tokens, values = parse_tokens(options.tokens) if options.tokens else (_stated(source), None)
+    if not tokens:
         raise CheckpointError("token-logit: say whose logits are the reward, as in --tokens yes,no")
-    if not options.template and source.chat_template is None:
-        chat_rule(source)  # refuses
-    if options.function is None and options.tokens:
-        tokens, values = parse_tokens(options.tokens)
-        if values is None and len(tokens) > 2:
-            raise CheckpointError(
-                f"--tokens names {len(tokens)} tokens; say what is made of them: "
-                f"--function {' or '.join(LOGIT_FUNCTIONS[3:])}"
-            )
-        function: LogitFunction = "expectation" if values else "logit" if len(tokens) == 1 else "difference"
-        options = replace(options, function=function)
-    return describe_with(_recipe, source, options)
+    if options.function is None and values is None and len(tokens) > 2:
+        raise CheckpointError(
+            f"--tokens names {len(tokens)} tokens; say what is made of them: "
+            f"--function {' or '.join(LOGIT_FUNCTIONS[3:])}"
+        )
+    usual: LogitFunction = "expectation" if values else "logit" if len(tokens) == 1 else "difference"
+    text = format_rule(source, options.template) if options.template else chat_rule(source)
+    recipe = Recipe(tokens, options.function or usual, text, values=values)
+    return describe_with(recipe, source, replace(options, tokens="", function=None, template=""))
+
+
+def logit_family(
+    name: str,
+    title: str,
+    examples: tuple[str, ...],
+    recipe: Callable[[Source], Recipe],
+    matches: Callable[[Source], str | None] = lambda source: None,  # as where nothing in the files tells it
+    *,
+    head: str,
+    eos: str,
+    output: str,
+    maths: str,
+) -> Family:
+    """Make the row of a family whose checkpoints are all read by one recipe, at the last token."""
+
+    def with_options(source: Source, options: TokenOptions) -> Draft:
+        return describe_with(recipe(source), source, options)
+
+    return Family(
+        name=name,
+        title=title,
+        examples=examples,
+        head=head,
+        tap="last token of the whole text",
+        eos=eos,
+        output=output,
+        maths=maths,
+        matches=matches,
+        describe=lambda source: with_options(source, TokenOptions()),
+        with_options=with_options,
+    )
 
 
 def _matches(source: Source) -> str | None:

@@ -14,8 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from rewardrt.errors import CheckpointError
-
-TWO_WAY = "rewardrt_two_way"  # of a config: set where its model_type says so
+from rewardrt_export.source.layouts import TWO_WAY
 
 
 def look_both_ways(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:

@@ -84,9 +84,7 @@ class KeyValues:
     @property
     def bytes(self) -> int:
         """What they take in memory."""
-        return sum(
-            array.nbytes for array in (*self.arrays, *(each for state in self.states.values() for each in state))
-        )
+        return sum(array.nbytes for arrays in (self.arrays, *self.states.values()) for array in arrays)
 
     def first(self, tokens: int) -> KeyValues | None:
         """Return those of the first `tokens`; a copy, unless it is all of them.

@@ -22,7 +22,7 @@ from rewardrt.scoring.pairwise import plan, settle
 from rewardrt.scoring.scored import Scored, ScoredAnswers, ScoredPair, ScoredRow
 from rewardrt.text.chat_template import ChatTemplate
 from rewardrt.text.items import Input, TokenIds, check_string
-from rewardrt.text.rendering import RenderedText, Renderer
+from rewardrt.text.rendering import READS_NO_INSTRUCTION, RenderedText, Renderer
 from rewardrt.text.rows import Row, parse_row
 from rewardrt.text.tokens import EncodedText, Tokenizer
 
@@ -51,7 +51,7 @@ class Answers:
     def use_instruction(self, instruction: str) -> None:
         """Let rows that bring no instruction have this one. Raises RowError where the model reads none."""
         if not self.spec.text.takes_instruction:
-            raise RowError("instruction: this model reads none; put it into the prompt, as the model was trained")
+            raise RowError(READS_NO_INSTRUCTION)
         rule = replace(self.spec.text, instruction=check_string(instruction, "instruction"))
         self.renderer = Renderer(rule, self._template, with_prompt=self.spec.reads_prompt_end)
 

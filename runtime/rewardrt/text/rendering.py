@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from rewardrt.bundle.spec import TextRule
 from rewardrt.errors import BundleError, RowError
 from rewardrt.text.chat_template import ChatTemplate, Message, TemplateInputs, content_string, sentinel
 from rewardrt.text.items import Conversation, Item, Pair, RawText, Steps, as_turns, check_string
 
+READS_NO_INSTRUCTION = "instruction: this model reads none; put it into the prompt, as the model was trained to read it"
 # What a format has a place for.
 PLACEHOLDER = re.compile(r"(\{prompt\}|\{response\}|\{instruction\}|\{first\}|\{second\})")
 
@@ -24,8 +27,9 @@ class RenderedText:
     prompt: str | None = None  # the first message alone, for models that read at its end
     special_tokens: bool = False  # whether raw text gets the tokenizer's own special tokens
     steps: int | None = None  # how many the row has; None where it does not say
-    # Where the answer stands in `text`, from and to which character; None where that is not known or of no use.
-    answer: tuple[int, int] | None = None
+    # Says where the answer stands in `text`, from and to which character, or None where that cannot be told. Asked of a
+    # text that is too long alone, since it is rendered once more for it.
+    find_answer: Callable[[], tuple[int, int] | None] | None = None
     # Texts that are tokenized each by itself, one after the other; together they are `text`. Of the step layout
     # "apart": what comes before the response, then each step and its step token.
     pieces: tuple[str, ...] = ()
@@ -68,7 +72,7 @@ class Renderer:
             is_raw=False,
             prompt=prompt,
             steps=steps,
-            answer=self._find_answer(shown, text) if self._rule.cut == "answer" else None,
+            find_answer=partial(self._find_answer, shown, text) if self._rule.cut == "answer" else None,
         )
 
     def _finish(self, text: str) -> str:
@@ -97,9 +101,7 @@ class Renderer:
         """Return the instruction that the model reads with this row; "" of one that reads none."""
         if not self._rule.takes_instruction:
             if inputs.instruction is not None:
-                raise RowError(
-                    "instruction: this model reads none; put it into the prompt, as the model was trained to read it"
-                )
+                raise RowError(READS_NO_INSTRUCTION)
             return ""
         if (name := self._rule.instruction_variable) in inputs.options and inputs.instruction is not None:
             raise RowError(f"instruction: chat_template_kwargs.{name} is one already; leave one of them out")

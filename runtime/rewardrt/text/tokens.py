@@ -288,12 +288,13 @@ class Tokenizer:
 
         `ids` have the rule's `prepend_ids` before them. Raises RowError where nothing of the answer would be left.
         """
-        if text.answer is None:
+        answer = text.find_answer() if text.find_answer is not None else None
+        if answer is None:
             raise RowError(
                 f"{len(ids)} tokens, {room} fit; and what of them is the answer, which could be cut, cannot be told "
                 "from what the chat template makes of it: send a shorter one"
             )
-        begin, end = text.answer
+        begin, end = answer
         # With the places of tokens, which the batches go without: they take time.
         special = self.adds_special_tokens(text)
         offsets = np.array(self._backend.encode(text.text, add_special_tokens=special).offsets)
