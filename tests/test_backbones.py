@@ -325,6 +325,13 @@ def test_a_graph_says_the_oldest_onnxruntime_that_it_runs_on(tmp_path: Path, mon
         RewardModel.load(bundle.path, provider="cpu")
 
 
+def test_weights_that_layers_share_are_stored_once(tmp_path: Path) -> None:
+    specimen = zoo.Specimen("zamba2", tmp_path / "checkpoint")
+    bundle = specimen.export(tmp_path / "bundle", ("fp32",))
+    shared = 4 * sum(parameter.numel() for parameter in specimen._model.base_model.parameters())  # each once
+    assert (bundle.path / "model.onnx.data").stat().st_size < shared + 30_000
+
+
 def test_layers_with_state_are_refused_for_tensorrt_by_the_operator_that_it_lacks(tmp_path: Path) -> None:
     specimen = zoo.Specimen("zamba2", tmp_path / "checkpoint")
     with pytest.raises(TraceError, match="tensorrt: the graph computes layers with state by onnxruntime's LinearAtt"):
