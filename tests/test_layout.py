@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ ORDER = {
         cli: toplevel output engine_options options table warm bench doctor inspect score serve verify app
     """,
     "rewardrt_export": """
-        source: foreign weights adapter_config adapters chat_template layouts config multimodal padding tokenizer tokenizer_files
+        source: foreign text_files weights adapter_config adapters chat_template directions layouts config multimodal padding tokenizer tokenizer_files
           tokenizer_loader folder
         token_options
         model: length_limits two_way logits backbone heads
@@ -152,6 +154,15 @@ def test_the_runtime_never_imports_torch_or_the_export() -> None:
     for name, path in modules("rewardrt").items():
         roots = {used.split(".")[0] for used in imported(path)}
         assert not roots & FORBIDDEN_IN_RUNTIME, name
+
+
+def test_the_command_and_the_table_of_families_need_no_torch() -> None:
+    """`rewardrt families` and `rewardrt export --help` answer at once, and where the export's libraries are absent."""
+    absent = "".join(f"sys.modules[{name!r}] = None\n" for name in sorted(FORBIDDEN_IN_RUNTIME - set(FOLDERS)))
+    code = f"import sys\n{absent}import rewardrt_export.cli, rewardrt_export.families.listing\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr == ""
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("library", HOMES)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from rewardrt.bundle.spec import Head, Layer
 from rewardrt.errors import CheckpointError
 from rewardrt_export.families.encoder import ENCODERS
-from rewardrt_export.model.logits import LogitRule, logit_rule
 
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 NAME = "lm_head.weight"
 # Fields by which configs state what is done to logits, and what is done by a class that reads none of them.
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-NOTHING = LogitRule(1.0, 1.0, 0.0)
 TIED_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 
 
@@ -24,6 +22,8 @@ def token_head(source: Source, ids: tuple[int, ...], taps: tuple[str, ...] = ("l
 
     Raises CheckpointError when there is no head, or when the class does something else to its logits.
     """
+    from rewardrt_export.model.logits import logit_rule  # brings torch, which the listing does without
+
     if source.config.model_type in ENCODERS:
         raise CheckpointError(
             f"{source.architecture} is an encoder, and predicts no next token; its logits are no reward"
@@ -36,7 +36,7 @@ def token_head(source: Source, ids: tuple[int, ...], taps: tuple[str, ...] = ("l
     rule = logit_rule(source.config)
     for name in LOGIT_FIELDS:
         value = getattr(source.config, name, None)
-        if value not in (None, 1, 1.0) and rule == NOTHING:
+        if value not in (None, 1, 1.0) and rule.is_identity:
             raise CheckpointError(
                 f"config.json: {name} is {value}, and transformers' class of model_type {source.config.model_type!r} "
                 "does not read it; a row of this LM head may not be what the model was trained with"

@@ -12,7 +12,7 @@ from rewardrt.bundle.spec import Combine, Output, TextRule
 from rewardrt.errors import CheckpointError
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.language_model_head import token_head, token_id
-from rewardrt_export.source.weights import read_json
+from rewardrt_export.source.text_files import read_json
 from rewardrt_export.token_options import LOGIT_FUNCTIONS, LogitFunction, TokenOptions, encodable
 
 if TYPE_CHECKING:

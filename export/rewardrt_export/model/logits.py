@@ -29,6 +29,11 @@ class LogitRule:
     scale: float
     softcap: float
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is done to the logits."""
+        return self == LogitRule(1.0, 1.0, 0.0)
+
 
 class _Output(BaseModelOutputWithPast):
     """Says None to whatever else a class asks its backbone's output for."""

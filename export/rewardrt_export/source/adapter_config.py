@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rewardrt.errors import CheckpointError
-from rewardrt_export.source.weights import read_json
+from rewardrt_export.source.text_files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rewardrt.errors import CheckpointError
-from rewardrt_export.source.weights import read_json, read_text
+from rewardrt_export.source.text_files import read_json, read_text
 
 TOKENIZER_CONFIG, JINJA, FOLDER = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")

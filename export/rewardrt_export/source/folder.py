@@ -33,10 +33,11 @@ from rewardrt_export.source.config import (
 )
 from rewardrt_export.source.multimodal import text_config, text_tensors
 from rewardrt_export.source.padding import Padding, read_padding
+from rewardrt_export.source.text_files import read_json
 from rewardrt_export.source.tokenizer import TokenizerChoice, TrainedTokenizer
 from rewardrt_export.source.tokenizer_files import find_tokenizer_files
 from rewardrt_export.source.tokenizer_loader import read_tokenizer
-from rewardrt_export.source.weights import StoredTensor, check_weights, read_file, read_json, read_tensors, shorten
+from rewardrt_export.source.weights import StoredTensor, check_weights, read_file, read_tensors, shorten
 
 # Where LLaMA-Factory and TRL put a value head beside a model; TRL's name beside an adapter is the whole model's.
 VALUE_HEAD_FILES = ("value_head.safetensors", "value_head.bin", "v_head.bin")

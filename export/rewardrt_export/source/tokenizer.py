@@ -19,7 +19,7 @@ import transformers
 from tokenizers import Tokenizer as Backend
 
 from rewardrt.errors import CheckpointError
-from rewardrt_export.source.weights import read_json
+from rewardrt_export.source.text_files import read_json
 
 TokenizerChoice = Literal["file", "transformers"]
 TOKENIZER_FILE = "tokenizer.json"

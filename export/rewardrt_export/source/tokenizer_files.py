@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rewardrt.errors import CheckpointError, MissingExtraError
+from rewardrt_export.source.text_files import check_pointer, read_json
 from rewardrt_export.source.tokenizer import TOKENIZER_FILE
-from rewardrt_export.source.weights import check_pointer, first_line, read_json
+from rewardrt_export.source.weights import first_line
 
 # The names of transformers' classes (`vocab_files_names`) and of what it converts besides.
 VOCABULARIES = (

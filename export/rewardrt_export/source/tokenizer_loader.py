@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PretrainedConfig, PreTra
 
 from rewardrt.errors import CheckpointError
 from rewardrt_export.source.chat_template import TOKENIZER_CONFIG
+from rewardrt_export.source.text_files import read_json
 from rewardrt_export.source.tokenizer import TokenizerChoice, TrainedTokenizer, settle
 from rewardrt_export.source.tokenizer_files import (
     SETTINGS,
@@ -20,7 +21,7 @@ from rewardrt_export.source.tokenizer_files import (
     find_tokenizer_files,
     read_limit,
 )
-from rewardrt_export.source.weights import first_line, read_json
+from rewardrt_export.source.weights import first_line
 
 
 def read_tokenizer(folder: Path, config: PretrainedConfig | None, choice: TokenizerChoice | None) -> TrainedTokenizer:

@@ -5,20 +5,19 @@ This module knows files, not models: nothing here knows what a tensor is for.
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
 
 from rewardrt.errors import CheckpointError
 from rewardrt_export.source.foreign import describe_foreign
+from rewardrt_export.source.text_files import check_pointer, read_json
 
 # The index first: where it stands, it names every shard, and a single file beside it is a stray.
 SAFETENSORS_INDEX, SAFETENSORS_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -28,7 +27,6 @@ HEAD_LAYER_FILES = ("regression_layer.pt", "gating_layer.pt")
 # What torch.compile, FSDP and activation checkpointing put into names, and DataParallel before them: no model's own.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _FRONT = re.compile(r"(module\.)+(?=[^.]+\.)")
-POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -172,39 +170,6 @@ def _read_bin(path: Path) -> dict[str, StoredTensor]:
 
 def _give(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or raise CheckpointError naming the file."""
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def read_text(path: Path) -> str:
-    """Read a text file, or raise CheckpointError naming it."""
-    check_pointer(path)
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a checkpoint folder needs it") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as text ({error})") from error
-
-
-def check_pointer(path: Path) -> None:
-    """Raise CheckpointError for the few lines that git-lfs leaves where a file was not fetched."""
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(POINTER)) == POINTER
-    except OSError:  # whoever reads it says so
-        return
-    if is_pointer:
-        raise CheckpointError(f"{path}: a git-lfs pointer and not the file itself; run `git lfs pull` in its folder")
 
 
 def first_line(error: BaseException) -> str:
