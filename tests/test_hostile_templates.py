@@ -220,7 +220,12 @@ def test_a_template_within_the_limits_renders_as_in_jinjas_own_sandbox(source: s
         assert len(rendered(LimitedEnvironment(), source)) < 10**6
         return
     found, expected = rendered(LimitedEnvironment(), source), rendered(ImmutableSandboxedEnvironment(), source)
-    assert found == expected or "generator object" in found
+    assert found == expected or _shows_an_address(expected)
+
+
+def _shows_an_address(text: str) -> bool:
+    """Return whether a text has the place in memory of a generator, whatever filters made of the words around it."""
+    return "generbtorobject" in "".join(text.lower().split()).replace("a", "b")
 
 
 @settings(deadline=None, max_examples=200)
