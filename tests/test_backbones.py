@@ -80,6 +80,26 @@ def test_an_encoder_without_a_graph_is_refused_by_a_sentence_about_its_maths(kin
     assert row.seconds < 10
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("xlstm", "xLSTMModel computes in another way for another number of tokens"),
+        ("cpmant", "CpmAntModel computes in another way for another number of tokens"),
+        ("minimax", "MiniMaxModel computes in another way for another number of tokens"),
+        ("recurrent_gemma", "RecurrentGemmaModel has convolutions over the tokens in its own code (Conv1d of 4)"),
+        ("zaya", "ZayaModel has convolutions over the tokens in its own code (Conv1d of 2)"),
+    ],
+)
+def test_code_of_its_own_over_the_tokens_is_refused_before_anything_is_scored(
+    kind: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These were found out by a certificate, after up to half a minute."""
+    monkeypatch.setattr("rewardrt_export.pipeline.lower", lambda *_: pytest.fail("a graph was made"))
+    row = zoo.sweep(kind, ("fp32",), tmp_path)
+    assert row.outcome == "refused"
+    assert row.reason.startswith(reason)
+
+
 def test_code_that_decides_by_values_is_refused_with_the_line_that_does(tmp_path: Path) -> None:
     row = zoo.sweep("jetmoe", ("fp32",), tmp_path)
     assert row.outcome == "refused"

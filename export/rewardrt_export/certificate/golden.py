@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rewardrt.bundle.spec import Spec
-from rewardrt.data.files import read_lines
+from rewardrt.data.lines import read_lines
 from rewardrt.data.formats import jsonl_lines
 from rewardrt.errors import CertificateError, RowError
 from rewardrt.scoring.pairwise import plan, text_of

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -30,7 +31,7 @@ from rewardrt_export.tracing.bidirectional import padding_masks
 from rewardrt_export.tracing.complex_numbers import complex_as_real
 from rewardrt_export.tracing.experts import EXPERT_TRANSLATIONS
 from rewardrt_export.tracing.graphs import CausalGraph, WholeTextGraph
-from rewardrt_export.tracing.signature import AttentionShape, PastShape, name_axes, signature_of
+from rewardrt_export.tracing.signature import AttentionShape, PastShape, Signature, name_axes, signature_of
 from rewardrt_export.tracing.state_layers import STATE_TRANSLATIONS, has_state, layer_states, state_functions
 
 # What torch raises where code looks at a number that is not there while it is traced.
@@ -63,14 +64,12 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
         try:
             signature = signature_of(spec, _look_through(graph), every_token)
             program = torch.onnx.export(
-                graph,
-                kwargs=signature.inputs,
+                _capture(graph, signature),
                 dynamo=True,
                 opset_version=OPSET,
                 optimize=False,  # lower.py does, once the weights are bound
                 verbose=False,
                 custom_translation_table=TRANSLATIONS | EXPERT_TRANSLATIONS | STATE_TRANSLATIONS,
-                dynamic_shapes=signature.axes,
                 input_names=signature.input_names,
                 output_names=signature.output_names,
             )
@@ -90,6 +89,27 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
     return model
 
 
+def _capture(graph: CausalGraph | WholeTextGraph, signature: Signature) -> torch.export.ExportedProgram:
+    """Capture the pass for every batch and every length.
+
+    Not left to the ONNX exporter: where code allows one length only, it captures a graph for that length, which is
+    found out when a text of another is scored. Raises TraceError there.
+    """
+    with torch.fx.experimental._config.patch(  # type: ignore[attr-defined]
+        backed_size_oblivious=True  # an axis may be of 0 or 1
+    ):
+        try:
+            return torch.export.export(graph, (), signature.inputs, dynamic_shapes=signature.axes, strict=False)
+        except torch._dynamo.exc.UserError as error:
+            if error.error_type is not torch._dynamo.exc.UserErrorType.CONSTRAINT_VIOLATION:
+                raise
+            raise TraceError(
+                f"{type(graph.backbone).__name__} computes in another way for another number of tokens, as in a loop "
+                "over them in its own code, and one graph has to serve texts of every length; this backbone cannot be "
+                "exported yet"
+            ) from error
+
+
 def _look_through(graph: CausalGraph | WholeTextGraph) -> PastShape:
     """Run the backbone once with its masks watched, and return what each layer of a decoder keeps of a text.
 
@@ -104,7 +124,7 @@ def _look_through(graph: CausalGraph | WholeTextGraph) -> PastShape:
     prefix.begin(None)
     layer_states.begin(None)
     prefix.reaches, padding_masks.reaches = [], []
-    with watch_masks(backbone.config):
+    with watch_masks(backbone.config), _watch_convolutions(backbone, isinstance(graph, CausalGraph)):
         # With a mask of the padding transformers does not look for several texts in one row, by their positions.
         backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), **({"use_cache": False} if causal else {}))
     if not isinstance(graph, CausalGraph):
@@ -117,6 +137,32 @@ def _look_through(graph: CausalGraph | WholeTextGraph) -> PastShape:
     kept = (prefix.present[layer] for layer in range(len(prefix.present)))
     layers = [AttentionShape(key.shape[1], key.shape[3], value.shape[3]) for key, value in kept]
     return PastShape(layers, [tuple(state.shape[1:]) for state in layer_states.present])
+
+
+@contextlib.contextmanager
+def _watch_convolutions(backbone: PreTrainedModel, takes_past: bool) -> Iterator[None]:
+    """Refuse convolutions over tokens outside of the functions that keep a state, where a graph takes a past.
+
+    A graph that goes on after a prefix would begin each anew.
+    """
+
+    def refuse(module: Any, inputs: object) -> None:
+        raise TraceError(
+            f"{type(backbone).__name__} has convolutions over the tokens in its own code ({type(module).__name__} of "
+            f"{module.kernel_size[0]}), whose state after a prefix is not kept; this backbone cannot be exported yet"
+        )
+
+    convolutions = [
+        module
+        for module in backbone.modules()
+        if takes_past and isinstance(module, torch.nn.Conv1d) and module.kernel_size[0] > 1
+    ]
+    hooks = [module.register_forward_pre_hook(refuse) for module in convolutions]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _say_cause(backbone: PreTrainedModel, cause: BaseException) -> str:
