@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -36,7 +36,6 @@ from rewardrt_export.tracing.state_layers import STATE_TRANSLATIONS, has_state, 
 
 # What torch raises where code looks at a number that is not there while it is traced.
 _BY_VALUE = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
-UNBOUNDED = torch.export.Dim("any").max
 OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
 
 
@@ -100,32 +99,22 @@ def _capture(graph: CausalGraph | WholeTextGraph, signature: Signature) -> torch
         backed_size_oblivious=True  # an axis may be of 0 or 1
     ):
         try:
-            return torch.export.export(graph, (), signature.inputs, dynamic_shapes=signature.axes, strict=False)
+            return torch.export.export(
+                graph,
+                (),
+                signature.inputs,
+                dynamic_shapes=signature.axes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,  # of memory layouts, which the operators do not know
+            )
         except torch._dynamo.exc.UserError as error:
             if error.error_type is not torch._dynamo.exc.UserErrorType.CONSTRAINT_VIOLATION:
                 raise
-            axes = _least_bounds(str(error), signature.axes)
-            if axes is None:
-                raise TraceError(
-                    f"{type(graph.backbone).__name__} computes in another way for another number of tokens, as in a "
-                    "loop over them in its own code, and one graph has to serve texts of every length; this backbone "
-                    "cannot be exported yet"
-                ) from error
-            return torch.export.export(graph, (), signature.inputs, dynamic_shapes=axes, strict=False)
-
-
-def _least_bounds(message: str, axes: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the axes as torch wants them where that is no more than a least size; None where it is.
-
-    Such is an axis that is not 1: what it says of memory layouts holds for 1 too, and the operators know no layouts.
-    """
-    try:
-        found = torch.export.dynamic_shapes.refine_dynamic_shapes_from_suggested_fixes(message, axes)
-    except Exception:  # there is no such suggestion
-        return None
-    sizes = torch.utils._pytree.tree_leaves(found, is_leaf=lambda each: hasattr(each, "max"))
-    bounded = any(isinstance(size, int) or getattr(size, "max", UNBOUNDED) < UNBOUNDED for size in sizes)
-    return None if bounded else cast(dict[str, Any], found)
+            raise TraceError(
+                f"{type(graph.backbone).__name__} computes in another way for another number of tokens, as in a "
+                "loop over them in its own code, and one graph has to serve texts of every length; this backbone "
+                "cannot be exported yet"
+            ) from error
 
 
 def _look_through(graph: CausalGraph | WholeTextGraph) -> PastShape:
