@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.data.files import read_lines
+from rewardrt.data.lines import read_lines
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import EncodedText
 from rewardrt_export.certificate.reference import score_with_torch

@@ -24,7 +24,8 @@ from rewardrt import (
     ScoredPair,
     TruncationWarning,
 )
-from rewardrt.data.files import read_lines, score_file
+from rewardrt.data.files import score_file
+from rewardrt.data.lines import read_lines
 from rewardrt.scoring.answers import flatten, read_rows, regroup
 from rewardrt.scoring.scored import fill_row
 

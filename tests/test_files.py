@@ -17,7 +17,9 @@ from typing import BinaryIO
 import pytest
 
 from rewardrt.data import files
-from rewardrt.data.files import Line, Summary, open_output, read_lines, score_file
+from rewardrt.data.files import Summary, score_file
+from rewardrt.data.lines import Line, read_lines
+from rewardrt.data.outputs import open_output
 from rewardrt.errors import InferenceError, RewardRTError, RowError
 from rewardrt.scoring.answers import flatten, read_rows, regroup
 from rewardrt.scoring.scored import Scored, ScoredRow
@@ -81,7 +83,7 @@ def test_a_file_is_scored_in_order_with_every_kind_of_row() -> None:
         b'{"prompt": "Q", "error": "expected text, or messages ending with the assistant, or one of prompt and messages '
         b'with response, with responses, with steps, or with chosen and rejected; found prompt"}\n'
     )
-    summary = Summary(rows=9, scored=5, failed=4, texts=9, tokens=18, truncated_texts=1, pairs=3, pairs_right=1, ties=1)
+    summary = Summary(rows=9, read=9, scored=5, failed=4, texts=9, tokens=18, truncated_texts=1, pairs=3, pairs_right=1, ties=1)
     for window in (1, 2, 3, 100):
         assert run(data, window=window) == (expected, summary)
 
@@ -252,7 +254,8 @@ def test_a_stop_iteration_of_the_preparation_does_not_end_the_file_early() -> No
 def test_a_process_that_is_interrupted_does_not_wait_for_its_input() -> None:
     code = """
 import sys
-from rewardrt.data.files import read_lines, score_file
+from rewardrt.data.files import score_file
+from rewardrt.data.lines import read_lines
 def score(items):
     print("scoring", file=sys.stderr, flush=True)
     raise KeyboardInterrupt

@@ -14,7 +14,8 @@ import torch
 from checkpoints import CHATML, add_tensors, edit_json, make_tokenizer, write_openrlhf
 from checkpoints_pairwise import write_general_preference
 from rewardrt import RewardModel, RowError
-from rewardrt.data.files import read_lines, score_file
+from rewardrt.data.files import score_file
+from rewardrt.data.lines import read_lines
 from rewardrt.errors import CheckpointError
 from rewardrt_export.families import choose_family
 from rewardrt_export.pipeline import export

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardrt import RewardModel, RewardRTError
-from rewardrt.data.files import read_lines, score_file
+from rewardrt.data.files import score_file
+from rewardrt.data.lines import read_lines
 from rewardrt.errors import RowError
 from rewardrt.scoring.scored import Scored
 from rewardrt.text.rows import INPUT_FIELDS, Row, parse_row

@@ -25,11 +25,11 @@ ORDER = {
         text: template_limits chat_template items rendering taps tokens fields rows
         scoring: scored batching prefix runner pairwise answers
         reward_model
-        data: formats strict_json files
+        data: strict_json formats lines outputs compression arrays inputs columns readers selection files shards journal output_formats tables jobs
         checks: workers workload bench doctor verify
         server: options problem access address body turns isolation engine models schema call connection log metrics state vocabulary
           cohere kserve openrlhf own sglang tei vllm routes views openapi request app reload process
-        cli: toplevel output engine_options options table warm bench doctor inspect score serve verify app
+        cli: toplevel output progress engine_options options table warm bench doctor inspect score_files score serve verify app
     """,
     "rewardrt_export": """
         source: foreign text_files weights adapter_config adapters chat_template directions layouts config multimodal padding tokenizer tokenizer_files
@@ -66,6 +66,8 @@ HOMES = {
     "starlette": "rewardrt.server",
     "uvicorn": "rewardrt.server",
     "prometheus_client": "rewardrt.server.metrics",
+    "pyarrow": "rewardrt.data",
+    "tqdm": "rewardrt.cli.progress",
 }
 
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rewardrt.bundle.spec import Spec
-from rewardrt.data.lines import read_lines
-from rewardrt.data.formats import jsonl_lines
+from rewardrt.data.readers import read_rows_of
 from rewardrt.errors import CertificateError, RowError
 from rewardrt.scoring.pairwise import plan, text_of
 from rewardrt.text.items import Conversation, Item, Pair, RawText, Steps, TokenIds
@@ -209,19 +208,19 @@ def _split_into_steps(row: dict[str, Any]) -> dict[str, Any]:
 
 def _read_file(file: Path, renderer: Renderer, tokenizer: Tokenizer, spec: Spec) -> list[Candidate]:
     texts = []
+    number = 0
     try:
-        with file.open("rb") as stream:
-            for line in read_lines(jsonl_lines(stream, str(file))):
-                if isinstance(line.row, RowError):
-                    raise line.row
-                for item in plan(parse_row(line.row), spec).items:
-                    assert not isinstance(item, TokenIds)  # no row of a file gives them
-                    tokenizer.encode(renderer.render(item))
-                    texts.append(Candidate(_row_of(item), None))
-    except OSError as error:
-        raise CertificateError(f"{file}: cannot be read ({error.strerror})") from error
+        for line in read_rows_of(file):
+            number = line.number
+            if isinstance(line.row, RowError):
+                raise line.row
+            for item in plan(parse_row(line.row), spec).items:
+                assert not isinstance(item, TokenIds)  # no row of a file gives them
+                tokenizer.encode(renderer.render(item))
+                texts.append(Candidate(_row_of(item), None))
     except RowError as error:
-        raise CertificateError(f"{file}, line {line.number}: {error}") from error
+        where = f"{file}, line {number}: " if number else ""
+        raise CertificateError(f"{where}{error}") from error
     return texts
 
 

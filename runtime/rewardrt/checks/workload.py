@@ -12,8 +12,7 @@ import numpy as np
 
 from rewardrt.bundle.spec import Spec
 from rewardrt.checks.workers import Outputs, Worker, text_from_json
-from rewardrt.data.files import read_lines
-from rewardrt.data.formats import jsonl_lines, open_input
+from rewardrt.data.readers import read_rows_of
 from rewardrt.errors import RewardRTError, RowError
 from rewardrt.scoring.answers import regroup
 from rewardrt.scoring.pairwise import plan
@@ -52,18 +51,14 @@ def read_workload(worker: Worker, spec: Spec, file: Path, *, rows: int | None, m
     """
     found: list[dict[str, Any]] = []
     parsed: list[Row] = []
-    try:
-        with open_input(file) as stream:
-            for line in itertools.islice(read_lines(jsonl_lines(stream, str(file))), rows):
-                if isinstance(line.row, RowError):
-                    continue
-                try:
-                    parsed.append(plan(parse_row(line.row), spec))
-                except RowError:
-                    continue
-                found.append(line.row)
-    except OSError as error:
-        raise RowError(f"{file}: cannot be read ({error.strerror}); expected a JSONL file") from error
+    for line in itertools.islice(read_rows_of(file), rows):
+        if isinstance(line.row, RowError):
+            continue
+        try:
+            parsed.append(plan(parse_row(line.row), spec))
+        except RowError:
+            continue
+        found.append(line.row)
     if not found:
         raise RowError(f"{file}: no row that this model can score; see `rewardrt score` for what is wrong with each")
     texts = worker.ask({"rows": found, "max_length": max_length})["texts"]

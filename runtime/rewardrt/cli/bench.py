@@ -40,7 +40,7 @@ def bench(
     """
     from rewardrt.checks.bench import bench as run
     from rewardrt.checks.bench import format_report
-    from rewardrt.data.files import open_output
+    from rewardrt.data.outputs import open_output
 
     with open_output(output) if output is not None else nullcontext() as stream:  # found out now if it can be written
         report = run(

@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from rewardrt.data.files import open_output
+from rewardrt.data.outputs import open_output
 from rewardrt.display import visible, visible_lines
 
 

@@ -1,15 +1,11 @@
-"""`rewardrt score`: rows of a file, or one prompt with its answers."""
+"""`rewardrt score`: rows of files, or one prompt with its answers."""
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
@@ -17,17 +13,63 @@ from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule
 from rewardrt.cli import toplevel
 from rewardrt.cli.engine_options import engine_log
 from rewardrt.cli.options import json_option, precision_option, provider_option, threads_option
-from rewardrt.cli.output import for_people, show
-from rewardrt.cli.table import describe_row, objectives_lines, ranking_table
+from rewardrt.cli.output import show
+from rewardrt.cli.score_files import say_truncated, score_files
+from rewardrt.cli.table import objectives_lines, ranking_table
+from rewardrt.data.inputs import find_inputs
+from rewardrt.data.jobs import Job, JobOptions
+from rewardrt.data.lines import to_line
+from rewardrt.data.output_formats import OUTPUT_FORMATS, format_of
+from rewardrt.data.outputs import open_output
+from rewardrt.data.readers import RowReader
+from rewardrt.data.selection import Selection
+from rewardrt.data.shards import read_shard, shard_bounds
 from rewardrt.errors import RewardRTError
 from rewardrt.machine.providers import ProviderChoice
 from rewardrt.reward_model import RewardModel
+from rewardrt.scoring.scored import Scored, fill_row
+from rewardrt.text.rows import INPUT_FIELDS, TEMPLATE_FIELDS
+
+
+def _parse_columns(context: click.Context, option: click.Parameter, value: str) -> dict[str, str]:
+    """Return the names of `prompt=question,response=answer`, by those of the row contract."""
+    found: dict[str, str] = {}
+    for part in filter(None, value.split(",")):
+        ours, _, theirs = part.partition("=")
+        if ours not in (*INPUT_FIELDS, *TEMPLATE_FIELDS, "steps", "instruction") or not theirs:
+            raise click.BadParameter(f"{part!r}: expected FIELD=NAME, with a field of the row contract")
+        found[ours] = theirs
+    return found
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("source", metavar="[INPUT.jsonl | -]", required=False)
-@click.option("-o", "--output", help="Write rows here instead of standard output; moved into place at the end.")
+@click.argument("sources", metavar="[INPUT... | -]", nargs=-1)
+@click.option("-o", "--output", help="Write rows to this file instead of standard output.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(list(OUTPUT_FORMATS)),
+    help="The output's format.  [default: as its name says, else jsonl]",
+)
+@click.option("--resume", is_flag=True, help="Go on with an --output that was not finished.")
+@click.option(
+    "--columns",
+    callback=_parse_columns,
+    default="",
+    metavar="FIELD=NAME,...",
+    help="What the input calls fields: prompt=question,response=answer.",
+)
+@click.option("--group-by", metavar="FIELD", help="Make one row with responses of the rows with the same FIELD.")
+@click.option("--best", is_flag=True, help="Of rows with several answers keep the best one, with its reward.")
+@click.option("--top", type=click.IntRange(min=1), metavar="K", help="Of rows with several answers keep the K best.")
+@click.option(
+    "--min-margin",
+    type=float,
+    metavar="REWARD",
+    help="Keep rows whose best answer is so far above the second, or chosen above rejected.",
+)
+@click.option("--shard", metavar="I/N", help="Score the I-th of N parts of the rows; rows of one prompt stay together.")
 @click.option("--prompt", help="Score one prompt instead of a file.")
 @click.option("--response", "responses", multiple=True, help="An answer to --prompt; several are ranked.")
 @click.option(
@@ -56,8 +98,16 @@ from rewardrt.reward_model import RewardModel
 @json_option
 def score(
     bundle: Path,
-    source: str | None,
+    sources: tuple[str, ...],
     output: str | None,
+    format_name: str | None,
+    resume: bool,
+    columns: dict[str, str],
+    group_by: str | None,
+    best: bool,
+    top: int | None,
+    min_margin: float | None,
+    shard: str | None,
     prompt: str | None,
     responses: tuple[str, ...],
     instruction: str | None,
@@ -73,13 +123,14 @@ def score(
     table: bool,
     as_json: bool,
 ) -> None:
-    """Score JSONL rows from a file or standard input, or one --prompt with its --response.
+    """Score rows of files, folders, globs, URIs or standard input, or one --prompt with its --response.
 
-    A row holds text, or messages, or prompt (or messages) with response, responses, steps, or chosen and rejected. It
+    Files are JSONL (also packed with gzip or zstd), a JSON array, Parquet, Arrow, or a folder that `datasets` saved. A
+    row holds text, or messages, or prompt (or messages) with response, responses, steps, or chosen and rejected. It
     comes out with its rewards added, in the same order; a row that cannot be scored comes out with `error`.
     """
-    if (prompt is None) == (source is None):
-        raise click.UsageError("give either an input file (or - for standard input) or --prompt with --response")
+    if (prompt is None) == (not sources):
+        raise click.UsageError("give either input files (or - for standard input) or --prompt with --response")
     if prompt is not None and not responses:
         raise click.UsageError("--prompt needs at least one --response")
     if responses and prompt is None:
@@ -88,6 +139,10 @@ def score(
         raise click.UsageError("--aggregate is for rows with steps; --prompt with --response has none")
     if table and (as_json or output or prompt is not None):
         raise click.UsageError("--table prints a file's rows for people; it goes with no --json, --output or --prompt")
+    if best and top is not None:
+        raise click.UsageError("--best is --top 1 with one answer in the row; give one of them")
+    if prompt is not None and (resume or columns or group_by or best or top or min_margin is not None or shard):
+        raise click.UsageError("--prompt is scored as it is; the options for files go with input files")
     with engine_log():
         model = RewardModel.load(
             bundle,
@@ -102,16 +157,21 @@ def score(
         f"{bundle}: {model.precision} on {model.session.runs_on}"
         + (f" ({model.session.note})" if model.session.note else "")
     )
-    if instruction is not None:
-        model.answers.use_instruction(instruction)
-    labels = model.spec.output.labels if objectives else ()
+    labels = tuple(model.spec.output.labels) if objectives else ()
     if objectives and not labels:
         raise RewardRTError(f"--objectives: {bundle} has none; its reward is not made of several values")
     if prompt is not None:
+        if instruction is not None:
+            model.answers.use_instruction(instruction)
         _score_prompt(model, prompt, responses, normalize, labels, output, as_json)
-    else:
-        assert source is not None
-        _score_file(model, source, normalize, aggregate, labels, output, table)
+        return
+    reader = RowReader(find_inputs(sources))
+    names = {theirs: ours for ours, theirs in columns.items()}
+    selection = Selection(best, top, min_margin, names.get(group_by, group_by) if group_by is not None else None)
+    options = JobOptions(normalize, aggregate, labels, instruction, selection, columns)
+    if shard is not None:
+        options = replace(options, rows=shard_bounds(reader, *read_shard(shard), group_by))
+    score_files(model, Job(model, reader, options), output, format_name or format_of(output or ""), resume, table)
 
 
 def _score_prompt(
@@ -124,9 +184,6 @@ def _score_prompt(
     as_json: bool,
 ) -> None:
     """Print the reward of one answer, the ranking of several, or with --json the row."""
-    from rewardrt.data.files import open_output, to_line
-    from rewardrt.scoring.scored import Scored, fill_row
-
     row: dict[str, Any] = {"prompt": prompt}
     row |= {"response": responses[0]} if len(responses) == 1 else {"responses": list(responses)}
     (scored,) = model.score_rows([row], normalize=normalize)
@@ -140,92 +197,4 @@ def _score_prompt(
         show("\n".join([f"{filled['reward']:.4f}", *([objectives_lines(filled["objectives"])] if labels else [])]))
     else:
         show(ranking_table(filled))
-    _say_truncated(sum(answer.truncated > 0 for answer in scored.answers), len(scored.answers), model.spec.max_length)
-
-
-def _score_file(
-    model: RewardModel,
-    source: str,
-    normalize: bool | None,
-    aggregate: AggregateRule | None,
-    labels: Sequence[str],
-    output: str | None,
-    table: bool,
-) -> None:
-    from rewardrt.data.files import open_output, read_lines, score_file
-    from rewardrt.data.formats import jsonl_lines
-
-    progress = _Progress()
-
-    def show_row(line: bytes) -> None:
-        file.write(for_people(describe_row(json.loads(line), model, objectives=bool(labels))))
-
-    # Not closed if it is interrupted: that waits for the thread that reads, and so for a line that may never come.
-    lines = _open_input(source)
-    with open_output(output) as file:
-        summary = score_file(
-            model.answers.prepare,
-            partial(model.score_prepared, normalize=normalize, aggregate=aggregate),
-            read_lines(jsonl_lines(lines, "standard input" if source == "-" else source)),
-            show_row if table else file.write,
-            labels=labels,
-            progress=progress,
-        )
-    lines.close()
-    seconds = progress.finish()
-    toplevel.say(
-        f"scored {summary.scored} of {summary.rows} rows: {summary.texts} texts, {summary.tokens} tokens "
-        f"in {seconds:.1f} s ({summary.tokens / max(seconds, 1e-9):.0f} tokens/s)"
-    )
-    _say_truncated(summary.truncated_texts, summary.texts, model.spec.max_length)
-    if summary.pairs:
-        share = summary.pairs_right / summary.pairs
-        ties = f", {summary.ties} ties" if summary.ties else ""
-        toplevel.say(
-            f"accuracy {share:.4f}: chosen above rejected in {summary.pairs_right} of {summary.pairs} pairs{ties}"
-        )
-    for name, rows in summary.unread.items():
-        toplevel.say(f"{rows} row{'s' if rows > 1 else ''} had the field `{name}`, which nothing read")
-    if summary.failed:
-        toplevel.say(f"{summary.failed} of {summary.rows} rows could not be scored; they have `error`")
-        sys.exit(1)
-
-
-def _open_input(source: str) -> BinaryIO:
-    from rewardrt.data.formats import open_input
-
-    if source != "-":
-        return open_input(source)
-    if sys.stdin is None:
-        raise RewardRTError("standard input is closed; send it rows, or name a JSONL file")
-    # Not sys.stdin.buffer: Python takes its lock when it ends, which a thread that waits for a line holds.
-    return open(sys.stdin.fileno(), "rb", closefd=False)
-
-
-class _Progress:
-    """Counts rows on a terminal's standard error; silent elsewhere."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._shown = False
-
-    def __call__(self, summary: Any) -> None:
-        if sys.stderr.isatty():
-            self._shown = True
-            self._write(f"\r{summary.rows} rows, {summary.tokens} tokens")
-
-    def finish(self) -> float:
-        """Clear the line, and return the seconds since the start."""
-        if self._shown:
-            self._write("\r\033[K")
-        return time.perf_counter() - self._start
-
-    @staticmethod
-    def _write(text: str) -> None:
-        with suppress(OSError):  # scoring goes on without a terminal
-            click.echo(text, nl=False, err=True)
-
-
-def _say_truncated(cut: int, texts: int, limit: int) -> None:
-    if cut:
-        toplevel.say(f"{cut} of {texts} texts were cut at {limit} tokens; `truncated` says by how much")
+    say_truncated(sum(answer.truncated > 0 for answer in scored.answers), len(scored.answers), model.spec.max_length)

@@ -6,7 +6,7 @@
 | an error of ours, or of the command line | one line | 2 |
 | the machine: a full disk, no permission, a closed stream, out of memory, a broken installation | one line | 2 |
 | the reader of the output has gone, as `head` does | nothing | 1 |
-| Ctrl+C | one line | 130 |
+| Ctrl+C; SIGTERM where a job can be gone on with | one line | 130; 143 |
 | anything else: a fault of RewardRT | one line, and one to report it with | 3 |
 
 There is no traceback. The line to report holds versions, the error and the places in the code, and none of the texts
@@ -22,19 +22,24 @@ import importlib.metadata
 import io
 import os
 import platform
+import queue
 import re
+import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, TypeVar, cast
 
 import click
 
 from rewardrt.display import visible, visible_lines
 from rewardrt.errors import RewardRTError
+
+_Result = TypeVar("_Result")
 
 PACKAGES = ("rewardrt", "rewardrt_export")
 OUR_THREADS = "rewardrt-"  # what the names of all threads begin with that RewardRT starts
@@ -83,6 +88,45 @@ def _leave(status: int, threads: set[threading.Thread]) -> NoReturn:
     sys.exit(status)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a long job as Ctrl+C does."""
+
+
+def interruptible(work: Callable[[], _Result], tick: Callable[[], None]) -> _Result:
+    """Do some work in a thread, and return or raise what it does; call `tick` meanwhile, several times a second.
+
+    The thread that waits answers Ctrl+C and SIGTERM at once, whatever a library computes: it raises KeyboardInterrupt
+    or Terminated, and the process is to end without waiting for the work.
+    """
+    done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((True, work()))
+        except BaseException as error:  # raised below, where it is waited for
+            done.put((False, error))
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if in_main else None
+    try:
+        threading.Thread(target=run, name=f"{OUR_THREADS}score", daemon=True).start()
+        while True:
+            try:
+                good, found = done.get(timeout=0.2)
+                break
+            except queue.Empty:
+                tick()
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    if not good:
+        raise found
+    return cast(_Result, found)
+
+
 def say(message: str) -> None:
     """Write lines to standard error, for people; scoring does not depend on whether anybody can read them."""
     with suppress(OSError, ValueError):
@@ -108,8 +152,8 @@ def _end(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return 1
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        say("error: interrupted")
-        return 130
+        say(": ".join(["error: interrupted", *filter(None, [str(error)])]))
+        return 143 if isinstance(error, Terminated) else 130
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         say(error.format_message())
         return 2

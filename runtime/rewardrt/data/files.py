@@ -1,4 +1,4 @@
-"""JSONL in and out: line n out is line n in, whatever line n holds.
+"""Rows in, scored rows out: row n out is row n in, whatever row n holds.
 
 Files are streamed: what is held at a time is one window of rows, whose texts are scored in one call, and the next one,
 which is read and tokenized meanwhile.
@@ -6,23 +6,16 @@ which is read and tokenized meanwhile.
 
 from __future__ import annotations
 
-import codecs
-import errno
-import json
 import queue
-import secrets
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from rewardrt.data.formats import LINE_BYTES
-from rewardrt.data.strict_json import read_json
+from rewardrt.data.lines import Line, to_line
+from rewardrt.data.selection import EVERYTHING, Selection, choose
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.scoring.scored import ScoredPair, ScoredRow, error_row, fill_row
+from rewardrt.scoring.scored import ScoredPair, ScoredRow, error_row
 from rewardrt.text.fields import unread
 
 WINDOW_ROWS = 4096
@@ -34,22 +27,18 @@ _TOO_DEEP = "nested too deeply; expected a JSON object of fewer levels"
 Ready = TypeVar("Ready")  # rows that were made ready to be scored
 
 
-@dataclass(frozen=True)
-class Line:
-    """One input line: its number from 1, its size in bytes, and its object or what is wrong with it."""
-
-    number: int
-    bytes: int
-    row: dict[str, Any] | RowError
-
-
 @dataclass
 class Summary:
-    """What was done with a file so far. Texts, tokens and pairs are those of the scored rows."""
+    """What was done with a file so far. Texts, tokens and pairs are those of the scored rows.
+
+    `rows` are those that were scored or failed; `read` those of the input, of which `--group-by` makes fewer.
+    """
 
     rows: int = 0
+    read: int = 0
     scored: int = 0
     failed: int = 0
+    left_out: int = 0  # scored, and not kept by the selection
     texts: int = 0
     tokens: int = 0
     truncated_texts: int = 0
@@ -57,32 +46,36 @@ class Summary:
     pairs_right: int = 0  # chosen above rejected
     ties: int = 0
     unread: dict[str, int] = field(default_factory=dict)  # fields of text that nothing read: in how many rows
+    first_error: str = ""  # of the rows before the first that was scored
 
-    def add(self, row: dict[str, Any], scored: ScoredRow) -> None:
-        """Count one scored row."""
-        for name in unread(row):
+    def count(self, line: Line, result: ScoredRow | RewardRTError, *, kept: bool = True) -> None:
+        """Count one row, which was scored or not."""
+        self.rows += 1
+        self.read += max(1, len(line.members))
+        if isinstance(result, RewardRTError):
+            self.failed += 1
+            return
+        assert isinstance(line.row, dict)
+        for name in unread(line.row):
             self.unread[name] = self.unread.get(name, 0) + 1
         self.scored += 1
-        self.texts += len(scored.answers)
-        self.tokens += sum(answer.tokens for answer in scored.answers)
-        self.truncated_texts += sum(answer.truncated > 0 for answer in scored.answers)
-        if isinstance(scored, ScoredPair):
+        self.left_out += not kept
+        self.texts += len(result.answers)
+        self.tokens += sum(answer.tokens for answer in result.answers)
+        self.truncated_texts += sum(answer.truncated > 0 for answer in result.answers)
+        if isinstance(result, ScoredPair):
             self.pairs += 1
-            self.pairs_right += scored.chosen_reward > scored.rejected_reward
-            self.ties += scored.chosen_reward == scored.rejected_reward
+            self.pairs_right += result.chosen_reward > result.rejected_reward
+            self.ties += result.chosen_reward == result.rejected_reward
 
 
-def read_lines(lines: Iterable[bytes]) -> Iterator[Line]:
-    """Yield one Line for each line of a JSONL stream, blank and damaged ones included."""
-    for number, data in enumerate(lines, 1):
-        row: dict[str, Any] | RowError
-        try:
-            if len(data) > LINE_BYTES:
-                raise RowError(f"longer than {LINE_BYTES} bytes; expected one JSON object")
-            row = _read_row(data.removeprefix(codecs.BOM_UTF8) if number == 1 else data)
-        except RowError as error:
-            row = RowError(f"line {number}: {error}")
-        yield Line(number, len(data), row)
+class Encoder(Protocol):
+    """Makes bytes of scored rows, and counts them."""
+
+    def __call__(
+        self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary
+    ) -> list[bytes]:
+        """Return what is to be written of some rows, in their order."""
 
 
 def score_file(
@@ -91,33 +84,37 @@ def score_file(
     lines: Iterable[Line],
     write: Callable[[bytes], object],
     *,
-    labels: Sequence[str] = (),
+    encode: Encoder | None = None,
     window: int = WINDOW_ROWS,
     progress: Callable[[Summary], None] | None = None,
+    summary: Summary | None = None,
 ) -> Summary:
     """Score every row and write each, scored or with `error`, in the order of the input.
 
     `prepare` and `score` are `RewardModel.answers.prepare` and `RewardModel.score_prepared`, or do what they do: an
     error among the rows stays an error. The rows of a window are prepared together, in a thread, one window ahead of
-    those that are scored. With `labels` rows come out with their objectives. `progress` is called after each window.
+    those that are scored. `encode` makes the bytes, by itself lines of JSON. `progress` is called after each window,
+    when all of it is written. `summary` is of the rows before, where a file is gone on with.
 
     Raises RewardRTError, before anything is written, when none of the first FIRST_ROWS rows can be scored.
     """
+    encode = encode or JsonEncoder()
 
     def prepared(some: list[Line]) -> tuple[list[Line], Ready]:
-        return some, prepare(line.row for line in some)
+        return some, prepare(line.given for line in some)
 
-    summary, first_error = Summary(), ""
-    for some, ready in _ahead(prepared(some) for some in _windows(lines, window)):
+    summary = summary or Summary()
+    for some, ready in _ahead(prepared(some) for some in _windows(lines, window, summary.read > 0)):
         results = score(ready)
-        finished = [_finish(line, result, labels, summary) for line, result in zip(some, results, strict=True)]
+        finished = encode(some, results, summary)
         if summary.rows == summary.failed:
-            first_error = first_error or json.loads(finished[0])["error"]
-        if FIRST_ROWS <= summary.rows == summary.failed:
-            raise RewardRTError(
-                f"none of the first {summary.rows} rows can be scored, and the rest was not tried; "
-                f"the first: {first_error}"
-            )
+            if not summary.first_error:
+                summary.first_error = str(next(result for result in results if isinstance(result, RewardRTError)))
+            if summary.rows >= FIRST_ROWS:
+                raise RewardRTError(
+                    f"none of the first {summary.rows} rows can be scored, and the rest was not tried; "
+                    f"the first: {summary.first_error}"
+                )
         for data in finished:
             write(data)
         if progress is not None:
@@ -125,83 +122,54 @@ def score_file(
     return summary
 
 
-class Output:
-    """Bytes on their way to a file or to standard output; what stops them is a RewardRTError that names the place."""
+class JsonEncoder:
+    """Lines of JSON: each row with its scores, or with `error`."""
 
-    def __init__(self, name: str | Path, file: BinaryIO) -> None:
-        self._name = name
-        self._file = file
+    def __init__(
+        self,
+        labels: Sequence[str] = (),
+        selection: Selection = EVERYTHING,
+        finish: Callable[[Any], Any] = lambda value: value,
+    ) -> None:
+        """Take the names of the objectives, where they are written, and what is kept.
 
-    def write(self, data: bytes) -> None:
-        """Write all of the bytes, now or with the next flush."""
-        with self._named():
-            self._file.write(data)
+        `finish` makes values that JSON has of those that a row has.
+        """
+        self._labels = tuple(labels)
+        self._selection = selection
+        self._finish = finish
 
-    def flush(self) -> None:
-        """Have everything written that was given so far."""
-        with self._named():
-            self._file.flush()
+    def __call__(
+        self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary
+    ) -> list[bytes]:
+        """Return a line for each row that is kept."""
+        return [
+            written
+            for line, result in zip(lines, results, strict=True)
+            if (written := self._line(line, result, summary)) is not None
+        ]
 
-    @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _line(self, line: Line, result: ScoredRow | RewardRTError, summary: Summary) -> bytes | None:
+        row = {} if isinstance(line.row, RowError) else line.row
         try:
-            yield
-        except BrokenPipeError:  # the reader of our output has had enough
-            raise
-        except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
-            _refuse(self._name, error)
-
-
-@contextmanager
-def open_output(path: str | Path | None) -> Iterator[Output]:
-    """Open the output for writing bytes: a file, or standard output for None and "-".
-
-    A file is written under another name in its folder, and takes its own name when the block ends well. What is there
-    but is not a plain file, such as /dev/null, is written to directly.
-    """
-    if path is None or str(path) == "-":
-        sys.stdout.flush()  # what was printed before comes before
-        output = Output("standard output", sys.stdout.buffer)
-        yield output
-        output.flush()
-        return
-    try:
-        target = Path(path).resolve()
-        in_place = target.exists() and not target.is_file()
-        name = target if in_place else target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-        file = name.open("wb" if in_place else "xb")
-    except (OSError, ValueError) as error:
-        _refuse(path, error)
-    try:
-        try:
-            output = Output(path, file)
-            yield output
-            output.flush()
-        finally:
-            with suppress(OSError):  # of a full disk, which the block was told of, or is told by the line above
-                file.close()
-        if not in_place:
-            try:
-                if target.exists():
-                    name.chmod(target.stat().st_mode & 0o777)  # what was private stays private
-                name.replace(target)
-            except OSError as error:
-                _refuse(path, error)
-    except BaseException:
-        if not in_place:
-            with suppress(OSError):
-                name.unlink()
-        raise
-
-
-def _read_row(data: bytes) -> dict[str, Any]:
-    """Return the object on one line, or raise RowError."""
-    if not data.strip():
-        raise RowError("blank line; expected a JSON object")
-    row = read_json(data)
-    if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object, found {type(row).__name__}")
-    return row
+            chosen = choose(self._selection, result)
+            if chosen is None:
+                summary.count(line, result, kept=False)
+                return None
+            if isinstance(chosen, RowError):
+                written = to_line(self._finish(error_row(row, str(chosen))))
+                summary.count(line, chosen)
+            else:
+                assert not isinstance(result, RewardRTError)
+                grouped = bool(line.members)
+                fields = self._selection.fields(row, result, chosen, self._labels, grouped)
+                written = to_line(self._finish(fields))
+                summary.count(line, result)
+        except RecursionError:  # the thread that read it had more room
+            error = RowError(f"line {line.number}: {_TOO_DEEP}")
+            written = to_line(error_row({}, str(error)))
+            summary.count(line, error)
+        return written
 
 
 _Some = TypeVar("_Some")
@@ -234,51 +202,25 @@ def _ask(source: Iterator[_Some]) -> queue.SimpleQueue[_Some | BaseException]:
     return answer
 
 
-def _windows(lines: Iterable[Line], rows: int) -> Iterator[list[Line]]:
-    """Yield the lines in lists of at most `rows`, first FIRST_ROWS, cut earlier once a list is over WINDOW_BYTES."""
+def _windows(lines: Iterable[Line], rows: int, goes_on: bool) -> Iterator[list[Line]]:
+    """Yield the lines in lists of at most `rows`, first FIRST_ROWS, cut earlier once a list is over WINDOW_BYTES.
+
+    What was read before an error comes before it.
+    """
     some: list[Line] = []
-    size, most = 0, min(rows, FIRST_ROWS)
-    for line in lines:
-        some.append(line)
-        size += line.bytes
-        if len(some) >= most or size >= WINDOW_BYTES:
+    size, most = 0, rows if goes_on else min(rows, FIRST_ROWS)
+    try:
+        for line in lines:
+            some.append(line)
+            size += line.bytes
+            if line.whole and (len(some) >= most or size >= WINDOW_BYTES):
+                yield some
+                some, size, most = [], 0, rows
+    except RewardRTError:
+        while some and not some[-1].whole:
+            some.pop()
+        if some:
             yield some
-            some, size, most = [], 0, rows
+        raise
     if some:
         yield some
-
-
-def _finish(line: Line, result: ScoredRow | RewardRTError, labels: Sequence[str], summary: Summary) -> bytes:
-    """Return the line to write, and count it."""
-    summary.rows += 1
-    row = {} if isinstance(line.row, RowError) else line.row
-    try:
-        if not isinstance(result, RewardRTError):
-            written = to_line(fill_row(row, result, labels))
-            summary.add(row, result)
-            return written
-        written = to_line(error_row(row, str(result)))
-    except RecursionError:  # the thread that read it had more room
-        written = to_line(error_row({}, f"line {line.number}: {_TOO_DEEP}"))
-    summary.failed += 1
-    return written
-
-
-def to_line(row: dict[str, Any]) -> bytes:
-    """Return one line of JSON, in UTF-8."""
-    try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate in a field that is not scored: only an escape can carry it
-        return json.dumps(row, allow_nan=False).encode() + b"\n"
-
-
-def _refuse(path: str | Path, error: Exception) -> NoReturn:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        remedy = "make room, or write to another disk"
-    elif str(path) == "standard output":
-        remedy = "send it to a file or a program that reads it"
-    else:
-        remedy = "name a file in a writable folder"
-    raise RewardRTError(f"{path}: cannot be written ({reason}); {remedy}") from error

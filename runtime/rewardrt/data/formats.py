@@ -1,4 +1,4 @@
-"""What a file is that was given for JSONL, seen by its first bytes and not by its name, from a pipe too.
+"""What a file is that was given for rows and is none that is read, seen by its first bytes and not by its name.
 
 Each of these would otherwise come out as an error on every line, or on lines that a format only seems to have.
 """
@@ -8,29 +8,23 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
-from rewardrt.errors import RewardRTError, RowError
+from rewardrt.errors import RewardRTError
 
 LINE_BYTES = 256 * 2**20  # a longer line is not held in memory: what is yielded of it is one byte longer than this
-_HEAD_BYTES = 4096  # of the first line, which of a binary file may have no end
+HEAD_BYTES = 65536  # of the first line, which of a binary file may have no end
 
 _PANDAS = "write its rows as JSONL, with pandas: `to_json(FILE, orient='records', lines=True)`"
 _UNPACK = "unpack it, as in `{} FILE | rewardrt score BUNDLE -`"
 _CONVERT = "convert it: `iconv -f {} -t utf-8 FILE`"
 _STARTS: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x1f\x8b", "gzip", _UNPACK.format("zcat")),
-    (b"\x28\xb5\x2f\xfd", "zstd", _UNPACK.format("zstdcat")),
     (b"BZh", "bzip2", _UNPACK.format("bzcat")),
     (b"\xfd7zXZ\x00", "xz", _UNPACK.format("xzcat")),
     (b"\x04\x22\x4d\x18", "lz4", _UNPACK.format("lz4cat")),
     (b"PK\x03\x04", "a zip archive", _UNPACK.format("unzip -p")),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK.format("7z x -so")),
-    (b"PAR1", "Parquet", _PANDAS),
-    (b"ARROW1", "an Arrow file", _PANDAS),
     (b"FEA1", "a Feather file", _PANDAS),
-    (b"\xff\xff\xff\xff", "an Arrow stream", _PANDAS),
     (b"ORC", "ORC", _PANDAS),
     (b"Obj\x01", "Avro", _PANDAS),
     (b"\x89HDF", "HDF5", _PANDAS),
@@ -45,38 +39,41 @@ _STARTS: tuple[tuple[bytes, str, str], ...] = (
     (b"{\x00", "UTF-16", _CONVERT.format("utf-16le")),
     (b"\x00{", "UTF-16", _CONVERT.format("utf-16be")),
 )
-_ARRAY = ("a JSON array", "put each of its objects on a line: `jq -c '.[]' FILE`")
 _OBJECT = ("a JSON object over several lines", "put each object on one line: `jq -c . FILE`")
 
 
-def open_input(path: str | Path) -> BinaryIO:
-    """Open a file of rows for reading, or raise RowError."""
+def begins_array(first: bytes, after: bytes) -> bool:
+    """Return whether a file is a JSON array of rows, and no JSONL whose first row is a list.
+
+    It is where the list does not end on the `first` line, or is one of objects with nothing `after` it.
+    """
+    text = first.removeprefix(codecs.BOM_UTF8).decode(errors="replace").strip()
+    if not text.startswith("["):
+        return False
     try:
-        return Path(path).open("rb")
-    except IsADirectoryError:
-        raise RowError(f"{path}: expected a JSONL file, found a folder; name one file in it") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RowError(f"{path}: cannot be read ({reason}); expected a JSONL file, or - for standard input") from error
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text) or len(first) >= HEAD_BYTES
+    except (ValueError, RecursionError):
+        return False
+    return all(isinstance(item, dict) for item in value) and not after.strip()
 
 
-def jsonl_lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
+def jsonl_lines(stream: BinaryIO, name: str, first: bytes | None = None) -> Iterator[bytes]:
     """Yield the lines of a stream that looks like JSONL; for another, raise a RewardRTError that says what it is.
 
-    The first line is looked at, and the second where the first leaves it open.
+    The first line is looked at, and the second where the first leaves it open. `first` are the at most HEAD_BYTES of
+    the first line that were read before.
     """
-    first = stream.readline(_HEAD_BYTES)
+    first = stream.readline(HEAD_BYTES) if first is None else first
     if found := _binary(first):
         raise _refusal(name, *found)
-    if len(first) == _HEAD_BYTES and not first.endswith(b"\n"):
+    if len(first) == HEAD_BYTES and not first.endswith(b"\n"):
         first += stream.readline(LINE_BYTES + 1 - len(first))
-    kind, sure = _begins(first)
     rest = _lines(stream, first)
-    second = next(rest, b"") if kind and not sure else b""
-    alone = not second.strip()  # a list on one line is a file of its own if nothing follows
-    goes_on = not alone and not second.startswith(b"{")  # a row that was cut off is followed by a row
-    if kind and (sure or (alone if kind == _ARRAY else goes_on)):
-        raise _refusal(name, *kind)
+    second = next(rest, b"") if _may_go_on(first) else b""
+    if second.strip() and not second.startswith(b"{"):  # a row that was cut off is followed by a row
+        raise _refusal(name, *_OBJECT)
     yield first
     if second:
         yield second
@@ -96,7 +93,7 @@ def _lines(stream: BinaryIO, before: bytes) -> Iterator[bytes]:
 
 
 def _refusal(name: str, found: str, remedy: str) -> RewardRTError:
-    return RewardRTError(f"{name}: expected JSONL, one JSON object a line; found {found}: {remedy}")
+    return RewardRTError(f"{name}: expected rows as JSONL, a JSON array, Parquet or Arrow; found {found}: {remedy}")
 
 
 def _binary(head: bytes) -> tuple[str, str] | None:
@@ -122,17 +119,15 @@ def _columns(line: bytes) -> set[bytes]:
     return {name.strip().strip(b'"') for name in line.split(mark)} if mark else set()
 
 
-def _begins(first: bytes) -> tuple[tuple[str, str] | None, bool]:
-    """Return what may begin with the first line, other than a row, and whether that is sure without the second line."""
+def _may_go_on(first: bytes) -> bool:
+    """Return whether the first line may be the beginning of an object that goes on on the next one."""
     text = first.removeprefix(codecs.BOM_UTF8).decode(errors="replace").strip()
-    kind = {"[": _ARRAY, "{": _OBJECT}.get(text[:1])
-    if kind is None or len(text) > 10**6:  # not parsed twice; a row is no list, however long
-        return (kind, True) if kind == _ARRAY else (None, False)
+    if not text.startswith("{") or len(text) > 10**6:  # not parsed twice
+        return False
     try:
-        value = json.loads(text)
+        json.loads(text)
     except json.JSONDecodeError as error:
-        return (kind, kind == _ARRAY) if error.pos >= len(text) else (None, False)
+        return error.pos >= len(text)
     except (ValueError, RecursionError):
-        return None, False
-    objects = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
-    return (_ARRAY if objects else None), False
+        return False
+    return False

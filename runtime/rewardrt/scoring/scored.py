@@ -105,6 +105,18 @@ def fill_row(row: dict[str, Any], scored: ScoredRow, labels: Sequence[str] = ())
 
     `labels` name the objectives; without them none are added.
     """
+    return with_scores(row, scores_of(scored, labels))
+
+
+def with_scores(row: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with scores after its other fields, and without those of an earlier run."""
+    # Steps that were not aggregated have no reward, and one of an earlier run is none of theirs.
+    gone = {*scores, "error", *(["reward"] if "step_rewards" in scores else [])}
+    return {name: value for name, value in row.items() if name not in gone} | scores
+
+
+def scores_of(scored: ScoredRow, labels: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what scoring adds to a row, by the names of the row contract."""
     answers = scored.answers
     tokens, truncated = [answer.tokens for answer in answers], [answer.truncated for answer in answers]
     named = [dict(zip(labels, map(shortest, answer.objectives), strict=True)) if labels else {} for answer in answers]
@@ -113,26 +125,21 @@ def fill_row(row: dict[str, Any], scored: ScoredRow, labels: Sequence[str] = ())
         added = {"reward": shortest(scored.reward), "tokens": tokens[0], "truncated": truncated[0]}
         if scored.steps:
             added = {"step_rewards": [shortest(reward) for reward in scored.steps]} | added
-            if np.isnan(scored.reward):  # not aggregated; one of an earlier run goes too
+            if np.isnan(scored.reward):  # not aggregated
                 del added["reward"]
-                row = {name: value for name, value in row.items() if name != "reward"}
-        objectives: Any = named[0]
+        return added | ({"objectives": named[0]} if labels else {})
+    if isinstance(scored, ScoredAnswers):
+        added = {"rewards": [shortest(reward) for reward in scored.rewards], "best": scored.best}
+        if answers[0].comparisons:
+            added["comparisons"] = [[shortest(value) for value in answer.comparisons] for answer in answers]
     else:
-        if isinstance(scored, ScoredAnswers):
-            added = {"rewards": [shortest(reward) for reward in scored.rewards], "best": scored.best}
-            if answers[0].comparisons:
-                added["comparisons"] = [[shortest(value) for value in answer.comparisons] for answer in answers]
-        else:
-            added = {
-                "chosen_reward": shortest(scored.chosen_reward),
-                "rejected_reward": shortest(scored.rejected_reward),
-                "margin": shortest(scored.margin),
-            }
-        added |= {"tokens": tokens, "truncated": truncated}
-        objectives = named
-    if labels:
-        added["objectives"] = objectives
-    return {name: value for name, value in row.items() if name not in added and name != "error"} | added
+        added = {
+            "chosen_reward": shortest(scored.chosen_reward),
+            "rejected_reward": shortest(scored.rejected_reward),
+            "margin": shortest(scored.margin),
+        }
+    added |= {"tokens": tokens, "truncated": truncated}
+    return added | ({"objectives": named} if labels else {})
 
 
 def error_row(row: dict[str, Any], message: str) -> dict[str, Any]:

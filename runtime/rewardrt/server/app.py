@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from rewardrt.data.files import to_line
+from rewardrt.data.lines import to_line
 from rewardrt.server import kserve, own
 from rewardrt.server.isolation import place
 from rewardrt.server.log import Record

@@ -8,7 +8,7 @@ from functools import cache
 from html import escape
 from typing import Any
 
-from rewardrt.data.files import to_line
+from rewardrt.data.lines import to_line
 from rewardrt.server.call import COMMON_STATUS, Scoring
 from rewardrt.server.routes import RELOAD, ROUTES, ScoringRoute
 from rewardrt.server.state import Server

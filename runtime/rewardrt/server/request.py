@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope
 
-from rewardrt.data.files import to_line
+from rewardrt.data.lines import to_line
 from rewardrt.errors import RewardRTError
 from rewardrt.server import kserve
 from rewardrt.server.access import check_media_type, client_of

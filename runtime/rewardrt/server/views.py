@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewardrt.data.files import to_line
+from rewardrt.data.lines import to_line
 from rewardrt.server import kserve, metrics, own
 from rewardrt.server.call import Dialect
 from rewardrt.server.engine import TURN_TOKENS

@@ -23,6 +23,12 @@ from rewardrt.errors import BundleError, RowError
 from rewardrt.text.rendering import PLACEHOLDER, RenderedText
 from rewardrt.text.taps import Ids, run_starts, tap_positions
 
+# The tokenizers library takes some 160 bytes of memory for each byte of text. A call of it gets texts of at most
+# BATCH_BYTES together, and one text may have LONGEST_BYTES, or BYTES_PER_TOKEN times the tokens that the model reads.
+BATCH_BYTES = 2 * 2**20
+LONGEST_BYTES = 4 * 2**20
+BYTES_PER_TOKEN = 16
+
 
 @dataclass(frozen=True)
 class EncodedText:
@@ -130,8 +136,10 @@ class Tokenizer:
         """
         limit = min(self._spec.max_length, max_length or self._spec.max_length)
         results: list[EncodedText | RowError | None] = [None] * len(texts)
+        sizes = [_bytes_of(text) for text in texts]
         for i, text in enumerate(texts):
             try:
+                self._check_size(sizes[i])
                 if text.pieces:
                     with _at_this_text():
                         results[i] = self._finish_pieces(text, limit)
@@ -141,20 +149,30 @@ class Tokenizer:
             chosen = [
                 i
                 for i, text in enumerate(texts)
-                if not text.pieces and self.adds_special_tokens(text) == add_special_tokens
+                if results[i] is None and self.adds_special_tokens(text) == add_special_tokens
             ]
-            inputs = [texts[i].text if texts[i].pair is None else (texts[i].text, texts[i].pair) for i in chosen]
-            for i, encoding in zip(chosen, self._encode_batch(inputs, add_special_tokens), strict=True):
-                if isinstance(encoding, RowError):
-                    results[i] = encoding
-                    continue
-                try:
-                    cut = self._cut(encoding, limit)
-                    with _at_this_text():
-                        results[i] = self._finish(cut, len(encoding.ids) - len(cut.ids), texts[i], limit)
-                except RowError as error:
-                    results[i] = error
+            for some in _in_batches(chosen, sizes):
+                inputs = [texts[i].text if texts[i].pair is None else (texts[i].text, texts[i].pair) for i in some]
+                for i, encoding in zip(some, self._encode_batch(inputs, add_special_tokens), strict=True):
+                    if isinstance(encoding, RowError):
+                        results[i] = encoding
+                        continue
+                    try:
+                        cut = self._cut(encoding, limit)
+                        with _at_this_text():
+                            results[i] = self._finish(cut, len(encoding.ids) - len(cut.ids), texts[i], limit)
+                    except RowError as error:
+                        results[i] = error
         return [self._known(result) for result in results if result is not None]
+
+    def _check_size(self, size: int) -> None:
+        """Raise RowError for a text whose tokens would take more memory than any text is worth."""
+        most = max(LONGEST_BYTES, BYTES_PER_TOKEN * self._spec.max_length)
+        if size > most:
+            raise RowError(
+                f"the text is of {size} bytes, and this model reads {self._spec.max_length} tokens; "
+                f"expected at most {most} bytes: shorten it"
+            )
 
     def _known(self, result: EncodedText | RowError) -> EncodedText | RowError:
         """Return the result, or an error in its place where the model has no embedding for one of its tokens."""
@@ -343,6 +361,26 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_forked)
+
+
+def _bytes_of(text: RenderedText) -> int:
+    """Return how much the tokenizer is given for a text."""
+    parts = text.pieces or (text.text, text.pair or "")
+    return sum(len(part) if part.isascii() else len(part.encode(errors="surrogatepass")) for part in parts)
+
+
+def _in_batches(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the indices in their order, in lists of texts of at most BATCH_BYTES, or of one text."""
+    some: list[int] = []
+    size = 0
+    for index in indices:
+        if some and size + sizes[index] > BATCH_BYTES:
+            yield some
+            some, size = [], 0
+        some.append(index)
+        size += sizes[index]
+    if some:
+        yield some
 
 
 @contextmanager

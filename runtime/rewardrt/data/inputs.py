@@ -1,0 +1,137 @@
+"""Which files a command was given: by name, glob, folder or URI, on this machine or in an object store."""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from rewardrt.data.compression import import_pyarrow, reading
+from rewardrt.errors import RowError
+
+STANDARD_INPUT = "-"
+DATASET = ("state.json", "dataset_info.json")  # of a folder that `datasets` wrote with save_to_disk
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of rows. `changed` changes when the file does; `size` is in bytes, None of standard input."""
+
+    name: str
+    open: Callable[[], BinaryIO]
+    size: int | None
+    changed: str
+
+
+def find_inputs(names: Sequence[str]) -> list[InputFile]:
+    """Return the files of all names in their order, those of a folder or a glob sorted. Raises RowError."""
+    if STANDARD_INPUT in names:
+        if len(names) > 1:
+            raise RowError("- is standard input, and is given alone")
+        return [InputFile("standard input", _open_standard_input, None, "")]
+    return [found for name in names for found in (_remote(name) if "://" in name else _local(name))]
+
+
+def is_uri(name: str) -> bool:
+    """Return whether a name is of an object store."""
+    return "://" in name
+
+
+def open_filesystem(uri: str) -> tuple[Any, str]:
+    """Return pyarrow's file system of a URI, and the path in it. Raises RowError."""
+    import_pyarrow(uri)
+    from pyarrow import fs
+
+    try:
+        return cast(tuple[Any, str], fs.FileSystem.from_uri(uri))
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise RowError(f"{uri}: cannot be opened ({_line(error)})") from error
+
+
+def _open_standard_input() -> BinaryIO:
+    if sys.stdin is None:
+        raise RowError("standard input is closed; send it rows, or name a file")
+    # Not sys.stdin.buffer: Python takes its lock when it ends, which a thread that waits for a line holds.
+    return open(sys.stdin.fileno(), "rb", closefd=False)
+
+
+def _local(name: str) -> list[InputFile]:
+    path = Path(name)
+    try:
+        if path.is_dir():
+            return _folder(path)
+        if not path.exists() and glob.has_magic(name):
+            found = sorted(glob.glob(name, recursive=True))
+            files = [file for each in found if not Path(each).is_dir() for file in [_file(Path(each))]]
+            if not files:
+                raise RowError(f"{name}: no file has such a name")
+            return files
+        return [_file(path)]
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RowError(
+            f"{name}: cannot be read ({reason}); expected a file of rows, a folder, or - for standard input"
+        ) from error
+
+
+def _file(path: Path) -> InputFile:
+    status = path.stat()
+    with path.open("rb"):  # may it be read?
+        pass
+    return InputFile(str(path), lambda: path.open("rb"), status.st_size, str(status.st_mtime_ns))
+
+
+def _folder(path: Path) -> list[InputFile]:
+    """Return the files of a folder: those that a data set's state names, or else all that are not hidden."""
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
+        raise RowError(
+            f"{path}: has the splits {', '.join(splits)}; name one of them, as {path}/{(splits or ['train'])[0]}"
+        )
+    if all((path / name).is_file() for name in DATASET):
+        with reading(str(path / DATASET[0])):
+            state = json.loads((path / DATASET[0]).read_text(encoding="utf-8"))
+        return [_file(path / str(data["filename"])) for data in state["_data_files"]]
+    files = [each for each in sorted(path.iterdir()) if each.is_file() and each.name[0] not in "._"]
+    if not files:
+        raise RowError(f"{path}: no file of rows is in this folder")
+    return [_file(each) for each in files]
+
+
+def _remote(uri: str) -> list[InputFile]:
+    filesystem, path = open_filesystem(uri)
+    from pyarrow import fs
+
+    scheme = uri.partition("://")[0]
+    try:
+        if glob.has_magic(path):
+            folder, _, pattern = path.rpartition("/")
+            every = filesystem.get_file_info(fs.FileSelector(folder))
+            found = [each for each in every if each.is_file and fnmatchcase(each.base_name, pattern)]
+        else:
+            (info,) = filesystem.get_file_info([path])
+            found = [info] if info.type == fs.FileType.File else []
+            if info.type == fs.FileType.Directory:
+                every = filesystem.get_file_info(fs.FileSelector(path))
+                found = [each for each in every if each.is_file and each.base_name[0] not in "._"]
+    except (ValueError, OSError) as error:
+        raise RowError(f"{uri}: cannot be read ({_line(error)})") from error
+    if not found:
+        raise RowError(f"{uri}: no file has such a name")
+
+    def opener(path: str) -> Callable[[], BinaryIO]:
+        return lambda: cast(BinaryIO, filesystem.open_input_file(path))
+
+    return [
+        InputFile(f"{scheme}://{each.path}", opener(each.path), each.size, str(each.mtime_ns))
+        for each in sorted(found, key=lambda each: str(each.path))
+    ]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,203 @@
+"""One scoring job: files of rows in, one output out, gone on with after whatever ended it.
+
+find_inputs -> RowReader.lines -> renamed -> grouped_lines -> score_file -> encoder -> Unfinished -> finish
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from rewardrt.bundle.manifest import MANIFEST
+from rewardrt.bundle.spec import AggregateRule
+from rewardrt.data.columns import plain
+from rewardrt.data.files import Encoder, JsonEncoder, Summary, score_file
+from rewardrt.data.inputs import InputFile
+from rewardrt.data.journal import Unfinished
+from rewardrt.data.lines import Line
+from rewardrt.data.output_formats import OUTPUT_FORMATS, finish
+from rewardrt.data.readers import RowReader
+from rewardrt.data.selection import EVERYTHING, Selection, grouped_lines
+from rewardrt.data.tables import TableEncoder, score_types
+from rewardrt.errors import RewardRTError, RowError
+from rewardrt.reward_model import RewardModel
+from rewardrt.scoring.scored import ScoredRow
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What is done with the rows: options of `rewardrt score`.
+
+    `columns` are the user's names of the row contract's fields, `rows` the first row that is scored and the one after
+    the last.
+    """
+
+    normalize: bool | None = None
+    aggregate: AggregateRule | None = None
+    labels: tuple[str, ...] = ()
+    instruction: str | None = None
+    selection: Selection = EVERYTHING
+    columns: dict[str, str] = field(default_factory=dict)
+    rows: tuple[int, int | None] = (0, None)
+
+
+class Job:
+    """The rows of a reader, scored by a model under options."""
+
+    def __init__(self, model: RewardModel, reader: RowReader, options: JobOptions) -> None:
+        """Check what can be checked before rows are read. Raises RewardRTError."""
+        self.model, self.reader, self.options = model, reader, options
+        model.answers.check_options(normalize=options.normalize, aggregate=options.aggregate)
+        if reader.schema is not None:
+            group_by = options.selection.group_by
+            grouped = [options.columns.get(group_by, group_by)] if group_by is not None else []
+            for name in (*options.columns.values(), *grouped):
+                if name not in reader.schema.names:
+                    raise RewardRTError(f"{reader.files[0].name}: has no column {name!r}, but {_listed(reader)}")
+        if options.instruction is not None:
+            model.answers.use_instruction(options.instruction)
+
+    def identity(self, format_name: str) -> dict[str, Any]:
+        """Return what has to be the same for an output to be gone on with."""
+        options = asdict(replace(self.options, rows=(self.options.rows[0], self.options.rows[1])))
+        return {
+            "bundle": hashlib.sha256((self.model.bundle.path / MANIFEST).read_bytes()).hexdigest(),
+            "precision": self.model.precision,
+            "provider": self.model.provider,
+            "inputs": [[file.name, file.size, _digest(file)] for file in self.reader.files],
+            "format": format_name,
+            **{f"option {name}": value for name, value in options.items()},
+        }
+
+    def encoder(self, format_name: str) -> Encoder:
+        """Return what makes bytes of scored rows, for the output of a format: lines, or packed tables."""
+        options = self.options
+        if self.reader.schema is None or OUTPUT_FORMATS[format_name].table is None:
+            pack = OUTPUT_FORMATS[format_name].pack
+            finished = plain if self.reader.schema is not None else None
+            lines = JsonEncoder(options.labels, options.selection, partial(_renamed_back, options.columns, finished))
+            return lines if pack is None else _Packed(lines, pack)
+        return self.table_encoder()
+
+    def table_encoder(self) -> TableEncoder:
+        """Return the encoder of a file with columns to one with columns."""
+        names = {theirs: ours for ours, theirs in self.options.columns.items()}
+        schema = self.reader.schema
+        for index, name in enumerate(schema.names):
+            schema = schema.set(index, schema.field(index).with_name(names.get(name, name)))
+        return TableEncoder(
+            schema,
+            self.model.spec,
+            self.options.labels,
+            self.options.selection,
+            aggregated=self.options.aggregate is not None,
+            rename=lambda name: self.options.columns.get(name, name),
+        )
+
+    def run(
+        self,
+        write: Callable[[bytes], object],
+        encoder: Encoder,
+        *,
+        summary: Summary | None = None,
+        progress: Callable[[Summary], None] | None = None,
+    ) -> Summary:
+        """Score the rows, after those that a `summary` says were read, and write each."""
+        start, stop = self.options.rows
+        done = summary.read if summary is not None else 0
+        lines = self.reader.lines(start + done)
+        if stop is not None:
+            lines = itertools.islice(lines, stop - start - done)
+        if self.options.columns:
+            lines = _renamed(lines, self.options.columns)
+        if self.options.selection.group_by is not None:
+            lines = grouped_lines(lines, self.options.selection)
+        return score_file(
+            self.model.answers.prepare,
+            partial(self.model.score_prepared, normalize=self.options.normalize, aggregate=self.options.aggregate),
+            lines,
+            write,
+            encode=encoder,
+            summary=summary,
+            progress=progress,
+        )
+
+    def write(
+        self, output: Unfinished, format_name: str, *, progress: Callable[[Summary], None] | None = None
+    ) -> tuple[Summary, list[str]]:
+        """Score what is left of the rows, and make the output; returns what is to be said of it."""
+        encoder = self.encoder(format_name)
+
+        def safe(summary: Summary) -> None:
+            output.commit(summary)
+            if progress is not None:
+                progress(summary)
+
+        summary = self.run(output.write, encoder, summary=output.summary, progress=safe)
+        output.commit(summary)
+        schema = encoder.schema if isinstance(encoder, TableEncoder) else None
+        said = finish(format_name, output.part, output.target, schema, self._known_types)
+        output.forget()
+        return summary, said
+
+    def _known_types(self, names: set[str]) -> dict[str, Any]:
+        """Return the types of what scoring added to rows of JSON that have these fields."""
+        types = score_types(
+            single="reward" in names,
+            ranking="rewards" in names,
+            pair="margin" in names,
+            spec=self.model.spec,
+            labels=self.options.labels,
+            aggregated=self.options.aggregate is not None,
+        )
+        return {name: kind for name, kind in types.items() if name in names or name == "error"}
+
+
+class _Packed:
+    """The lines of a window, packed together."""
+
+    def __init__(self, lines: JsonEncoder, pack: Callable[[bytes], bytes]) -> None:
+        self._lines, self._pack = lines, pack
+
+    def __call__(
+        self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary
+    ) -> list[bytes]:
+        data = b"".join(self._lines(lines, results, summary))
+        return [self._pack(data)] if data else []
+
+
+def _renamed(lines: Iterator[Line], columns: dict[str, str]) -> Iterator[Line]:
+    """Give fields the names that they have in the row contract."""
+    names = {theirs: ours for ours, theirs in columns.items()}
+    for line in lines:
+        row = line.fields
+        if both := next((ours for ours, theirs in columns.items() if ours in row and theirs in row), None):
+            error = RowError(f"row {line.number}: has {both!r} beside {columns[both]!r}, which --columns calls so")
+            yield replace(line, error=error)
+        else:
+            yield replace(line, row={names.get(name, name): row[name] for name in row}) if row else line
+
+
+def _renamed_back(columns: dict[str, str], finished: Callable[[Any], Any] | None, row: dict[str, Any]) -> Any:
+    named = {columns.get(name, name): value for name, value in row.items()} if columns else row
+    return finished(named) if finished is not None else named
+
+
+def _digest(file: InputFile) -> str:
+    """Return what changes when a file does: a hash of what is in it, or of an object store its time."""
+    if "://" in file.name or file.size is None:
+        return file.changed
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open() as stream:
+        while data := stream.read(2**22):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _listed(reader: RowReader) -> str:
+    names = list(reader.schema.names)
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

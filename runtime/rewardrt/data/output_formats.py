@@ -1,0 +1,108 @@
+"""The formats that scored rows are written in: one row of a table each.
+
+While rows are scored they are written one window after the other, as lines of JSON or as packed tables; `finish` makes
+the output of that. Lines that are the output already, packed or not, only take its name.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewardrt.data.columns import (
+    infer_schema,
+    read_objects,
+    unpack_tables,
+    write_arrow,
+    write_dataset,
+    write_parquet,
+)
+from rewardrt.data.compression import pack_gzip, pack_zstd
+from rewardrt.data.outputs import refuse
+from rewardrt.errors import RewardRTError
+
+KnownTypes = Callable[[set[str]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """One format: what its names end with, and how it is written.
+
+    `pack` is of lines, as they are written; `table` writes tables of pyarrow, `lines` a file of lines, to a path.
+    """
+
+    suffixes: tuple[str, ...]
+    pack: Callable[[bytes], bytes] | None = None
+    table: Callable[[Iterator[Any], Any, Path], None] | None = None
+    lines: Callable[[Path, Path], None] | None = None
+
+
+def _write_array(part: Path, target: Path) -> None:
+    """Write lines as a JSON array, an item a line."""
+    with part.open("rb") as lines, target.open("wb") as file:
+        start = b"["
+        for line in lines:
+            file.write(start + b"\n" + line.rstrip(b"\n"))
+            start = b","
+        file.write(b"[]\n" if start == b"[" else b"\n]\n")
+
+
+OUTPUT_FORMATS = {
+    "jsonl": OutputFormat((".jsonl", ".ndjson"), pack=lambda data: data),
+    "jsonl.gz": OutputFormat((".jsonl.gz", ".gz"), pack=pack_gzip),
+    "jsonl.zst": OutputFormat((".jsonl.zst", ".zst"), pack=pack_zstd),
+    "json": OutputFormat((".json",), lines=_write_array),
+    "parquet": OutputFormat((".parquet", ".pq"), table=write_parquet),
+    "arrow": OutputFormat((".arrow", ".feather", ".ipc"), table=write_arrow),
+    "datasets": OutputFormat((), table=write_dataset),
+}
+
+
+def format_of(name: str) -> str:
+    """Return the format that an output's name stands for; JSONL where it says none."""
+    for format_name, each in OUTPUT_FORMATS.items():
+        if name.lower().endswith(each.suffixes):
+            return format_name
+    return "jsonl"
+
+
+def finish(format_name: str, part: Path, target: Path, schema: Any, known: KnownTypes) -> list[str]:
+    """Make the output of a whole part, which is gone then; return what is to be said of it.
+
+    `schema` is that of packed tables, None of lines; `known` gives types of columns that are made of lines.
+    Raises RewardRTError, and the part stays.
+    """
+    each, said = OUTPUT_FORMATS[format_name], []
+    made = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        if each.table is not None:
+            if schema is not None:
+                with part.open("rb") as stream:
+                    each.table(unpack_tables(stream, part.stat().st_size), schema, made)
+            else:
+                schema, mixed = infer_schema(part, known)
+                said = [f"the column {name!r} holds values of several types, and is JSON in strings" for name in mixed]
+                each.table(read_objects(part, schema, mixed), schema, made)
+        elif each.lines is not None:
+            each.lines(part, made)
+        else:
+            made = part
+        if target.is_file():
+            made.chmod(target.stat().st_mode & 0o777)  # what was private stays private
+        elif target.is_dir():
+            raise RewardRTError(f"{target}: is a folder that is there already; delete it, or name another")
+        made.replace(target)
+        if made != part:
+            part.unlink()
+    except OSError as error:
+        refuse(target, error)
+    finally:
+        if made != part:
+            with suppress(OSError):
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
+    return said

@@ -1,0 +1,133 @@
+"""Rows of files, whatever their format: what a file is is seen by its first bytes, and not by its name.
+
+| first bytes | read as |
+| --- | --- |
+| `PAR1`, `ARROW1`, ff ff ff ff | columns (`columns`): Parquet, Arrow's file and stream formats |
+| those of gzip and zstd | what is packed in it (`compression`) |
+| `[` | the items of a JSON array (`arrays`) |
+| anything else | JSONL, or what `formats` says that it is |
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewardrt.data.arrays import array_items
+from rewardrt.data.columns import Table, check_same, is_table, open_table, table_lines
+from rewardrt.data.compression import Headed, reading, unpacked
+from rewardrt.data.formats import HEAD_BYTES, begins_array, jsonl_lines
+from rewardrt.data.inputs import InputFile, find_inputs
+from rewardrt.data.lines import Line, read_line
+from rewardrt.errors import RewardRTError
+
+
+class RowReader:
+    """The rows of files, one file after the other. All have columns, of the same types, or none has."""
+
+    def __init__(self, files: Sequence[InputFile]) -> None:
+        """Look at how the files begin. Raises RewardRTError."""
+        self.files = files
+        self.schema: Any = None  # pyarrow's, of files with columns
+        self.rows: int | None = None  # of all files, where their formats say it
+        self.share = 0.0  # of the files that was read, by their sizes
+        self._standard_input: Headed | None = None
+        if files[0].size is None:  # it is opened once
+            self._standard_input = Headed(files[0].open())
+            if is_table(self._standard_input.head):
+                raise RewardRTError("standard input: has columns; name the file: such a format is read from its end")
+        self._tables = [self._table(file) for file in files]
+        if any(table is not None for table in self._tables):
+            for file, table in zip(files, self._tables, strict=True):
+                if table is None:
+                    raise RewardRTError(f"{file.name}: has no columns, as other files have; score it by itself")
+                self.schema = table.schema if self.schema is None else self.schema
+                check_same(self.schema, table.schema, file.name)
+            counts = [table.rows for table in self._tables if table is not None]
+            self.rows = sum(count or 0 for count in counts) if None not in counts else None
+
+    def lines(self, skip: int = 0) -> Iterator[Line]:
+        """Yield the rows after the first `skip` of all files.
+
+        Raises RewardRTError where a file cannot be read on.
+        """
+        done, whole = 0, sum(file.size or 0 for file in self.files)
+        for file, table in zip(self.files, self._tables, strict=True):
+            rows = table.rows if table is not None else None
+            if table is not None and rows is None and skip:
+                rows = _count_rows(table)
+            if rows is not None and skip >= rows:
+                skip -= rows
+            else:
+                stream = self._standard_input or Headed(file.open()) if table is None else None
+                at = _Place("row")
+                with reading(file.name, at.say):
+                    for line in table_lines(table, skip) if table else _json_lines(stream, file.name, at):
+                        at.number = line.number
+                        if stream is not None and line.number <= skip:
+                            continue
+                        size = stream.count if stream is not None else (file.size or 0) * line.number / (rows or 1)
+                        self.share = min(1.0, (done + size) / whole) if whole else 0.0
+                        yield line
+                skip = max(0, skip - at.number) if stream is not None else 0
+            done += file.size or 0
+
+    def count(self) -> int:
+        """Return how many rows the files have. Raises RewardRTError for standard input, which is read once."""
+        if self._standard_input is not None:
+            raise RewardRTError("standard input: its rows are not counted before they are read; name a file")
+        return sum(
+            _count_items(file) if table is None else _count_rows(table)
+            for file, table in zip(self.files, self._tables, strict=True)
+        )
+
+    def _table(self, file: InputFile) -> Table | None:
+        if self._standard_input is not None:
+            return None
+        with reading(file.name):
+            stream = Headed(file.open())
+            stream.close()
+        return open_table(file, stream.head) if is_table(stream.head) else None
+
+
+def _count_items(file: InputFile) -> int:
+    with reading(file.name):
+        return sum(1 for _ in json_items(unpacked(Headed(file.open())), file.name)[1])
+
+
+def _count_rows(table: Table) -> int:
+    return table.rows if table.rows is not None else sum(batch.num_rows for batch in table.batches(0))
+
+
+@dataclass
+class _Place:
+    """How far a file was read, for messages."""
+
+    word: str
+    number: int = 0
+
+    def say(self) -> str:
+        return f" after {self.word} {self.number}" if self.number else ""
+
+
+def _json_lines(stream: Headed | None, name: str, at: _Place) -> Iterator[Line]:
+    assert stream is not None
+    at.word, items = json_items(unpacked(stream), name)
+    for number, data in enumerate(items, 1):
+        yield read_line(number, data, at.word)
+
+
+def json_items(stream: io.BufferedReader, name: str) -> tuple[str, Iterator[bytes]]:
+    """Return what the rows of a stream of JSON are called, and their bytes: lines, or items of an array."""
+    first = stream.readline(HEAD_BYTES)
+    if begins_array(first, stream.peek(1)[:1] if first.startswith(b"[") else b""):
+        return "item", array_items(stream, name, first)
+    return "line", jsonl_lines(stream, name, first)
+
+
+def read_rows_of(path: str | Path) -> Iterator[Line]:
+    """Yield the rows of one file. Raises RewardRTError."""
+    return RowReader(find_inputs([str(path)])).lines()

@@ -1,0 +1,164 @@
+"""What of the scored rows is kept, and which rows are put together before: a data filter.
+
+`--group-by FIELD` makes one row with `responses` of rows that follow each other with the same FIELD. The prompt and
+what goes with it stay; of every other field the row has a list, with a value for each answer. Where the best answer is
+kept, its own row comes out again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rewardrt.data.lines import Line
+from rewardrt.errors import RewardRTError, RowError
+from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, scores_of, with_scores
+
+# What answers of one group share; all else is each answer's own.
+SHARED = ("prompt", "messages", "tools", "documents", "chat_template_kwargs", "instruction")
+_OF_SEVERAL = ("best", "rewards", "comparisons")  # what an earlier run added to a row of several answers
+MOST_ANSWERS = 10_000  # of one group, whose texts are scored in one call
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which answers of a row with several are kept, and which rows. `group_by` names a field of the input."""
+
+    best: bool = False
+    top: int | None = None
+    min_margin: float | None = None
+    group_by: str | None = None
+
+    def choose(self, scored: ScoredRow) -> tuple[int, ...] | None:
+        """Return the answers of a row that are kept, best first, or () where the row stays as it is; None: it is not.
+
+        Raises RowError for a row of one answer where a margin is asked for.
+        """
+        if self.min_margin is not None and not _margin(scored) >= self.min_margin:
+            return None
+        if not isinstance(scored, ScoredAnswers) or not (self.best or self.top):
+            return ()
+        order = sorted(range(len(scored.answers)), key=lambda index: -scored.answers[index].reward)
+        return tuple(order[: 1 if self.best else self.top])
+
+    def fields(
+        self, row: dict[str, Any], scored: ScoredRow, chosen: tuple[int, ...], labels: tuple[str, ...], grouped: bool
+    ) -> dict[str, Any]:
+        """Return a row as it is written: its own fields, of the chosen answers, and their scores."""
+        scores = self.scores(scores_of(scored, labels), chosen)
+        if not chosen:
+            return with_scores(row, scores)
+        lists = {name for name in row if name == "responses" or (grouped and self.is_own(name))}
+        if not self.best:
+            kept = {name: [row[name][index] for index in chosen] if name in lists else row[name] for name in row}
+            return with_scores(kept, scores)
+        best = {name: row[name][chosen[0]] if name in lists else row[name] for name in row if name not in _OF_SEVERAL}
+        return with_scores({"response" if name == "responses" else name: value for name, value in best.items()}, scores)
+
+    def scores(self, scores: dict[str, Any], chosen: tuple[int, ...]) -> dict[str, Any]:
+        """Return the scores of the chosen answers; of the best one alone as those of a row with one answer."""
+        if not chosen:
+            return scores
+        if self.best:
+            named = {"reward": "rewards", "tokens": "tokens", "truncated": "truncated", "objectives": "objectives"}
+            return {name: scores[each][chosen[0]] for name, each in named.items() if each in scores}
+        return {name: _reordered(name, value, chosen) for name, value in scores.items()}
+
+    def is_own(self, name: str) -> bool:
+        """Return whether a field is each answer's own, in a row that was put together."""
+        return name not in (*SHARED, self.group_by)
+
+
+EVERYTHING = Selection()
+
+
+def choose(selection: Selection, result: ScoredRow | RewardRTError) -> tuple[int, ...] | RowError | None:
+    """Return what a selection chooses of a result, or the error that the row has."""
+    if isinstance(result, RewardRTError):
+        return RowError(str(result))
+    try:
+        return selection.choose(result)
+    except RowError as error:
+        return error
+
+
+def _reordered(name: str, value: Any, chosen: tuple[int, ...]) -> Any:
+    if name == "best":
+        return 0
+    if name == "comparisons":
+        return [[value[first][second] for second in chosen] for first in chosen]
+    return [value[index] for index in chosen]
+
+
+def _margin(scored: ScoredRow) -> float:
+    if isinstance(scored, ScoredPair):
+        return scored.margin
+    if isinstance(scored, ScoredAnswers) and len(scored.answers) > 1:
+        best, second = sorted(scored.rewards, reverse=True)[:2]
+        return best - second
+    raise RowError("the row has one answer, and so no margin; leave out --min-margin, or group rows with --group-by")
+
+
+def grouped_lines(lines: Iterator[Line], selection: Selection) -> Iterator[Line]:
+    """Yield a line for each group of rows, with the rows as its members; a row that has no group by itself, after it.
+
+    Raises RewardRTError for rows of one group that other rows stand between, and for a group that is too large.
+    """
+    assert selection.group_by is not None
+    members: list[Line] = []
+    others: list[Line] = []  # rows without a group, that came after the first of the members
+    seen: set[int] = set()
+    last: str | None = None
+
+    def finished() -> Iterator[Line]:
+        together = [*([_joined(members, selection)] if members else []), *others]
+        for index, line in enumerate(together):
+            yield replace(line, whole=index == len(together) - 1)
+
+    for line in lines:
+        key = _key(line, selection.group_by)
+        if isinstance(key, RowError):
+            others.append(replace(line, error=key, members=(line,)))
+            continue
+        if key != last:
+            yield from finished()
+            members, others, last = [], [], key
+            if hash(key) in seen:
+                raise RewardRTError(
+                    f"row {line.number}: {selection.group_by} {key[:60]} comes again after other rows; "
+                    "sort the rows by it, so that those of one prompt follow each other"
+                )
+            seen.add(hash(key))
+        members.append(line)
+        if len(members) + len(others) > MOST_ANSWERS:
+            raise RewardRTError(
+                f"row {line.number}: more than {MOST_ANSWERS} rows have {selection.group_by} {key[:60]}"
+            )
+    yield from finished()
+
+
+def _key(line: Line, name: str) -> str | RowError:
+    if isinstance(line.row, RowError):
+        return line.row
+    if line.row.get(name) is None:
+        return RowError(f"row {line.number}: has no {name!r}, which rows are grouped by")
+    return json.dumps(line.row[name], ensure_ascii=False, default=str, sort_keys=True)
+
+
+def _joined(members: list[Line], selection: Selection) -> Line:
+    """Return the row of a group: its prompt, the answers as `responses`, and lists of all else."""
+    rows = [line.row for line in members if not isinstance(line.row, RowError)]
+    first = members[0]
+    size = sum(line.bytes for line in members)
+    row: dict[str, Any] = {}
+    error: RowError | None = None
+    for name in dict.fromkeys(name for each in rows for name in each):
+        if not selection.is_own(name):
+            row[name] = rows[0].get(name)
+            if any(each.get(name) != row[name] for each in rows):
+                error = RowError(f"row {first.number}: the {len(rows)} rows of its group do not have the same {name!r}")
+        else:
+            row["responses" if name == "response" else name] = [each.get(name) for each in rows]
+    return Line(first.number, size, row, None, tuple(members), error=error)

@@ -1,0 +1,59 @@
+"""A contiguous part of the rows, cut where one prompt ends and the next begins, so that prefixes stay together."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+from rewardrt.data.lines import Line
+from rewardrt.data.readers import RowReader
+from rewardrt.errors import RewardRTError
+
+
+def shard_bounds(reader: RowReader, shard: int, shards: int, group_by: str | None = None) -> tuple[int, int]:
+    """Return the first row of the `shard`-th of `shards` parts, from 1, and the row after its last.
+
+    Each of the parts has about as many rows as the others; together they are all rows, in their order.
+    """
+    total = reader.count()
+    return tuple(_cut(reader, part, shards, total, group_by) for part in (shard - 1, shard))  # type: ignore[return-value]
+
+
+def piece_bounds(reader: RowReader, rows: int, group_by: str | None = None) -> list[tuple[int, int]]:
+    """Return the bounds of pieces of about so many rows each."""
+    total = reader.count()
+    pieces = max(1, round(total / rows))
+    cuts = [_cut(reader, part, pieces, total, group_by) for part in range(pieces + 1)]
+    return [(start, stop) for start, stop in itertools.pairwise(cuts) if stop > start]
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """Return the numbers of `3/8`, or raise RewardRTError."""
+    first, _, second = text.partition("/")
+    if first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second):
+        return int(first), int(second)
+    raise RewardRTError(f"--shard {text}: expected i/n, as 1/8, 2/8 ... 8/8")
+
+
+def _cut(reader: RowReader, part: int, parts: int, total: int, group_by: str | None) -> int:
+    """Return the row where a part begins: the first of a prompt."""
+    row = part * total // parts
+    if row in (0, total):
+        return row
+    lines = reader.lines(row - 1)
+    before = prompt_of(next(lines), group_by)
+    for line in lines:
+        if before is None or prompt_of(line, group_by) != before:
+            break
+        row += 1
+    return row
+
+
+def prompt_of(line: Line, group_by: str | None) -> str | None:
+    """Return what rows of one prompt have in common, None for a row that is alone."""
+    row = line.fields
+    value: Any = row.get(group_by) if group_by is not None else row.get("prompt") or row.get("messages")
+    if group_by is None and isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[:-1] if value[-1].get("role") == "assistant" else value
+    return None if value is None else json.dumps(value, default=str, sort_keys=True)
