@@ -81,7 +81,9 @@ def test_score_stops_with_one_line_whether_it_is_a_file_or_a_pipe(tmp_path: Path
     assert (done.returncode, done.stdout) == (2, "")
     shown = where if source == "file" else "standard input"
     _, line = done.stderr.splitlines()
-    assert line.startswith(f"error: {shown}: expected rows as JSONL, a JSON array, Parquet or Arrow; {message.split(':')[0]}")
+    assert line.startswith(
+        f"error: {shown}: expected rows as JSONL, a JSON array, Parquet or Arrow; {message.split(':')[0]}"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 

@@ -14,13 +14,14 @@ from rewardrt.cli import toplevel
 from rewardrt.cli.engine_options import engine_log
 from rewardrt.cli.options import json_option, precision_option, provider_option, threads_option
 from rewardrt.cli.output import show
-from rewardrt.cli.score_files import say_truncated, score_files
+from rewardrt.cli.score_files import say_truncated, score_files, score_pieces
 from rewardrt.cli.table import objectives_lines, ranking_table
-from rewardrt.data.inputs import find_inputs
+from rewardrt.data.inputs import absolute, find_inputs, is_uri
 from rewardrt.data.jobs import Job, JobOptions
 from rewardrt.data.lines import to_line
 from rewardrt.data.output_formats import OUTPUT_FORMATS, format_of
 from rewardrt.data.outputs import open_output
+from rewardrt.data.pieces import PieceWork
 from rewardrt.data.readers import RowReader
 from rewardrt.data.selection import Selection
 from rewardrt.data.shards import read_shard, shard_bounds
@@ -69,6 +70,15 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
     metavar="REWARD",
     help="Keep rows whose best answer is so far above the second, or chosen above rejected.",
 )
+@click.option(
+    "--ray",
+    "ray_address",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Score on Ray: on this machine, or the cluster at ADDRESS (auto, HOST:PORT, ray://...). Write it last.",
+)
+@click.option("--actors", type=click.IntRange(min=1), help="Processes on Ray.  [default: one a GPU, or one a machine]")
 @click.option("--shard", metavar="I/N", help="Score the I-th of N parts of the rows; rows of one prompt stay together.")
 @click.option("--prompt", help="Score one prompt instead of a file.")
 @click.option("--response", "responses", multiple=True, help="An answer to --prompt; several are ranked.")
@@ -107,6 +117,8 @@ def score(
     best: bool,
     top: int | None,
     min_margin: float | None,
+    ray_address: str | None,
+    actors: int | None,
     shard: str | None,
     prompt: str | None,
     responses: tuple[str, ...],
@@ -129,30 +141,37 @@ def score(
     row holds text, or messages, or prompt (or messages) with response, responses, steps, or chosen and rejected. It
     comes out with its rewards added, in the same order; a row that cannot be scored comes out with `error`.
     """
-    if (prompt is None) == (not sources):
-        raise click.UsageError("give either input files (or - for standard input) or --prompt with --response")
-    if prompt is not None and not responses:
-        raise click.UsageError("--prompt needs at least one --response")
-    if responses and prompt is None:
-        raise click.UsageError("--response goes with --prompt; rows of a file bring their own")
-    if aggregate is not None and prompt is not None:
-        raise click.UsageError("--aggregate is for rows with steps; --prompt with --response has none")
-    if table and (as_json or output or prompt is not None):
-        raise click.UsageError("--table prints a file's rows for people; it goes with no --json, --output or --prompt")
-    if best and top is not None:
-        raise click.UsageError("--best is --top 1 with one answer in the row; give one of them")
-    if prompt is not None and (resume or columns or group_by or best or top or min_margin is not None or shard):
-        raise click.UsageError("--prompt is scored as it is; the options for files go with input files")
+    of_files = bool(resume or columns or group_by or best or top or shard) or min_margin is not None
+    wrong = {
+        "give either input files (or - for standard input) or --prompt with --response": (prompt is None)
+        == (not sources),
+        "--prompt needs at least one --response": prompt is not None and not responses,
+        "--response goes with --prompt; rows of a file bring their own": bool(responses) and prompt is None,
+        "--aggregate is for rows with steps; --prompt with --response has none": bool(aggregate and prompt is not None),
+        "--table prints a file's rows for people; it goes with no --json, --output or --prompt": table
+        and bool(as_json or output or prompt is not None),
+        "--best is --top 1 with one answer in the row; give one of them": best and top is not None,
+        "--prompt is scored as it is; the options for files go with input files": prompt is not None and of_files,
+        f"--ray {ray_address}: expected local, auto, HOST:PORT or ray://HOST:PORT; write it last": ray_address
+        not in (None, "local", "auto")
+        and ":" not in str(ray_address),
+        "--ray needs --output, and goes with no --table and no --shard": ray_address is not None
+        and bool(output in (None, "-") or table or shard),
+        "--actors goes with --ray": actors is not None and ray_address is None,
+    }
+    for message, found in wrong.items():
+        if found:
+            raise click.UsageError(message)
+    load: dict[str, Any] = {
+        "provider": provider,
+        "precision": precision,
+        "threads": threads,
+        "batch_tokens": batch_tokens,
+        "prefix_reuse": not no_prefix_reuse,
+        "prefix_cache_mb": prefix_cache_mb,
+    }
     with engine_log():
-        model = RewardModel.load(
-            bundle,
-            provider=provider,
-            precision=precision,
-            threads=threads,
-            batch_tokens=batch_tokens,
-            prefix_reuse=not no_prefix_reuse,
-            prefix_cache_mb=prefix_cache_mb,
-        )
+        model = RewardModel.load(bundle, **load)
     toplevel.say(
         f"{bundle}: {model.precision} on {model.session.runs_on}"
         + (f" ({model.session.note})" if model.session.note else "")
@@ -171,7 +190,14 @@ def score(
     options = JobOptions(normalize, aggregate, labels, instruction, selection, columns)
     if shard is not None:
         options = replace(options, rows=shard_bounds(reader, *read_shard(shard), group_by))
-    score_files(model, Job(model, reader, options), output, format_name or format_of(output or ""), resume, table)
+    job, format_name = Job(model, reader, options), format_name or format_of((output or "").rstrip("/"))
+    in_folder = output is not None and (is_uri(output) or output.endswith("/"))
+    if ray_address is not None or in_folder:
+        assert output is not None
+        work = PieceWork(str(bundle.resolve()), absolute(sources), output, format_name, options, load)
+        score_pieces(job, work, resume=resume, ray_address=ray_address, actors=actors, joined=not in_folder)
+    else:
+        score_files(job, output, format_name, resume=resume, table=table)
 
 
 def _score_prompt(

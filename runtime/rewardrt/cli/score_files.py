@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rewardrt.cli import toplevel
@@ -14,18 +15,20 @@ from rewardrt.cli.progress import Progress
 from rewardrt.cli.table import describe_row
 from rewardrt.cli.toplevel import interruptible
 from rewardrt.data.files import Summary
-from rewardrt.data.inputs import STANDARD_INPUT
+from rewardrt.data.inputs import STANDARD_INPUT, is_uri
 from rewardrt.data.jobs import Job
 from rewardrt.data.journal import Unfinished, unfinished
 from rewardrt.data.output_formats import OUTPUT_FORMATS
 from rewardrt.data.outputs import open_output
+from rewardrt.data.pieces import Piece, PieceScorer, PiecesJob, PieceWork, join
 from rewardrt.errors import RewardRTError
 from rewardrt.reward_model import RewardModel
 
 
-def score_files(model: RewardModel, job: Job, output: str | None, format_name: str, resume: bool, table: bool) -> None:
+def score_files(job: Job, output: str | None, format_name: str, *, resume: bool, table: bool) -> None:
     """Score the rows of files, to a file that can be gone on with, to standard output, or as tables for people."""
     target = Path(output).resolve() if output not in (None, STANDARD_INPUT) else None
+    model = job.model
     said: list[str] = []
     if target is not None and (target.is_file() or not target.exists()):
         identity = job.identity(format_name)
@@ -48,8 +51,57 @@ def score_files(model: RewardModel, job: Job, output: str | None, format_name: s
             raise RewardRTError("--resume goes with --output FILE: nothing else is kept when a run is interrupted")
         progress = Progress(lambda: job.reader.share, lambda: model.statistics)
         summary = _stream(job, output, format_name, table, progress)
-    seconds = progress.finish()
-    _say_summary(model, summary, seconds, said)
+    _end(model, summary, progress, said)
+
+
+def score_pieces(
+    job: Job, work: PieceWork, *, resume: bool, ray_address: str | None, actors: int | None, joined: bool
+) -> None:
+    """Score the rows of files in pieces, here or on Ray: into a folder of parts, or `joined` to one file."""
+    if job.reader.files[0].size is None:
+        raise RewardRTError("standard input is read once, and cannot be scored in pieces; name files")
+    target = Path(work.folder).resolve()
+    if joined:
+        work = replace(work, folder=f"{target}.parts", joined=True)
+        if target.exists():
+            raise RewardRTError(
+                f"{work.folder.removesuffix('.parts')}: exists already; delete it, or name another output"
+            )
+    elif not is_uri(work.folder):
+        work = replace(work, folder=str(target))
+    pieces = PiecesJob(work, job, resume=resume)
+    total = max(1, pieces.rows)
+    progress = Progress(lambda: pieces.summary.read / total, lambda: job.model.statistics, pieces.summary.read)
+    if ray_address is not None:
+        from rewardrt import ray as on_ray
+
+        ray = on_ray.start(None if ray_address == "local" else ray_address)
+        run = on_ray.results(ray, work, actors, job.model.provider != "cpu")
+    else:
+        scorer = PieceScorer(work, job.model)
+
+        def run(left: Sequence[Piece]) -> Iterable[Summary]:
+            return map(scorer, left)
+
+    said: list[str] = []
+
+    def score() -> Summary:
+        summary = pieces.run(run, progress)
+        if joined:
+            said.extend(join(pieces, job, target))
+        return summary
+
+    try:
+        summary = interruptible(score, progress.tick)
+    except KeyboardInterrupt as end:
+        progress.finish()
+        command = _same_command()
+        raise type(end)(f"{pieces.summary.read} rows are safe in {work.folder}; go on with: {command}") from None
+    _end(job.model, summary, progress, said)
+
+
+def _end(model: RewardModel, summary: Summary, progress: Progress, said: Sequence[str]) -> None:
+    _say_summary(model, summary, progress.finish(), said)
     if summary.failed:
         sys.exit(1)
 
@@ -90,8 +142,13 @@ def _how_to_go_on(job: Job, part: Unfinished) -> str:
         return "no row is safe yet; nothing was written"
     if job.reader.files[0].size is None:
         return f"{rows} rows are safe in {part.part}; standard input cannot be read again"
-    command = shlex.join(["rewardrt", *sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])])
-    return f"{rows} rows are safe in {part.part}; go on with: {command}"
+    return f"{rows} rows are safe in {part.part}; go on with: {_same_command()}"
+
+
+def _same_command() -> str:
+    """Return the command line that goes on with this one's output."""
+    given = sys.argv[1:]
+    return shlex.join(["rewardrt", *given[:1], *([] if "--resume" in given else ["--resume"]), *given[1:]])
 
 
 def _say_summary(model: RewardModel, summary: Summary, seconds: float, said: Sequence[str]) -> None:

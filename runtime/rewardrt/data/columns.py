@@ -88,6 +88,23 @@ def _after(batches: Iterable[Any], skip: int) -> Iterator[Any]:
         skip = 0
 
 
+def table_of(batch: Any) -> Any:
+    """Return a pyarrow table of a table, a data frame of pandas, or columns by their names."""
+    pa = import_pyarrow("columns")
+    if isinstance(batch, pa.Table):
+        return batch
+    if isinstance(batch, dict):
+        return pa.table(
+            {name: column.tolist() if hasattr(column, "tolist") else column for name, column in batch.items()}
+        )
+    return pa.Table.from_pandas(batch, preserve_index=False)
+
+
+def in_memory(table: Any) -> Table:
+    """Return a pyarrow table as an open one."""
+    return Table(table.schema, table.num_rows, lambda skip: _after(table.to_batches(), skip))
+
+
 def table_lines(table: Table, skip: int) -> Iterator[Line]:
     """Yield the rows of a table after the first `skip`, each with its place."""
     number = skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ def find_inputs(names: Sequence[str]) -> list[InputFile]:
             raise RowError("- is standard input, and is given alone")
         return [InputFile("standard input", _open_standard_input, None, "")]
     return [found for name in names for found in (_remote(name) if "://" in name else _local(name))]
+
+
+def absolute(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names that another process finds too, whatever its working folder."""
+    return tuple(name if is_uri(name) or name == STANDARD_INPUT else os.path.abspath(name) for name in names)
 
 
 def is_uri(name: str) -> bool:

@@ -20,7 +20,7 @@ from rewardrt.data.inputs import InputFile
 from rewardrt.data.journal import Unfinished
 from rewardrt.data.lines import Line
 from rewardrt.data.output_formats import OUTPUT_FORMATS, finish
-from rewardrt.data.readers import RowReader
+from rewardrt.data.readers import Rows
 from rewardrt.data.selection import EVERYTHING, Selection, grouped_lines
 from rewardrt.data.tables import TableEncoder, score_types
 from rewardrt.errors import RewardRTError, RowError
@@ -48,7 +48,7 @@ class JobOptions:
 class Job:
     """The rows of a reader, scored by a model under options."""
 
-    def __init__(self, model: RewardModel, reader: RowReader, options: JobOptions) -> None:
+    def __init__(self, model: RewardModel, reader: Rows, options: JobOptions) -> None:
         """Check what can be checked before rows are read. Raises RewardRTError."""
         self.model, self.reader, self.options = model, reader, options
         model.answers.check_options(normalize=options.normalize, aggregate=options.aggregate)
@@ -113,7 +113,7 @@ class Job:
         if stop is not None:
             lines = itertools.islice(lines, stop - start - done)
         if self.options.columns:
-            lines = _renamed(lines, self.options.columns)
+            lines = renamed(lines, self.options.columns)
         if self.options.selection.group_by is not None:
             lines = grouped_lines(lines, self.options.selection)
         return score_file(
@@ -140,11 +140,11 @@ class Job:
         summary = self.run(output.write, encoder, summary=output.summary, progress=safe)
         output.commit(summary)
         schema = encoder.schema if isinstance(encoder, TableEncoder) else None
-        said = finish(format_name, output.part, output.target, schema, self._known_types)
+        said = finish(format_name, output.part, output.target, schema, self.known_types)
         output.forget()
         return summary, said
 
-    def _known_types(self, names: set[str]) -> dict[str, Any]:
+    def known_types(self, names: set[str]) -> dict[str, Any]:
         """Return the types of what scoring added to rows of JSON that have these fields."""
         types = score_types(
             single="reward" in names,
@@ -170,7 +170,7 @@ class _Packed:
         return [self._pack(data)] if data else []
 
 
-def _renamed(lines: Iterator[Line], columns: dict[str, str]) -> Iterator[Line]:
+def renamed(lines: Iterator[Line], columns: dict[str, str]) -> Iterator[Line]:
     """Give fields the names that they have in the row contract."""
     names = {theirs: ours for ours, theirs in columns.items()}
     for line in lines:
@@ -198,6 +198,6 @@ def _digest(file: InputFile) -> str:
     return digest.hexdigest()
 
 
-def _listed(reader: RowReader) -> str:
+def _listed(reader: Rows) -> str:
     names = list(reader.schema.names)
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -111,9 +111,9 @@ class Unfinished:
         self._log = self.journal.open("r+b")
         _lock(self._log, self.part)
         job, records, end = _read(self.journal)
-        if (changed := _changed(job, identity)) is not None:
+        if (difference := changed(job, identity)) is not None:
             raise RewardRTError(
-                f"{self.part}: was begun with {changed}; go on with what it was begun with, or delete it and its "
+                f"{self.part}: was begun with {difference}; go on with what it was begun with, or delete it and its "
                 ".journal"
             )
         self._file = self.part.open("r+b")
@@ -158,8 +158,8 @@ def _rows(journal: Path) -> str:
     return f"{rows} rows are safe"
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Return what is not as it was, in words."""
+def changed(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Return what of a job is not as it was, in words; None where all is."""
     now = json.loads(json.dumps(now))
     for name in {**before, **now}:
         if before.get(name) != now.get(name):

@@ -14,7 +14,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rewardrt.data.arrays import array_items
 from rewardrt.data.columns import Table, check_same, is_table, open_table, table_lines
@@ -23,6 +23,36 @@ from rewardrt.data.formats import HEAD_BYTES, begins_array, jsonl_lines
 from rewardrt.data.inputs import InputFile, find_inputs
 from rewardrt.data.lines import Line, read_line
 from rewardrt.errors import RewardRTError
+
+
+class Rows(Protocol):
+    """What a job reads: files, or a table."""
+
+    files: Sequence[InputFile]
+    schema: Any
+    share: float
+
+    def lines(self, skip: int = 0) -> Iterator[Line]:
+        """Yield the rows after the first `skip`."""
+
+    def count(self) -> int:
+        """Return how many rows there are."""
+
+
+class InMemory:
+    """A table that is read already."""
+
+    def __init__(self, table: Table) -> None:
+        self.files: Sequence[InputFile] = (InputFile("the table", io.BytesIO, 0, ""),)
+        self.schema, self.share, self._table = table.schema, 0.0, table
+
+    def lines(self, skip: int = 0) -> Iterator[Line]:
+        """Yield the rows after the first `skip`."""
+        return table_lines(self._table, skip)
+
+    def count(self) -> int:
+        """Return how many rows there are."""
+        return self._table.rows or 0
 
 
 class RowReader:

@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 from rewardrt.data.lines import Line
-from rewardrt.data.readers import RowReader
+from rewardrt.data.readers import Rows
 from rewardrt.errors import RewardRTError
 
 
-def shard_bounds(reader: RowReader, shard: int, shards: int, group_by: str | None = None) -> tuple[int, int]:
+def shard_bounds(reader: Rows, shard: int, shards: int, group_by: str | None = None) -> tuple[int, int]:
     """Return the first row of the `shard`-th of `shards` parts, from 1, and the row after its last.
 
     Each of the parts has about as many rows as the others; together they are all rows, in their order.
@@ -20,12 +20,17 @@ def shard_bounds(reader: RowReader, shard: int, shards: int, group_by: str | Non
     return tuple(_cut(reader, part, shards, total, group_by) for part in (shard - 1, shard))  # type: ignore[return-value]
 
 
-def piece_bounds(reader: RowReader, rows: int, group_by: str | None = None) -> list[tuple[int, int]]:
-    """Return the bounds of pieces of about so many rows each."""
-    total = reader.count()
-    pieces = max(1, round(total / rows))
-    cuts = [_cut(reader, part, pieces, total, group_by) for part in range(pieces + 1)]
-    return [(start, stop) for start, stop in itertools.pairwise(cuts) if stop > start]
+def piece_bounds(reader: Rows, rows: int, group_by: str | None = None) -> list[tuple[int, int]]:
+    """Return the bounds of pieces of at least so many rows each, but for the last; the rows are read once for it."""
+    cuts, row, before = [0], 0, None
+    for line in reader.lines():
+        if row >= cuts[-1] + rows - 1:
+            prompt = prompt_of(line, group_by)
+            if row >= cuts[-1] + rows and (prompt is None or prompt != before):
+                cuts.append(row)
+            before = prompt
+        row += 1
+    return list(itertools.pairwise([*cuts, row])) if row else []
 
 
 def read_shard(text: str) -> tuple[int, int]:
@@ -36,7 +41,7 @@ def read_shard(text: str) -> tuple[int, int]:
     raise RewardRTError(f"--shard {text}: expected i/n, as 1/8, 2/8 ... 8/8")
 
 
-def _cut(reader: RowReader, part: int, parts: int, total: int, group_by: str | None) -> int:
+def _cut(reader: Rows, part: int, parts: int, total: int, group_by: str | None) -> int:
     """Return the row where a part begins: the first of a prompt."""
     row = part * total // parts
     if row in (0, total):

@@ -72,6 +72,11 @@ class TableEncoder:
         self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary
     ) -> list[bytes]:
         """Return the rows that are kept, as one packed table, or nothing."""
+        table = self.table(lines, results, summary)
+        return [pack_table(table)] if table is not None else []
+
+    def table(self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary) -> Any:
+        """Return the rows that are kept as a table of pyarrow, None where there is none."""
         kept: list[_Kept] = []
         for line, result in zip(lines, results, strict=True):
             chosen = choose(self._selection, result)
@@ -89,7 +94,7 @@ class TableEncoder:
             scores = self._selection.scores(scores_of(result, self._labels), chosen)
             place = line.members[chosen[0]] if self._flat else line
             kept.append(_Kept(place, chosen, scores))
-        return [pack_table(self._table(kept))] if kept else []
+        return self._table(kept) if kept else None
 
     def _table(self, kept: Sequence[_Kept]) -> Any:
         pa = import_pyarrow("columns")

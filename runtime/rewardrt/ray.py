@@ -1,0 +1,147 @@
+"""Scoring on Ray: a class for `map_batches` of your own pipeline, and whole jobs of `rewardrt score --ray`.
+
+    import ray
+    from rewardrt.ray import Scorer
+
+    rows = ray.data.read_parquet("s3://bucket/rows/")
+    scored = rows.map_batches(Scorer, fn_constructor_kwargs={"bundle": "bundle"}, batch_size=4096, concurrency=2)
+
+Rows of one prompt that are in one batch share what is computed of it. Needs the extra `ray`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rewardrt.bundle.spec import AggregateRule
+from rewardrt.data.columns import in_memory, table_lines, table_of
+from rewardrt.data.files import Summary
+from rewardrt.data.jobs import Job, JobOptions, renamed
+from rewardrt.data.pieces import Piece, PieceScorer, PieceWork
+from rewardrt.data.readers import InMemory
+from rewardrt.errors import MissingExtraError, RewardRTError
+from rewardrt.reward_model import RewardModel
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use to its authors, unless it is told not to
+
+
+class Scorer:
+    """A class for `ray.data.Dataset.map_batches`: it opens the bundle once in each actor.
+
+    Takes batches as tables of pyarrow, data frames of pandas or arrays of numpy by column, and gives tables: the
+    batch's own columns, and after them the rewards as float32, `tokens`, `truncated` and `error`, as
+    `rewardrt score` writes them.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        normalize: bool | None = None,
+        aggregate: AggregateRule | None = None,
+        objectives: bool = False,
+        instruction: str | None = None,
+        columns: dict[str, str] | None = None,
+        **load: Any,
+    ) -> None:
+        """Load the bundle; `load` are the options of `RewardModel.load`, `columns` the names that rows have for fields.
+
+        Raises RewardRTError.
+        """
+        self.model = RewardModel.load(bundle, **load)
+        labels = tuple(self.model.spec.output.labels) if objectives else ()
+        self._options = JobOptions(normalize, aggregate, labels, instruction, columns=columns or {})
+
+    def __call__(self, batch: Any) -> Any:
+        """Score a batch of rows, and return it with their rewards as a table of pyarrow."""
+        table = table_of(batch)
+        opened = in_memory(table)
+        job = Job(self.model, InMemory(opened), self._options)
+        lines = list(renamed(table_lines(opened, 0), self._options.columns))
+        prepared = self.model.answers.prepare(line.given for line in lines)
+        results = self.model.score_prepared(
+            prepared, normalize=self._options.normalize, aggregate=self._options.aggregate
+        )
+        scored = job.table_encoder().table(lines, results, Summary())
+        return scored if scored is not None else job.table_encoder().schema.empty_table()
+
+
+class PieceActor:
+    """Scores pieces of a job; `map_batches` gives it their bounds."""
+
+    def __init__(self, work: PieceWork) -> None:
+        self._score = PieceScorer(work)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Score the pieces of a batch."""
+        rows = zip(batch["index"], batch["start"], batch["stop"], strict=True)
+        summaries = [asdict(self._score(Piece(*map(int, row)))) for row in rows]
+        return {"summary": summaries}
+
+
+def start(address: str | None) -> Any:
+    """Return Ray, connected to a cluster or started on this machine. Raises RewardRTError."""
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtraError(f"--ray needs ray ({error}): pip install 'rewardrt[ray]'") from error
+    try:
+        if not ray.is_initialized():
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.data.DataContext.get_current().enable_progress_bars = False
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise RewardRTError(f"--ray {address or ''}: {' '.join(str(error).split())[:200]}") from error
+    return ray
+
+
+def score_pieces(
+    ray: Any, work: PieceWork, pieces: Sequence[Piece], *, actors: int | None, gpu: bool
+) -> Iterator[Summary]:
+    """Yield a summary of each piece, as actors finish them. An actor that dies is started again, and its piece too."""
+    if not pieces:
+        return
+    total = ray.cluster_resources()
+    actors = actors or max(1, int(total.get("GPU", 0)) if gpu else len(ray.nodes()))
+    actors = min(actors, len(pieces))
+    cpus = max(1, int(total.get("CPU", 1)) // actors)
+    load = work.load if gpu or work.load.get("threads") else work.load | {"threads": cpus}
+    items = [{"index": piece.index, "start": piece.start, "stop": piece.stop} for piece in pieces]
+    data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        PieceActor,
+        fn_constructor_args=(PieceWork(**{**_fields(work), "load": load}),),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=cpus,
+        num_gpus=1 if gpu else 0,
+    )
+    try:
+        for row in data.iter_rows():
+            yield Summary(
+                **{name: value for name, value in row["summary"].items() if name != "unread"}, unread=_unread(row)
+            )
+    except ray.exceptions.RayError as error:
+        cause = error.cause if isinstance(getattr(error, "cause", None), RewardRTError) else None
+        said = str(cause) if cause else " ".join(str(error).split())[-300:]
+        raise RewardRTError(f"Ray: {said}") from error
+
+
+def _fields(work: PieceWork) -> dict[str, Any]:
+    return {name: getattr(work, name) for name in work.__dataclass_fields__}
+
+
+def _unread(row: dict[str, Any]) -> dict[str, int]:
+    return {name: rows for name, rows in (row["summary"].get("unread") or {}).items() if rows is not None}
+
+
+def results(ray: Any, work: PieceWork, actors: int | None, gpu: bool) -> Any:
+    """Return what scores pieces, for `PiecesJob.run`."""
+
+    def run(pieces: Sequence[Piece]) -> Iterable[Summary]:
+        return score_pieces(ray, work, pieces, actors=actors, gpu=gpu)
+
+    return run
