@@ -10,13 +10,14 @@ BENCH ?=
 ROWS ?= .demo/zoo.jsonl
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
+RAY ?= .venv-ray
 # Bits, graphs, kernels, providers, templates and tokens; and an export of each kind of attention: causal, in windows, with
 # soft caps, of experts, of both directions.
 NEWEST_TESTS := $(patsubst %,tests/test_%.py,bundles_of_earlier_versions session graph_file kernels providers \
   chat_templates template_inputs tokens_and_batches hostile_bundles encoders) \
   tests/test_sequence_classification.py::test_every_backbone_scores_as_in_transformers
 
-.PHONY: demo test test-fast test-tensorrt test-backbones test-oldest test-newest coverage sanitize test-frameworks check format docs zoo kernel-table tensorrt-table bench bench-bundle smollm2
+.PHONY: demo test test-fast test-tensorrt test-backbones test-oldest test-newest test-ray coverage sanitize test-frameworks check format docs zoo kernel-table tensorrt-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
@@ -43,6 +44,9 @@ test-oldest: $(OLDEST)/installed  ## the fast tier with the oldest releases that
 
 test-newest: $(NEWEST)/installed  ## what depends on onnxruntime, tokenizers and transformers, with their newest releases
 	$(NEWEST)/bin/python -m pytest -n 2 $(NEWEST_TESTS)
+
+test-ray: $(RAY)/installed  ## jobs and pipelines on a real Ray of this machine
+	$(RAY)/bin/python -m pytest ray_tests
 
 sanitize: $(VENV)/installed  ## the tests of the C kernels, under gcc's address and undefined behaviour sanitizers
 	$(BIN)/python tests/sanitize.py
@@ -97,8 +101,13 @@ $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard runt
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt hatch_build.py $(wildcard runtime/kernels/*)
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[cpu,serve]' \
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[cpu,serve,data]' \
 	  pytest pytest-xdist pytest-timeout hypothesis httpx onnx onnxscript hatchling
+	@touch $@
+
+$(RAY)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*)
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install -q -c constraints.txt -e '.[cpu,ray]' pandas pytest pytest-timeout
 	@touch $@
 
 # constraints.txt, but for what constraints-newest.txt says otherwise

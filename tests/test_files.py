@@ -84,7 +84,17 @@ def test_a_file_is_scored_in_order_with_every_kind_of_row() -> None:
         b'with response, with responses, with steps, or with chosen and rejected; found prompt"}\n'
     )
     summary = Summary(
-        rows=9, read=9, scored=5, failed=4, texts=9, tokens=18, truncated_texts=1, pairs=3, pairs_right=1, ties=1
+        rows=9,
+        read=9,
+        scored=5,
+        failed=4,
+        texts=9,
+        tokens=18,
+        truncated_texts=1,
+        pairs=3,
+        pairs_right=1,
+        ties=1,
+        shapes=["single", "ranking", "pair"],
     )
     for window in (1, 2, 3, 100):
         assert run(data, window=window) == (expected, summary)

@@ -11,6 +11,7 @@ Rows of one prompt that are in one batch share what is computed of it. Needs the
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -89,6 +90,7 @@ def start(address: str | None) -> Any:
         import ray
     except ImportError as error:
         raise MissingExtraError(f"--ray needs ray ({error}): pip install 'rewardrt[ray]'") from error
+    logging.disable(logging.WARNING)  # of this command: Ray Data tells of each step, whatever its logger's level
     try:
         if not ray.is_initialized():
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -81,7 +81,8 @@ def _leave(status: int, threads: set[threading.Thread]) -> NoReturn:
     Until Python 3.14 it unwinds the stack of a thread that comes back from a library's code, and C++ code there aborts
     the whole process instead. Such a thread reads ahead of an output that failed, or computes for a server that ends.
     """
-    if any(thread.daemon and thread.name.startswith(OUR_THREADS) for thread in threads):
+    # pyarrow's own threads abort the process, too, if it was stopped by an error while it reads.
+    if "pyarrow" in sys.modules or any(each.daemon and each.name.startswith(OUR_THREADS) for each in threads):
         atexit._run_exitfuncs()
         _discard_unwritten()
         os._exit(status)

@@ -44,37 +44,43 @@ def open_table(file: InputFile, head: bytes) -> Table:
     with reading(file.name):
         if head.startswith(PARQUET):
             return _open_parquet(file)
-        stream = file.open()
-        if head.startswith(ARROW_FILE):
-            reader = pa.ipc.open_file(stream)
-            return Table(reader.schema, None, lambda skip: _after(_file_batches(reader), skip))
-        return Table(
-            pa.ipc.open_stream(stream).schema, None, lambda skip: _after(pa.ipc.open_stream(file.open()), skip)
-        )
+        opener = pa.ipc.open_file if head.startswith(ARROW_FILE) else pa.ipc.open_stream
+        with file.open() as stream:
+            schema = opener(stream).schema
+        return Table(schema, None, lambda skip: _after(_arrow_batches(file, opener), skip))
 
 
 def _open_parquet(file: InputFile) -> Table:
     import pyarrow.parquet as pq
 
-    opened = pq.ParquetFile(file.open())
+    with file.open() as stream:
+        opened = pq.ParquetFile(stream)
+        schema, rows = opened.schema_arrow, opened.metadata.num_rows
 
     def batches(skip: int) -> Iterator[Any]:
-        groups, before = [], 0
-        for group in range(opened.num_row_groups):
-            rows = opened.metadata.row_group(group).num_rows
-            if before + rows > skip:
-                groups.append(group)
-            else:
-                before += rows
-        # Not iter_batches(): what it has decoded it keeps until the end of a row group.
-        yield from _after(opened.iter_batches(BATCH_ROWS, row_groups=groups), skip - before)
+        with file.open() as stream:
+            opened = pq.ParquetFile(stream)
+            groups: list[int] = []
+            before = 0
+            for group in range(opened.num_row_groups):
+                size = opened.metadata.row_group(group).num_rows
+                if groups or before + size > skip:
+                    groups.append(group)
+                else:
+                    before += size
+            yield from _after(opened.iter_batches(BATCH_ROWS, row_groups=groups), skip - before)
 
-    return Table(opened.schema_arrow, opened.metadata.num_rows, batches)
+    return Table(schema, rows, batches)
 
 
-def _file_batches(reader: Any) -> Iterator[Any]:
-    for index in range(reader.num_record_batches):
-        yield reader.get_batch(index)
+def _arrow_batches(file: InputFile, opener: Callable[[BinaryIO], Any]) -> Iterator[Any]:
+    with file.open() as stream:
+        reader = opener(stream)
+        if hasattr(reader, "num_record_batches"):
+            for index in range(reader.num_record_batches):
+                yield reader.get_batch(index)
+        else:
+            yield from reader
 
 
 def _after(batches: Iterable[Any], skip: int) -> Iterator[Any]:
@@ -182,16 +188,16 @@ def unpack_tables(stream: BinaryIO, size: int) -> Iterator[Any]:
         yield pa.ipc.open_stream(stream).read_all()
 
 
-def infer_schema(path: Path, known: Callable[[set[str]], dict[str, Any]]) -> tuple[Any, list[str]]:
+def infer_schema(path: Path, known: dict[str, Any]) -> tuple[Any, list[str]]:
     """Return a schema that all rows of a JSONL file fit in, and the columns whose values are of no one type.
 
-    Those are columns of JSON in strings. `known` gives the types of columns that are not to be guessed.
+    Those are columns of JSON in strings. `known` are types of columns that are not to be guessed, and come last.
     """
     pa = import_pyarrow("columns")
     found: dict[str, Any] = {}
     mixed: list[str] = []
     for rows in _object_batches(path):
-        for name in {name: None for row in rows for name in row}:
+        for name in {name: None for row in rows for name in row if name not in known}:
             if name in mixed:
                 continue
             try:
@@ -202,7 +208,7 @@ def infer_schema(path: Path, known: Callable[[set[str]], dict[str, Any]]) -> tup
                 mixed.append(name)
                 found[name] = pa.string()
     found = {name: pa.string() if kind == pa.null() else kind for name, kind in found.items()}
-    return pa.schema(list((found | known(set(found))).items())), mixed
+    return pa.schema(list((found | known).items())), mixed
 
 
 def read_objects(path: Path, schema: Any, mixed: Sequence[str]) -> Iterator[Any]:
@@ -214,8 +220,16 @@ def read_objects(path: Path, schema: Any, mixed: Sequence[str]) -> Iterator[Any]
             values = [row.get(field.name) for row in rows]
             if field.name in mixed:
                 values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
-            arrays.append(pa.array(values, field.type))
+            arrays.append(column_of(values, field.type))
         yield pa.Table.from_arrays(arrays, schema=schema)
+
+
+def column_of(values: list[Any], kind: Any) -> Any:
+    """Return values as an array; of a file with rows of several shapes, one number is a list of one."""
+    pa = import_pyarrow("columns")
+    if pa.types.is_list(kind):
+        values = [value if value is None or isinstance(value, list) else [value] for value in values]
+    return pa.array(values, kind)
 
 
 def _object_batches(path: Path) -> Iterator[list[dict[str, Any]]]:

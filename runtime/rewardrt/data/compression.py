@@ -50,12 +50,50 @@ class Headed(io.RawIOBase):
 
 def unpacked(stream: Headed) -> io.BufferedReader:
     """Return the stream's bytes, unpacked if its first bytes say that they are packed."""
-    buffered = io.BufferedReader(stream, 2**20)
+    buffered = cast(io.BufferedReader, io.BufferedReader(stream, 2**20))
     if stream.head.startswith(GZIP):
-        return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=buffered)), 2**20)
+        return io.BufferedReader(_Members(buffered), 2**16)
     if stream.head.startswith(ZSTD):
-        return io.BufferedReader(_Frames(buffered), 2**20)
-    return cast(io.BufferedReader, buffered)
+        return io.BufferedReader(_Frames(buffered), 2**16)
+    return buffered
+
+
+class _Members(io.RawIOBase):
+    """Packed members of gzip, one after the other, as one stream: all that can be unpacked before what is damaged."""
+
+    _SLICE = 4096  # packed bytes: what is unpacked of a slice with damage in it is lost
+
+    def __init__(self, packed: io.BufferedReader) -> None:
+        self._packed, self._left, self._ready = packed, b"", b""
+        self._member: Any = None
+
+    def readable(self) -> bool:
+        """Return True: it is for reading."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer. Raises EOFError and zlib.error where the file is cut short or damaged."""
+        while not self._ready and self._more():
+            pass
+        data, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _more(self) -> bool:
+        """Unpack a slice; returns whether there was one."""
+        self._left = self._left or self._packed.read(self._SLICE)
+        if self._member is None:
+            self._left = self._left.lstrip(b"\0")  # members may be padded
+            self._member = zlib.decompressobj(zlib.MAX_WBITS | 16) if self._left else None
+        if not self._left:
+            if self._member is not None:
+                raise EOFError("it ends within what is packed")
+            return bool(self._packed.peek(1))
+        self._ready = self._member.decompress(self._left)
+        self._left = self._member.unused_data
+        if self._member.eof:
+            self._member = None
+        return True
 
 
 class _Frames(io.RawIOBase):

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from rewardrt.data.lines import Line, to_line
 from rewardrt.data.selection import EVERYTHING, Selection, choose
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.scoring.scored import ScoredPair, ScoredRow, error_row
+from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, error_row
 from rewardrt.text.fields import unread
 
 WINDOW_ROWS = 4096
@@ -46,6 +46,7 @@ class Summary:
     pairs_right: int = 0  # chosen above rejected
     ties: int = 0
     unread: dict[str, int] = field(default_factory=dict)  # fields of text that nothing read: in how many rows
+    shapes: list[str] = field(default_factory=list)  # of the rows that were scored: single, ranking, pair
     first_error: str = ""  # of the rows before the first that was scored
 
     def count(self, line: Line, result: ScoredRow | RewardRTError, *, kept: bool = True) -> None:
@@ -54,10 +55,15 @@ class Summary:
         self.read += max(1, len(line.members))
         if isinstance(result, RewardRTError):
             self.failed += 1
+            if not self.scored:
+                self.first_error = self.first_error or str(result)
             return
         assert isinstance(line.row, dict)
         for name in unread(line.row):
             self.unread[name] = self.unread.get(name, 0) + 1
+        shape = {ScoredPair: "pair", ScoredAnswers: "ranking"}.get(type(result), "single")
+        if shape not in self.shapes:
+            self.shapes.append(shape)
         self.scored += 1
         self.left_out += not kept
         self.texts += len(result.answers)
@@ -107,14 +113,11 @@ def score_file(
     for some, ready in _ahead(prepared(some) for some in _windows(lines, window, summary.read > 0)):
         results = score(ready)
         finished = encode(some, results, summary)
-        if summary.rows == summary.failed:
-            if not summary.first_error:
-                summary.first_error = str(next(result for result in results if isinstance(result, RewardRTError)))
-            if summary.rows >= FIRST_ROWS:
-                raise RewardRTError(
-                    f"none of the first {summary.rows} rows can be scored, and the rest was not tried; "
-                    f"the first: {summary.first_error}"
-                )
+        if FIRST_ROWS <= summary.rows == summary.failed:
+            raise RewardRTError(
+                f"none of the first {summary.rows} rows can be scored, and the rest was not tried; "
+                f"the first: {summary.first_error}"
+            )
         for data in finished:
             write(data)
         if progress is not None:
@@ -157,7 +160,9 @@ class JsonEncoder:
                 summary.count(line, result, kept=False)
                 return None
             if isinstance(chosen, RowError):
-                written = to_line(self._finish(error_row(row, str(chosen))))
+                apart = line.members if self._selection.best else ()  # the best would have been a row of its own
+                rows = [member.fields for member in apart] or [row]
+                written = b"".join(to_line(self._finish(error_row(each, str(chosen)))) for each in rows)
                 summary.count(line, chosen)
             else:
                 assert not isinstance(result, RewardRTError)

@@ -10,12 +10,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rewardrt.bundle.manifest import MANIFEST
 from rewardrt.bundle.spec import AggregateRule
 from rewardrt.data.columns import plain
-from rewardrt.data.files import Encoder, JsonEncoder, Summary, score_file
+from rewardrt.data.files import WINDOW_ROWS, Encoder, JsonEncoder, Summary, score_file
 from rewardrt.data.inputs import InputFile
 from rewardrt.data.journal import Unfinished
 from rewardrt.data.lines import Line
@@ -122,6 +123,7 @@ class Job:
             lines,
             write,
             encode=encoder,
+            window=WINDOW_ROWS,
             summary=summary,
             progress=progress,
         )
@@ -139,22 +141,27 @@ class Job:
 
         summary = self.run(output.write, encoder, summary=output.summary, progress=safe)
         output.commit(summary)
-        schema = encoder.schema if isinstance(encoder, TableEncoder) else None
-        said = finish(format_name, output.part, output.target, schema, self.known_types)
+        said = self.finish(encoder, format_name, output.part, output.target, summary)
         output.forget()
         return summary, said
 
-    def known_types(self, names: set[str]) -> dict[str, Any]:
-        """Return the types of what scoring added to rows of JSON that have these fields."""
-        types = score_types(
-            single="reward" in names,
-            ranking="rewards" in names,
-            pair="margin" in names,
+    def finish(self, encoder: Encoder, format_name: str, part: Path, target: Path, summary: Summary) -> list[str]:
+        """Make the output of what an encoder wrote; returns what is to be said of it."""
+        schema = encoder.schema if isinstance(encoder, TableEncoder) else None
+        known = self.known_types(summary) if OUTPUT_FORMATS[format_name].table is not None else {}
+        return finish(format_name, part, target, schema, known)
+
+    def known_types(self, summary: Summary) -> dict[str, Any]:
+        """Return the types of what scoring added to rows of JSON, where they are to be columns."""
+        best = self.options.selection.best
+        return score_types(
+            single="single" in summary.shapes or (best and "ranking" in summary.shapes),
+            ranking="ranking" in summary.shapes and not best,
+            pair="pair" in summary.shapes,
             spec=self.model.spec,
             labels=self.options.labels,
             aggregated=self.options.aggregate is not None,
         )
-        return {name: kind for name, kind in types.items() if name in names or name == "error"}
 
 
 class _Packed:

@@ -109,6 +109,13 @@ class Unfinished:
                 "there; delete it and begin anew"
             )
         self._log = self.journal.open("r+b")
+        try:
+            self._read_on(identity)
+        except BaseException:
+            self._log.close()
+            raise
+
+    def _read_on(self, identity: dict[str, Any]) -> None:
         _lock(self._log, self.part)
         job, records, end = _read(self.journal)
         if (difference := changed(job, identity)) is not None:

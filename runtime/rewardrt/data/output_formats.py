@@ -26,8 +26,6 @@ from rewardrt.data.compression import pack_gzip, pack_zstd
 from rewardrt.data.outputs import refuse
 from rewardrt.errors import RewardRTError
 
-KnownTypes = Callable[[set[str]], dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class OutputFormat:
@@ -71,10 +69,10 @@ def format_of(name: str) -> str:
     return "jsonl"
 
 
-def finish(format_name: str, part: Path, target: Path, schema: Any, known: KnownTypes) -> list[str]:
+def finish(format_name: str, part: Path, target: Path, schema: Any, known: dict[str, Any]) -> list[str]:
     """Make the output of a whole part, which is gone then; return what is to be said of it.
 
-    `schema` is that of packed tables, None of lines; `known` gives types of columns that are made of lines.
+    `schema` is that of packed tables, None of lines; `known` are the types of what scoring added to lines.
     Raises RewardRTError, and the part stays.
     """
     each, said = OUTPUT_FORMATS[format_name], []

@@ -21,15 +21,15 @@ from rewardrt.data.files import Summary
 from rewardrt.data.inputs import find_inputs, is_uri, open_filesystem
 from rewardrt.data.jobs import Job, JobOptions
 from rewardrt.data.journal import changed
-from rewardrt.data.output_formats import OUTPUT_FORMATS, finish
+from rewardrt.data.output_formats import OUTPUT_FORMATS
 from rewardrt.data.outputs import refuse
 from rewardrt.data.readers import RowReader
 from rewardrt.data.shards import piece_bounds
-from rewardrt.data.tables import TableEncoder
 from rewardrt.errors import RewardRTError
 from rewardrt.reward_model import RewardModel
 
-PIECE_ROWS = 16_384
+PIECE_ROWS = 16_384  # of a part that stays
+JOINED_ROWS = 4_096  # of one that is joined to others: many, so that all processes have work to the end
 JOB, DONE = "_job.json", "_SUCCESS"
 
 
@@ -178,8 +178,7 @@ class PieceScorer:
             if self.work.joined:
                 target = part
             else:
-                schema = encoder.schema if isinstance(encoder, TableEncoder) else None
-                finish(self.work.format_name, part, target, schema, job.known_types)
+                job.finish(encoder, self.work.format_name, part, target, summary)
             self._folder.put(f"part-{piece.name}{self.work.suffix()}", target)
             counted = Path(temporary) / "counted"
             counted.write_text(json.dumps(asdict(summary)), encoding="utf-8")
@@ -190,9 +189,10 @@ class PieceScorer:
 class PiecesJob:
     """A job in pieces, from its beginning, or from where it was left."""
 
-    def __init__(self, work: PieceWork, job: Job, *, resume: bool, rows: int = PIECE_ROWS) -> None:
+    def __init__(self, work: PieceWork, job: Job, *, resume: bool) -> None:
         """Look at what is there. Raises RewardRTError."""
         self.work, self._folder, self.summary = work, open_folder(work.folder), Summary()
+        rows = JOINED_ROWS if work.joined else PIECE_ROWS
         there = self._folder.names()
         identity = json.loads(json.dumps(job.identity(work.format_name) | {"piece rows": rows}))
         if DONE in there:
@@ -243,6 +243,7 @@ class PiecesJob:
         for name, value in asdict(other).items():
             if isinstance(value, int):
                 setattr(self.summary, name, getattr(self.summary, name) + value)
+        self.summary.shapes += [shape for shape in other.shapes if shape not in self.summary.shapes]
         for name, rows in other.unread.items():
             self.summary.unread[name] = self.summary.unread.get(name, 0) + rows
 
@@ -264,7 +265,6 @@ def join(pieces: PiecesJob, job: Job, target: Path) -> list[str]:
                 file.write(data)
     except OSError as error:
         refuse(target, error)
-    schema = encoder.schema if isinstance(encoder, TableEncoder) else None
-    said = finish(format_name, part, target, schema, job.known_types)
+    said = job.finish(encoder, format_name, part, target, pieces.summary)
     shutil.rmtree(pieces.work.folder, ignore_errors=True)
     return said

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,7 +95,9 @@ class RowReader:
             else:
                 stream = self._standard_input or Headed(file.open()) if table is None else None
                 at = _Place("row")
-                with reading(file.name, at.say):
+                with ExitStack() as opened, reading(file.name, at.say):
+                    if stream is not None and self._standard_input is None:
+                        opened.enter_context(closing(stream))
                     for line in table_lines(table, skip) if table else _json_lines(stream, file.name, at):
                         at.number = line.number
                         if stream is not None and line.number <= skip:
@@ -117,15 +120,14 @@ class RowReader:
     def _table(self, file: InputFile) -> Table | None:
         if self._standard_input is not None:
             return None
-        with reading(file.name):
-            stream = Headed(file.open())
-            stream.close()
+        with reading(file.name), closing(Headed(file.open())) as stream:
+            pass
         return open_table(file, stream.head) if is_table(stream.head) else None
 
 
 def _count_items(file: InputFile) -> int:
-    with reading(file.name):
-        return sum(1 for _ in json_items(unpacked(Headed(file.open())), file.name)[1])
+    with reading(file.name), closing(Headed(file.open())) as stream:
+        return sum(1 for _ in json_items(unpacked(stream), file.name)[1])
 
 
 def _count_rows(table: Table) -> int:

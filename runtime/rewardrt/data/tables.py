@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewardrt.bundle.spec import Spec
-from rewardrt.data.columns import pack_table, rows_of
+from rewardrt.data.columns import column_of, pack_table, rows_of
 from rewardrt.data.compression import import_pyarrow
 from rewardrt.data.files import Summary
 from rewardrt.data.lines import Line
@@ -99,7 +99,7 @@ class TableEncoder:
     def _table(self, kept: Sequence[_Kept]) -> Any:
         pa = import_pyarrow("columns")
         own = self._lists(kept) if self._grouped and not self._flat else self._rows(kept)
-        added = [_array(name, kind, [each.scores.get(name) for each in kept]) for name, kind in self._added.items()]
+        added = [column_of([each.scores.get(name) for each in kept], kind) for name, kind in self._added.items()]
         columns = [
             column.cast(field.type) if column.type != field.type else column
             for column, field in zip([*own, *added], self.schema, strict=True)
@@ -172,10 +172,3 @@ def score_types(
         named = pa.struct([(label, number) for label in labels])
         types["objectives"] = pa.list_(named) if several else named
     return types | {"error": pa.string()}
-
-
-def _array(name: str, kind: Any, values: list[Any]) -> Any:
-    pa = import_pyarrow("columns")
-    if pa.types.is_list(kind):  # of a file with rows of several shapes: one text is a list of one
-        values = [value if value is None or isinstance(value, list) else [value] for value in values]
-    return pa.array(values, kind)
