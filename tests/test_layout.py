@@ -25,7 +25,7 @@ ORDER = {
         text: template_limits chat_template items rendering taps tokens fields rows
         scoring: scored batching prefix runner pairwise answers
         reward_model
-        data: strict_json formats lines outputs compression arrays inputs columns readers selection files shards journal output_formats tables jobs pieces
+        data: strict_json formats lines outputs compression arrays inputs columns column_writers readers selection files shards journal output_formats tables jobs pieces
         ray
         checks: workers workload bench doctor verify
         server: options problem access address body turns isolation engine models schema call connection log metrics state vocabulary

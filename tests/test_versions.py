@@ -30,7 +30,10 @@ def as_numbers(version: str) -> tuple[int, ...]:
 
 
 RUNTIME = lowest(
-    [*PROJECT["dependencies"], *(line for name in ("cpu", "serve", "data") for line in PROJECT["optional-dependencies"][name])]
+    [
+        *PROJECT["dependencies"],
+        *(line for name in ("cpu", "serve", "data") for line in PROJECT["optional-dependencies"][name]),
+    ]
 )
 
 

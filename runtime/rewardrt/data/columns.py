@@ -1,17 +1,15 @@
-"""Files with columns: Parquet, and Arrow's file and stream formats, read in batches and written by pyarrow.
+"""Files with columns: Parquet, and Arrow's file and stream formats, read in batches by pyarrow.
 
-The only home of pyarrow beside `compression` and `inputs`, and imported where it is used: the extra `data`.
+pyarrow is the extra `data`, and imported where it is used.
 """
 
 from __future__ import annotations
 
 import datetime
 import decimal
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from rewardrt.data.compression import import_pyarrow, reading
@@ -21,7 +19,6 @@ from rewardrt.errors import RewardRTError
 
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 BATCH_ROWS = 512  # that are turned to objects at a time
-GROUP_ROWS, GROUP_BYTES = 131_072, 64 * 2**20  # of a row group, or record batch, that is written
 
 
 @dataclass(frozen=True)
@@ -188,109 +185,12 @@ def unpack_tables(stream: BinaryIO, size: int) -> Iterator[Any]:
         yield pa.ipc.open_stream(stream).read_all()
 
 
-def infer_schema(path: Path, known: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Return a schema that all rows of a JSONL file fit in, and the columns whose values are of no one type.
-
-    Those are columns of JSON in strings. `known` are types of columns that are not to be guessed, and come last.
-    """
-    pa = import_pyarrow("columns")
-    found: dict[str, Any] = {}
-    mixed: list[str] = []
-    for rows in _object_batches(path):
-        for name in {name: None for row in rows for name in row if name not in known}:
-            if name in mixed:
-                continue
-            try:
-                kind = pa.array([row.get(name) for row in rows]).type
-                schemas = [pa.schema([(name, each)]) for each in (found.get(name), kind) if each is not None]
-                found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
-            except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
-                mixed.append(name)
-                found[name] = pa.string()
-    found = {name: pa.string() if kind == pa.null() else kind for name, kind in found.items()}
-    return pa.schema(list((found | known).items())), mixed
-
-
-def read_objects(path: Path, schema: Any, mixed: Sequence[str]) -> Iterator[Any]:
-    """Yield the rows of a JSONL file as tables of a schema."""
-    pa = import_pyarrow("columns")
-    for rows in _object_batches(path):
-        arrays = []
-        for field in schema:
-            values = [row.get(field.name) for row in rows]
-            if field.name in mixed:
-                values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
-            arrays.append(column_of(values, field.type))
-        yield pa.Table.from_arrays(arrays, schema=schema)
-
-
 def column_of(values: list[Any], kind: Any) -> Any:
     """Return values as an array; of a file with rows of several shapes, one number is a list of one."""
     pa = import_pyarrow("columns")
     if pa.types.is_list(kind):
         values = [value if value is None or isinstance(value, list) else [value] for value in values]
     return pa.array(values, kind)
-
-
-def _object_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
-    rows: list[dict[str, Any]] = []
-    size = 0
-    with path.open("rb") as lines:
-        for line in lines:
-            rows.append(json.loads(line))
-            size += len(line)
-            if len(rows) >= 4096 or size > 2**23:
-                yield rows
-                rows, size = [], 0
-    if rows:
-        yield rows
-
-
-def write_parquet(tables: Iterator[Any], schema: Any, target: Path) -> None:
-    """Write tables of one schema as a Parquet file."""
-    import pyarrow.parquet as pq
-
-    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-        for table in _grouped(tables):
-            writer.write_table(table, row_group_size=len(table))
-
-
-def write_arrow(tables: Iterator[Any], schema: Any, target: Path) -> None:
-    """Write tables of one schema as an Arrow file."""
-    pa = import_pyarrow("columns")
-    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for table in _grouped(tables):
-            writer.write_table(table)
-
-
-def write_dataset(tables: Iterator[Any], schema: Any, target: Path) -> None:
-    """Write tables of one schema as a folder that `datasets.load_from_disk` reads."""
-    pa = import_pyarrow("columns")
-    name = "data-00000-of-00001.arrow"
-    target.mkdir()
-    with pa.OSFile(str(target / name), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for table in _grouped(tables):
-            writer.write_table(table)
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": name}], "_fingerprint": "rewardrt", "_format_columns": None,
-        "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
-    }  # fmt: skip
-    info = {"citation": "", "description": "", "features": None, "homepage": "", "license": ""}
-    (target / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    (target / "dataset_info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
-
-
-def _grouped(tables: Iterator[Any]) -> Iterator[Any]:
-    """Join tables to ones of some size: each becomes a row group, or record batches."""
-    pa = import_pyarrow("columns")
-    held: list[Any] = []
-    for table in tables:
-        held.append(table)
-        if sum(map(len, held)) >= GROUP_ROWS or sum(each.nbytes for each in held) >= GROUP_BYTES:
-            yield pa.concat_tables(held).combine_chunks()
-            held = []
-    if held:
-        yield pa.concat_tables(held).combine_chunks()
 
 
 def check_same(schema: Any, other: Any, name: str) -> None:

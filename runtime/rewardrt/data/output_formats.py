@@ -14,14 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewardrt.data.columns import (
-    infer_schema,
-    read_objects,
-    unpack_tables,
-    write_arrow,
-    write_dataset,
-    write_parquet,
-)
+from rewardrt.data.column_writers import infer_schema, read_objects, write_arrow, write_dataset, write_parquet
+from rewardrt.data.columns import unpack_tables
 from rewardrt.data.compression import pack_gzip, pack_zstd
 from rewardrt.data.outputs import refuse
 from rewardrt.errors import RewardRTError

@@ -1,0 +1,110 @@
+"""Tables of pyarrow to files: Parquet, Arrow, a folder of `datasets`; and tables of lines of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rewardrt.data.columns import column_of
+from rewardrt.data.compression import import_pyarrow
+
+GROUP_ROWS, GROUP_BYTES = 131_072, 64 * 2**20  # of a row group, or record batch, that is written
+
+
+def infer_schema(path: Path, known: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Return a schema that all rows of a JSONL file fit in, and the columns whose values are of no one type.
+
+    Those are columns of JSON in strings. `known` are types of columns that are not to be guessed, and come last.
+    """
+    pa = import_pyarrow("columns")
+    found: dict[str, Any] = {}
+    mixed: list[str] = []
+    for rows in _object_batches(path):
+        for name in {name: None for row in rows for name in row if name not in known}:
+            if name in mixed:
+                continue
+            try:
+                kind = pa.array([row.get(name) for row in rows]).type
+                schemas = [pa.schema([(name, each)]) for each in (found.get(name), kind) if each is not None]
+                found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
+            except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+                mixed.append(name)
+                found[name] = pa.string()
+    found = {name: pa.string() if kind == pa.null() else kind for name, kind in found.items()}
+    return pa.schema(list((found | known).items())), mixed
+
+
+def read_objects(path: Path, schema: Any, mixed: Sequence[str]) -> Iterator[Any]:
+    """Yield the rows of a JSONL file as tables of a schema."""
+    pa = import_pyarrow("columns")
+    for rows in _object_batches(path):
+        arrays = []
+        for field in schema:
+            values = [row.get(field.name) for row in rows]
+            if field.name in mixed:
+                values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+            arrays.append(column_of(values, field.type))
+        yield pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _object_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    size = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            rows.append(json.loads(line))
+            size += len(line)
+            if len(rows) >= 4096 or size > 2**23:
+                yield rows
+                rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def write_parquet(tables: Iterator[Any], schema: Any, target: Path) -> None:
+    """Write tables of one schema as a Parquet file."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+        for table in _grouped(tables):
+            writer.write_table(table, row_group_size=len(table))
+
+
+def write_arrow(tables: Iterator[Any], schema: Any, target: Path) -> None:
+    """Write tables of one schema as an Arrow file."""
+    pa = import_pyarrow("columns")
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for table in _grouped(tables):
+            writer.write_table(table)
+
+
+def write_dataset(tables: Iterator[Any], schema: Any, target: Path) -> None:
+    """Write tables of one schema as a folder that `datasets.load_from_disk` reads."""
+    pa = import_pyarrow("columns")
+    name = "data-00000-of-00001.arrow"
+    target.mkdir()
+    with pa.OSFile(str(target / name), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for table in _grouped(tables):
+            writer.write_table(table)
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name}], "_fingerprint": "rewardrt", "_format_columns": None,
+        "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
+    }  # fmt: skip
+    info = {"citation": "", "description": "", "features": None, "homepage": "", "license": ""}
+    (target / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    (target / "dataset_info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
+
+
+def _grouped(tables: Iterator[Any]) -> Iterator[Any]:
+    """Join tables to ones of some size: each becomes a row group, or record batches."""
+    pa = import_pyarrow("columns")
+    held: list[Any] = []
+    for table in tables:
+        held.append(table)
+        if sum(map(len, held)) >= GROUP_ROWS or sum(each.nbytes for each in held) >= GROUP_BYTES:
+            yield pa.concat_tables(held).combine_chunks()
+            held = []
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
