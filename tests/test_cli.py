@@ -142,7 +142,7 @@ def test_inspect_shows_the_spec_and_the_certificate(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give either an input file (or - for standard input) or --prompt with --response"),
+        ((), "give either input files (or - for standard input) or --prompt with --response"),
         (("--prompt", "a"), "--prompt needs at least one --response"),
         (("in.jsonl", "--response", "a"), "--response goes with --prompt"),
         (("-", "--table", "--json"), "--table prints a file's rows for people"),

@@ -26,6 +26,7 @@ from rewardrt.data.inputs import find_inputs
 from rewardrt.data.jobs import Job, JobOptions
 from rewardrt.data.journal import unfinished
 from rewardrt.data.readers import RowReader
+from rewardrt.data.selection import Selection
 from rewardrt.data.shards import piece_bounds, shard_bounds
 from rewardrt.errors import RewardRTError
 
@@ -242,6 +243,9 @@ def test_names_of_columns_are_those_of_the_input_again(model: RewardModel, plain
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.schema.names == ["id", "question", "answer", "reward", "tokens", "truncated", "error"]
     assert np.array_equal(table["reward"].to_numpy(), np.array(rewards, np.float32))
+    reader = RowReader(find_inputs([str(tmp_path / "in.parquet")]))
+    assert shard_bounds(reader, 1, 7, JobOptions(columns=columns).prompt_field) == (0, 216)  # 214 is within a prompt
+    assert shard_bounds(reader, 1, 7, JobOptions(selection=Selection(group_by="id")).prompt_field) == (0, 214)
     with pytest.raises(RewardRTError, match=r"has no column 'query', but id, question, answer$"):
         score(model, [tmp_path / "in.parquet"], tmp_path / "none", columns={"prompt": "query"})
 
@@ -324,6 +328,7 @@ WRONG = {
     "standard input and more": (["-", "{}/rows.jsonl"], "- is standard input, and is given alone"),
     "the splits of a data set": (["{}/dict"], "dict: has the splits train, test; name one of them, as "),
     "numbers for texts": (["{}/b.parquet"], "none of the first 100 rows can be scored, and the rest was not tried; the first: text: expected a string, found int"),
+    "a folder as output": (["{}/rows.jsonl", "-o", "{}/empty"], "empty: is a folder that is there; name a file, or "),
     "no such scheme": (["nope://bucket/rows"], "nope://bucket/rows: cannot be opened (Unrecognized filesystem type"),
 }  # fmt: skip
 

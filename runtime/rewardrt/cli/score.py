@@ -189,7 +189,7 @@ def score(
     selection = Selection(best, top, min_margin, names.get(group_by, group_by) if group_by is not None else None)
     options = JobOptions(normalize, aggregate, labels, instruction, selection, columns)
     if shard is not None:
-        options = replace(options, rows=shard_bounds(reader, *read_shard(shard), group_by))
+        options = replace(options, rows=shard_bounds(reader, *read_shard(shard), options.prompt_field))
     job, format_name = Job(model, reader, options), format_name or format_of((output or "").rstrip("/"))
     in_folder = output is not None and (is_uri(output) or output.endswith("/"))
     if ray_address is not None or in_folder:

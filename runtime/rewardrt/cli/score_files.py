@@ -23,6 +23,7 @@ from rewardrt.data.outputs import open_output
 from rewardrt.data.pieces import Piece, PieceScorer, PiecesJob, PieceWork, join
 from rewardrt.errors import RewardRTError
 from rewardrt.reward_model import RewardModel
+from rewardrt.scoring.prefix import Statistics
 
 
 def score_files(job: Job, output: str | None, format_name: str, *, resume: bool, table: bool) -> None:
@@ -30,6 +31,8 @@ def score_files(job: Job, output: str | None, format_name: str, *, resume: bool,
     target = Path(output).resolve() if output not in (None, STANDARD_INPUT) else None
     model = job.model
     said: list[str] = []
+    if target is not None and target.is_dir():
+        raise RewardRTError(f"{output}: is a folder that is there; name a file, or {output}/ for a folder of parts")
     if target is not None and (target.is_file() or not target.exists()):
         identity = job.identity(format_name)
         with unfinished(target, identity, resume=resume) as part:
@@ -71,7 +74,12 @@ def score_pieces(
         work = replace(work, folder=str(target))
     pieces = PiecesJob(work, job, resume=resume)
     total = max(1, pieces.rows)
-    progress = Progress(lambda: pieces.summary.read / total, lambda: job.model.statistics, pieces.summary.read)
+    progress = Progress(
+        lambda: pieces.summary.read / total,
+        # On Ray other processes know what prefixes saved.
+        lambda: job.model.statistics if ray_address is None else Statistics(*[pieces.summary.tokens] * 2),
+        pieces.summary.read,
+    )
     if ray_address is not None:
         from rewardrt import ray as on_ray
 

@@ -45,6 +45,13 @@ class JobOptions:
     columns: dict[str, str] = field(default_factory=dict)
     rows: tuple[int, int | None] = (0, None)
 
+    @property
+    def prompt_field(self) -> str:
+        """The input's field that rows of one prompt have in common; "" where it is called as in the row contract."""
+        if self.selection.group_by is not None:
+            return self.columns.get(self.selection.group_by, self.selection.group_by)
+        return self.columns.get("prompt", "")
+
 
 class Job:
     """The rows of a reader, scored by a model under options."""

@@ -210,7 +210,7 @@ class PiecesJob:
             raise RewardRTError(f"{work.folder}: is a folder with other files in it; name another")
         else:
             self._put(JOB, json.dumps(identity))
-        bounds = piece_bounds(job.reader, rows, job.options.selection.group_by)
+        bounds = piece_bounds(job.reader, rows, job.options.prompt_field)
         self.pieces = [Piece(index, start, stop) for index, (start, stop) in enumerate(bounds)]
         self.rows = bounds[-1][1] if bounds else 0
         self.left = []

@@ -11,7 +11,7 @@ from rewardrt.data.readers import Rows
 from rewardrt.errors import RewardRTError
 
 
-def shard_bounds(reader: Rows, shard: int, shards: int, group_by: str | None = None) -> tuple[int, int]:
+def shard_bounds(reader: Rows, shard: int, shards: int, group_by: str = "") -> tuple[int, int]:
     """Return the first row of the `shard`-th of `shards` parts, from 1, and the row after its last.
 
     Each of the parts has about as many rows as the others; together they are all rows, in their order.
@@ -20,7 +20,7 @@ def shard_bounds(reader: Rows, shard: int, shards: int, group_by: str | None = N
     return tuple(_cut(reader, part, shards, total, group_by) for part in (shard - 1, shard))  # type: ignore[return-value]
 
 
-def piece_bounds(reader: Rows, rows: int, group_by: str | None = None) -> list[tuple[int, int]]:
+def piece_bounds(reader: Rows, rows: int, group_by: str = "") -> list[tuple[int, int]]:
     """Return the bounds of pieces of at least so many rows each, but for the last; the rows are read once for it."""
     cuts, row, before = [0], 0, None
     for line in reader.lines():
@@ -41,7 +41,7 @@ def read_shard(text: str) -> tuple[int, int]:
     raise RewardRTError(f"--shard {text}: expected i/n, as 1/8, 2/8 ... 8/8")
 
 
-def _cut(reader: Rows, part: int, parts: int, total: int, group_by: str | None) -> int:
+def _cut(reader: Rows, part: int, parts: int, total: int, group_by: str) -> int:
     """Return the row where a part begins: the first of a prompt."""
     row = part * total // parts
     if row in (0, total):
@@ -55,10 +55,13 @@ def _cut(reader: Rows, part: int, parts: int, total: int, group_by: str | None) 
     return row
 
 
-def prompt_of(line: Line, group_by: str | None) -> str | None:
-    """Return what rows of one prompt have in common, None for a row that is alone."""
+def prompt_of(line: Line, group_by: str) -> str | None:
+    """Return what rows of one prompt have in common, None for a row that is alone.
+
+    That is the field `group_by`, or without one the prompt, or the messages before the answer.
+    """
     row = line.fields
-    value: Any = row.get(group_by) if group_by is not None else row.get("prompt") or row.get("messages")
-    if group_by is None and isinstance(value, list) and value and isinstance(value[-1], dict):
+    value: Any = row.get(group_by) if group_by else row.get("prompt") or row.get("messages")
+    if not group_by and isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[:-1] if value[-1].get("role") == "assistant" else value
     return None if value is None else json.dumps(value, default=str, sort_keys=True)
