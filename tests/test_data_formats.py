@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -368,3 +369,14 @@ def test_a_line_of_20_megabytes_is_that_rows_error(model: RewardModel, tmp_path:
     error = json.loads((tmp_path / "out").read_bytes().splitlines()[1])["error"]
     assert error.startswith("the text is of 20000")
     assert error.endswith("expected at most 4194304 bytes: shorten it")
+
+
+def test_rows_of_a_pipe_are_read_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    monkeypatch.setattr("rewardrt.data.inputs._open_standard_input", lambda: open(reading, "rb"))  # noqa: SIM115
+    lines = RowReader(find_inputs(["-"])).lines() if os.write(writing, b'{"text": "a"}\n') else iter(())
+    for text in "abc":
+        assert next(lines).row == {"text": text}  # and nothing after it is there yet
+        os.write(writing, json.dumps({"text": chr(ord(text) + 1)}).encode() + b"\n")
+    os.close(writing)
+    assert [line.row for line in lines] == [{"text": "d"}]

@@ -20,8 +20,9 @@ class Headed(io.RawIOBase):
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._read = getattr(stream, "read1", stream.read)  # what is there already, of a pipe
         head = b""
-        while len(head) < _HEAD_BYTES and (more := stream.read(_HEAD_BYTES - len(head))):
+        while len(head) < _HEAD_BYTES and (more := self._read(_HEAD_BYTES - len(head))):
             head += more
             if head.endswith(b"\n"):  # a terminal, or a pipe: the next line may be long in coming
                 break
@@ -35,7 +36,7 @@ class Headed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, first with the bytes that were looked at."""
-        data = self._left[: len(buffer)] or self._stream.read(len(buffer))
+        data = self._left[: len(buffer)] or self._read(len(buffer))
         self._left = self._left[len(buffer) :]
         buffer[: len(data)] = data
         self.count += len(data)
