@@ -288,28 +288,55 @@ def test_a_log_gets_a_line_every_half_minute_and_rows_stay_clean(
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     given = [Statistics(10, 10)]
-    progress = Progress(lambda: 0.25, lambda: given[0])
-    progress(Summary(rows=1200, read=1200, failed=3))
+    progress = Progress(lambda rows: rows / 4800, lambda: given[0])
     given[0] = Statistics(60_010, 30_010)
+    progress(Summary(rows=1200, read=1200, failed=3, tokens=60_000))
     for _ in range(100):
         now[0] += 1
         progress.tick()
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 3
-    assert err.splitlines()[0] == "25%, 1,200 rows, 2,000 tokens/s, 3 errors, 50% of tokens reused, 2 min left"
+    assert err.splitlines()[0] == "25%, 2 min left, 1,200 rows, 2,000 tokens/s, 3 errors, 50% of tokens reused"
+
+
+def test_what_is_left_of_a_window_is_told_by_its_tokens() -> None:
+    given = [Statistics()]
+    progress = Progress(lambda rows: rows / 1000, lambda: given[0])
+    given[0] = Statistics(1000, 1000)
+    progress(Summary(rows=100, read=100, tokens=1000))
+    assert progress._now()[0] == 0.1
+    given[0] = Statistics(3000, 3000)  # of the next window, whose rows are not counted yet
+    assert progress._now()[0] == 0.3
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_the_share_is_of_the_rows_that_are_done_and_not_of_those_read_ahead(
+    model: RewardModel, few: Path, name: str, tmp_path: Path
+) -> None:
+    path = few
+    if name == "rows.parquet":
+        score(model, few, tmp_path / name, "parquet")
+        path = tmp_path / name
+    reader = RowReader(find_inputs([str(path)]))
+    assert len(list(reader.lines())) == 700
+    for rows in (0, 100, 350, 699):
+        assert abs(reader.share(rows) - rows / 700) < 0.12
+    again = RowReader(find_inputs([str(path)]))
+    assert len(list(again.lines(350))) == 350
+    assert 0.4 < again.share(450) < 0.75
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = Progress(lambda: 0.5, lambda: Statistics(100, 100))
+    progress = Progress(lambda rows: 0.5 if rows else 0.0, lambda: Statistics(100, 100))
     progress(Summary(rows=12, read=12))
     progress.tick()
     progress.finish()
     out, err = capsys.readouterr()
     assert out == ""
     assert "50%" in err
-    assert "12 rows, 0 tokens/s" in err
+    assert "left, 12 rows, 0 tokens/s" in err
 
 
 def test_resume_without_a_file_is_one_line() -> None:

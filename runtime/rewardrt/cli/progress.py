@@ -22,40 +22,43 @@ BAR_SECONDS = 0.2
 class Progress:
     """Rows, share, speed, time left, errors and what prefixes saved, of the rows that a `Summary` counts."""
 
-    def __init__(self, share: Callable[[], float], statistics: Callable[[], Statistics], before: int = 0) -> None:
-        """Take what tells the share that was read, from 0 to 1, and the tokens; `before` rows were scored earlier."""
+    def __init__(
+        self, share: Callable[[float], float], statistics: Callable[[], Statistics], before: Summary | None = None
+    ) -> None:
+        """Take what tells the share, from 0 to 1, that so many rows are, and the tokens so far.
+
+        `before` is of the rows that were scored in an earlier run.
+        """
         self._share, self._statistics = share, statistics
-        self._first = statistics()
+        self._first = self._last = statistics()
         self._start = self._said = time.monotonic()
-        self._from: float | None = 0.0 if not before else None  # the share that was read before
-        self.summary = Summary(rows=before, read=before)
+        self.summary = before or Summary()
+        self._rows_before = self.summary.read
         self._bar: Any = None
         if sys.stderr.isatty():
             with suppress(ImportError):
                 from tqdm import tqdm
 
-                layout = "{percentage:3.0f}% |{bar}| {desc} [{elapsed}<{remaining}]"
+                layout = "{percentage:3.0f}% |{bar:20}| {desc}"
                 self._bar = tqdm(total=100.0, bar_format=layout, file=sys.stderr, leave=False, mininterval=BAR_SECONDS)
 
     def __call__(self, summary: Summary) -> None:
         """Take what was done so far."""
         self.summary = summary
-        if self._from is None:
-            self._from = self._share()
+        self._last = self._statistics()
 
     def tick(self) -> None:
         """Show it, if it is time to."""
         if self._bar is not None:
             with suppress(OSError, ValueError):  # scoring goes on without a terminal
-                self._bar.set_description_str(self._words(), refresh=False)
-                self._bar.update(100.0 * self._share() - self._bar.n)
+                share, words = self._now()
+                self._bar.set_description_str(words, refresh=False)
+                self._bar.n = min(100.0, 100.0 * share)
                 self._bar.refresh()
         elif time.monotonic() - self._said >= LOG_SECONDS:
             self._said = time.monotonic()
-            share = self._share()
-            done = share - self._from if self._from is not None else 0.0
-            left = f", {_duration(self.seconds * (1 - share) / done)} left" if done > 0.01 else ""
-            toplevel.say(f"{share:.0%}, {self._words()}{left}")
+            share, words = self._now()
+            toplevel.say(f"{share:.0%}, {words}")
 
     @property
     def seconds(self) -> float:
@@ -69,15 +72,25 @@ class Progress:
                 self._bar.close()
         return self.seconds
 
-    def _words(self) -> str:
+    def _now(self) -> tuple[float, str]:
+        """Return the share of the rows that is done, and all else in words.
+
+        Rows are counted when a window of them is done; how much of the next one is, the tokens tell.
+        """
         now = self._statistics()
         given, computed = now.given - self._first.given, now.computed - self._first.computed
+        rows = float(self.summary.read)
+        if self.summary.tokens:
+            rows += (now.given - self._last.given) * self.summary.read / self.summary.tokens
+        share, before = self._share(rows), self._share(self._rows_before)
         words = [f"{self.summary.read:,} rows", f"{given / max(self.seconds, 1e-9):,.0f} tokens/s"]
+        if share - before > 0.001:
+            words.insert(0, f"{_duration(self.seconds * (1 - share) / (share - before))} left")
         if self.summary.failed:
             words.append(f"{self.summary.failed:,} errors")
         if given > computed:
             words.append(f"{1 - computed / given:.0%} of tokens reused")
-        return ", ".join(words)
+        return share, ", ".join(words)
 
 
 def _duration(seconds: float) -> str:

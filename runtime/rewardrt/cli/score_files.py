@@ -38,7 +38,7 @@ def score_files(job: Job, output: str | None, format_name: str, *, resume: bool,
         with unfinished(target, identity, resume=resume) as part:
             if part.summary.read:
                 toplevel.say(f"{part.part}: going on after {part.summary.read} rows")
-            progress = Progress(lambda: job.reader.share, lambda: model.statistics, part.summary.read)
+            progress = Progress(job.reader.share, lambda: model.statistics, part.summary)
             try:
                 summary, said = interruptible(lambda: job.write(part, format_name, progress=progress), progress.tick)
             except KeyboardInterrupt as end:
@@ -52,7 +52,7 @@ def score_files(job: Job, output: str | None, format_name: str, *, resume: bool,
     else:
         if resume:
             raise RewardRTError("--resume goes with --output FILE: nothing else is kept when a run is interrupted")
-        progress = Progress(lambda: job.reader.share, lambda: model.statistics)
+        progress = Progress(job.reader.share, lambda: model.statistics)
         summary = _stream(job, output, format_name, table, progress)
     _end(model, summary, progress, said)
 
@@ -75,10 +75,10 @@ def score_pieces(
     pieces = PiecesJob(work, job, resume=resume)
     total = max(1, pieces.rows)
     progress = Progress(
-        lambda: pieces.summary.read / total,
+        lambda rows: min(1.0, rows / total),
         # On Ray other processes know what prefixes saved.
         lambda: job.model.statistics if ray_address is None else Statistics(*[pieces.summary.tokens] * 2),
-        pieces.summary.read,
+        pieces.summary,
     )
     if ray_address is not None:
         from rewardrt import ray as on_ray

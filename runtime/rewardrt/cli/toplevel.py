@@ -64,7 +64,7 @@ _REASONS = {
 def run(command: click.Command) -> NoReturn:
     """Run a command line in this process, and exit."""
     _prepare_streams()
-    before = set(threading.enumerate())
+    before, had_pyarrow = set(threading.enumerate()), "pyarrow" in sys.modules
     status = 0
     try:
         status = _invoke(command)
@@ -72,17 +72,19 @@ def run(command: click.Command) -> NoReturn:
     except BaseException as error:  # nothing may get past this rule, a panic of a library's own base class neither
         status = _end(error)
     _discard_unwritten()
-    _leave(status, set(threading.enumerate()) - before)
+    ours = {each.name for each in set(threading.enumerate()) - before if each.daemon}
+    # pyarrow's own threads abort the process too, if an error stopped it while it read.
+    at_once = any(name.startswith(OUR_THREADS) for name in ours) or ("pyarrow" in sys.modules and not had_pyarrow)
+    _leave(status, at_once=at_once)
 
 
-def _leave(status: int, threads: set[threading.Thread]) -> NoReturn:
-    """Exit, without Python's own end of daemon threads while some of ours are among `threads`.
+def _leave(status: int, *, at_once: bool) -> NoReturn:
+    """Exit; `at_once` without Python's own end of daemon threads, while some of ours or of a library's may be there.
 
     Until Python 3.14 it unwinds the stack of a thread that comes back from a library's code, and C++ code there aborts
     the whole process instead. Such a thread reads ahead of an output that failed, or computes for a server that ends.
     """
-    # pyarrow's own threads abort the process, too, if it was stopped by an error while it reads.
-    if "pyarrow" in sys.modules or any(each.daemon and each.name.startswith(OUR_THREADS) for each in threads):
+    if at_once:
         atexit._run_exitfuncs()
         _discard_unwritten()
         os._exit(status)

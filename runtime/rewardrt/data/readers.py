@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import bisect
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -19,11 +20,13 @@ from typing import Any, Protocol
 
 from rewardrt.data.arrays import array_items
 from rewardrt.data.columns import Table, check_same, is_table, open_table, table_lines
-from rewardrt.data.compression import Headed, reading, unpacked
+from rewardrt.data.compression import GZIP, ZSTD, Headed, reading, unpacked
 from rewardrt.data.formats import HEAD_BYTES, begins_array, jsonl_lines
 from rewardrt.data.inputs import InputFile, find_inputs
 from rewardrt.data.lines import Line, read_line
 from rewardrt.errors import RewardRTError
+
+_MARK_ROWS = 64  # between two places whose share is known
 
 
 class Rows(Protocol):
@@ -31,7 +34,6 @@ class Rows(Protocol):
 
     files: Sequence[InputFile]
     schema: Any
-    share: float
 
     def lines(self, skip: int = 0) -> Iterator[Line]:
         """Yield the rows after the first `skip`."""
@@ -39,13 +41,16 @@ class Rows(Protocol):
     def count(self) -> int:
         """Return how many rows there are."""
 
+    def share(self, rows: float) -> float:
+        """Return which share of all, from 0 to 1, the first so many rows are, of those that were read."""
+
 
 class InMemory:
     """A table that is read already."""
 
     def __init__(self, table: Table) -> None:
         self.files: Sequence[InputFile] = (InputFile("the table", io.BytesIO, 0, ""),)
-        self.schema, self.share, self._table = table.schema, 0.0, table
+        self.schema, self._table = table.schema, table
 
     def lines(self, skip: int = 0) -> Iterator[Line]:
         """Yield the rows after the first `skip`."""
@@ -54,6 +59,10 @@ class InMemory:
     def count(self) -> int:
         """Return how many rows there are."""
         return self._table.rows or 0
+
+    def share(self, rows: float) -> float:
+        """Return which share of all the first so many rows are."""
+        return min(1.0, rows / max(1, self.count()))
 
 
 class RowReader:
@@ -64,7 +73,7 @@ class RowReader:
         self.files = files
         self.schema: Any = None  # pyarrow's, of files with columns
         self.rows: int | None = None  # of all files, where their formats say it
-        self.share = 0.0  # of the files that was read, by their sizes
+        self._marks: list[tuple[int, float]] = []  # after so many rows, the share of the files by their sizes
         self._standard_input: Headed | None = None
         if files[0].size is None:  # it is opened once
             self._standard_input = Headed(files[0].open())
@@ -85,7 +94,8 @@ class RowReader:
 
         Raises RewardRTError where a file cannot be read on.
         """
-        done, whole = 0, sum(file.size or 0 for file in self.files)
+        row, done, whole = skip, 0, sum(file.size or 0 for file in self.files)
+        self._marks = []
         for file, table in zip(self.files, self._tables, strict=True):
             rows = table.rows if table is not None else None
             if table is not None and rows is None and skip:
@@ -102,8 +112,10 @@ class RowReader:
                         at.number = line.number
                         if stream is not None and line.number <= skip:
                             continue
-                        size = stream.count if stream is not None else (file.size or 0) * line.number / (rows or 1)
-                        self.share = min(1.0, (done + size) / whole) if whole else 0.0
+                        row += 1
+                        if row % _MARK_ROWS == 0:
+                            size = at.bytes if stream is not None else (file.size or 0) * line.number / (rows or 1)
+                            self._marks.append((row, min(1.0, (done + size) / whole) if whole else 0.0))
                         yield line
                 skip = max(0, skip - at.number) if stream is not None else 0
             done += file.size or 0
@@ -116,6 +128,11 @@ class RowReader:
             _count_items(file) if table is None else _count_rows(table)
             for file, table in zip(self.files, self._tables, strict=True)
         )
+
+    def share(self, rows: float) -> float:
+        """Return which share of all, from 0 to 1, the first so many rows are, of those that were read."""
+        after = bisect.bisect(self._marks, (int(rows), 2.0))
+        return self._marks[after - 1][1] if after else 0.0
 
     def _table(self, file: InputFile) -> Table | None:
         if self._standard_input is not None:
@@ -140,6 +157,7 @@ class _Place:
 
     word: str
     number: int = 0
+    bytes: int = 0  # as they are stored
 
     def say(self) -> str:
         return f" after {self.word} {self.number}" if self.number else ""
@@ -148,7 +166,9 @@ class _Place:
 def _json_lines(stream: Headed | None, name: str, at: _Place) -> Iterator[Line]:
     assert stream is not None
     at.word, items = json_items(unpacked(stream), name)
+    packed = stream.head.startswith((GZIP, ZSTD))
     for number, data in enumerate(items, 1):
+        at.bytes = stream.count if packed else at.bytes + len(data) + (at.word == "item")
         yield read_line(number, data, at.word)
 
 
