@@ -11,6 +11,7 @@ Rows of one prompt that are in one batch share what is computed of it. Needs the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,11 +94,39 @@ def start(address: str | None) -> Any:
     logging.disable(logging.WARNING)  # of this command: Ray Data tells of each step, whatever its logger's level
     try:
         if not ray.is_initialized():
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            with _asking_nobody(starts=address is None) as environment:
+                ray.init(
+                    address=address,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    runtime_env={"env_vars": environment} if environment else None,
+                )
         ray.data.DataContext.get_current().enable_progress_bars = False
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise RewardRTError(f"--ray {address or ''}: {' '.join(str(error).split())[:200]}") from error
     return ray
+
+
+@contextlib.contextmanager
+def _asking_nobody(*, starts: bool) -> Iterator[dict[str, str]]:
+    """Keep a Ray that is started here from asking three clouds' metadata services where it is, for its reports of use.
+
+    It asks even where reports are off. It goes by the variable `http_proxy`, which leads nowhere meanwhile; what is
+    given are the variables that actors are to have instead.
+    """
+    before = os.environ.get("http_proxy")
+    if not starts:
+        yield {}
+        return
+    os.environ["http_proxy"] = "http://127.0.0.1:9"  # nobody listens there
+    try:
+        yield {"http_proxy": before or ""}
+    finally:
+        if before is None:
+            del os.environ["http_proxy"]
+        else:
+            os.environ["http_proxy"] = before
 
 
 def score_pieces(
