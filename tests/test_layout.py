@@ -69,6 +69,7 @@ HOMES = {
     "prometheus_client": "rewardrt.server.metrics",
     "pyarrow": "rewardrt.data",
     "tqdm": "rewardrt.cli.progress",
+    "ray": "rewardrt.ray",
 }
 
 
