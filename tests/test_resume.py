@@ -136,6 +136,30 @@ def test_at_most_one_window_is_computed_twice(model: RewardModel, few: Path, tmp
 
 
 @pytest.mark.usefixtures("windows_of_200")
+@pytest.mark.parametrize("twice", [False, True])
+def test_groups_go_on_too(model: RewardModel, twice: bool, tmp_path: Path) -> None:
+    rows = [
+        {"pid": index // 4, "prompt": f"q{index // 4}", "response": "yes no maybe "[: index % 13]}
+        for index in range(2400)
+    ]
+    if twice:
+        rows.append(rows[0])
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    options = JobOptions(selection=Selection(best=True, group_by="pid"))
+    with pytest.raises(Ended):
+        score(model, source, tmp_path / "out", "jsonl", windows=2, options=options)
+    if twice:
+        with pytest.raises(RewardRTError, match="row 2401: pid 0 comes again after other rows"):
+            score(model, source, tmp_path / "out", "jsonl", resume=True, options=options)
+        return
+    score(model, source, tmp_path / "out", "jsonl", resume=True, options=options)
+    score(model, source, tmp_path / "whole", "jsonl", options=options)
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert (tmp_path / "out").read_bytes().count(b"\n") == 600
+
+
+@pytest.mark.usefixtures("windows_of_200")
 def test_what_was_changed_is_not_gone_on_with(model: RewardModel, few: Path, tmp_path: Path) -> None:
     mine = tmp_path / "rows.jsonl"
     mine.write_bytes(few.read_bytes())

@@ -71,7 +71,7 @@ class Job:
 
     def identity(self, format_name: str) -> dict[str, Any]:
         """Return what has to be the same for an output to be gone on with."""
-        options = asdict(replace(self.options, rows=(self.options.rows[0], self.options.rows[1])))
+        options = asdict(self.options)
         return {
             "bundle": hashlib.sha256((self.model.bundle.path / MANIFEST).read_bytes()).hexdigest(),
             "precision": self.model.precision,
@@ -117,13 +117,15 @@ class Job:
         """Score the rows, after those that a `summary` says were read, and write each."""
         start, stop = self.options.rows
         done = summary.read if summary is not None else 0
-        lines = self.reader.lines(start + done)
+        grouped = self.options.selection.group_by is not None
+        passed = 0 if grouped else done  # groups are read again: one of them may come a second time
+        lines = self.reader.lines(start + passed)
         if stop is not None:
-            lines = itertools.islice(lines, stop - start - done)
+            lines = itertools.islice(lines, stop - start - passed)
         if self.options.columns:
             lines = renamed(lines, self.options.columns)
-        if self.options.selection.group_by is not None:
-            lines = grouped_lines(lines, self.options.selection)
+        if grouped:
+            lines = _after(grouped_lines(lines, self.options.selection), done)
         return score_file(
             self.model.answers.prepare,
             partial(self.model.score_prepared, normalize=self.options.normalize, aggregate=self.options.aggregate),
@@ -182,6 +184,14 @@ class _Packed:
     ) -> list[bytes]:
         data = b"".join(self._lines(lines, results, summary))
         return [self._pack(data)] if data else []
+
+
+def _after(groups: Iterator[Line], rows: int) -> Iterator[Line]:
+    """Pass over the groups of the first so many rows."""
+    for group in groups:
+        if rows <= 0:
+            yield group
+        rows -= max(1, len(group.members))
 
 
 def renamed(lines: Iterator[Line], columns: dict[str, str]) -> Iterator[Line]:

@@ -72,7 +72,6 @@ class RowReader:
         """Look at how the files begin. Raises RewardRTError."""
         self.files = files
         self.schema: Any = None  # pyarrow's, of files with columns
-        self.rows: int | None = None  # of all files, where their formats say it
         self._marks: list[tuple[int, float]] = []  # after so many rows, the share of the files by their sizes
         self._standard_input: Headed | None = None
         if files[0].size is None:  # it is opened once
@@ -86,8 +85,6 @@ class RowReader:
                     raise RewardRTError(f"{file.name}: has no columns, as other files have; score it by itself")
                 self.schema = table.schema if self.schema is None else self.schema
                 check_same(self.schema, table.schema, file.name)
-            counts = [table.rows for table in self._tables if table is not None]
-            self.rows = sum(count or 0 for count in counts) if None not in counts else None
 
     def lines(self, skip: int = 0) -> Iterator[Line]:
         """Yield the rows after the first `skip` of all files.
