@@ -30,6 +30,7 @@ from rewardrt.data.readers import RowReader
 from rewardrt.data.selection import Selection
 from rewardrt.data.shards import piece_bounds, shard_bounds
 from rewardrt.errors import RewardRTError
+from rewardrt.ray import Scorer
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
 ROWS: list[dict[str, Any]] = [
@@ -213,6 +214,31 @@ def test_a_column_of_mixed_types_is_json_in_strings(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "out.parquet")["x"].to_pylist() == ["1", '{"y": [2]}', None]
 
 
+def test_values_that_parquet_has_no_type_for_are_json_in_strings(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "x": {}, "y": {"z": [{}]}, "n": 10**30, "e": [], "m": None},
+        {"text": "b", "x": {}, "y": {"z": []}, "n": 1, "e": [], "m": None},
+    ]
+    (tmp_path / "in.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    done = run("score", BUNDLE, tmp_path / "in.jsonl", "-o", tmp_path / "out.parquet")
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["x"].to_pylist() == ["{}", "{}"]
+    assert table["y"].to_pylist() == ['{"z": [{}]}', '{"z": []}']
+    assert table["n"].to_pylist() == ["1000000000000000000000000000000", "1"]
+    assert table["e"].to_pylist() == [[], []]
+    assert table["m"].to_pylist() == [None, None]
+
+
+def test_empty_parts_of_a_folder_are_left_out(model: RewardModel, plain: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(b"")
+    (folder / "b.jsonl").write_bytes(LINES)
+    assert score(model, [folder], tmp_path / "out").rows == 1500
+    assert (tmp_path / "out").read_bytes() == plain
+
+
 def test_files_folders_and_globs_are_read_one_after_the_other(model: RewardModel, plain: bytes, tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
@@ -380,3 +406,19 @@ def test_rows_of_a_pipe_are_read_as_they_come(monkeypatch: pytest.MonkeyPatch) -
         os.write(writing, json.dumps({"text": chr(ord(text) + 1)}).encode() + b"\n")
     os.close(writing)
     assert [line.row for line in lines] == [{"text": "d"}]
+
+
+@pytest.mark.parametrize("kind", ["table", "columns"])
+def test_the_class_for_pipelines_gives_tables_with_float32_rewards(plain: bytes, kind: str) -> None:
+    """As Ray calls it; `ray_tests` has a real one."""
+    table = pa.Table.from_pylist(ROWS[:200])
+    scorer = Scorer(BUNDLE, provider="cpu")
+    given = (
+        table if kind == "table" else {name: table[name].to_numpy(zero_copy_only=False) for name in table.schema.names}
+    )
+    out = scorer(given)
+    expected = [json.loads(line)["reward"] for line in plain.splitlines()[:200]]
+    assert np.array_equal(out["reward"].to_numpy(), np.array(expected, np.float32))
+    assert out.schema.names == [*ROWS[0], "reward", "tokens", "truncated", "error"]
+    assert scorer(table.slice(0, 0)).num_rows == 0
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"

@@ -29,6 +29,8 @@ def infer_schema(path: Path, known: dict[str, Any]) -> tuple[Any, list[str]]:
                 kind = pa.array([row.get(name) for row in rows]).type
                 schemas = [pa.schema([(name, each)]) for each in (found.get(name), kind) if each is not None]
                 found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
+                if _has_empty_object(found[name]):  # which Parquet has no columns for
+                    raise pa.ArrowInvalid("an object without fields")
             except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
                 mixed.append(name)
                 found[name] = pa.string()
@@ -47,6 +49,14 @@ def read_objects(path: Path, schema: Any, mixed: Sequence[str]) -> Iterator[Any]
                 values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
             arrays.append(column_of(values, field.type))
         yield pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _has_empty_object(kind: Any) -> bool:
+    """Return whether there are objects without fields in values of a type."""
+    inner = [kind.field(index).type for index in range(kind.num_fields)]
+    return (hasattr(kind, "fields") and not inner and str(kind).startswith("struct")) or any(
+        map(_has_empty_object, inner)
+    )
 
 
 def _object_batches(path: Path) -> Iterator[list[dict[str, Any]]]:

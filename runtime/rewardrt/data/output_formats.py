@@ -93,6 +93,11 @@ def finish(format_name: str, part: Path, target: Path, schema: Any, known: dict[
             part.unlink()
     except OSError as error:
         refuse(target, error)
+    except (ValueError, NotImplementedError) as error:  # pyarrow's, of a type that a format does not have
+        reason = " ".join(str(error).split())[:200]
+        raise RewardRTError(
+            f"{target}: cannot be written as {format_name} ({reason}); choose another --format"
+        ) from error
     finally:
         if made != part:
             with suppress(OSError):

@@ -70,7 +70,8 @@ class RowReader:
 
     def __init__(self, files: Sequence[InputFile]) -> None:
         """Look at how the files begin. Raises RewardRTError."""
-        self.files = files
+        # Of a folder, parts without rows are left out; a file alone is said to be empty.
+        files = self.files = [file for file in files if file.size != 0] or files[:1]
         self.schema: Any = None  # pyarrow's, of files with columns
         self._marks: list[tuple[int, float]] = []  # after so many rows, the share of the files by their sizes
         self._standard_input: Headed | None = None
