@@ -295,7 +295,8 @@ def test_a_job_in_pieces_goes_on_and_gives_the_same_rows(
 def test_an_object_store_has_a_folder_of_parts(few: Path, tmp_path: Path) -> None:
     """By pyarrow's file system of this machine, as it opens those of S3 and GCS."""
     uri = f"file://{tmp_path}/bucket/out"
-    done = run("score", BUNDLE, f"file://{few}", "-o", uri, "--format", "parquet")
+    assert run("score", BUNDLE, f"file://{few}", "-o", tmp_path / "in.parquet").returncode == 0
+    done = run("score", BUNDLE, f"file://{tmp_path}/in.parquet", "-o", uri, "--format", "parquet")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "bucket" / "out").iterdir()) == ["_SUCCESS", "part-00000.parquet"]
     assert pq.read_table(tmp_path / "bucket" / "out" / "part-00000.parquet").num_rows == 700
@@ -367,3 +368,67 @@ def test_resume_without_a_file_is_one_line() -> None:
     done = run("score", BUNDLE, "-", "--resume", stdin=b'{"text": "a"}\n')
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --resume goes with --output FILE")
+
+
+def test_parts_of_lines_do_not_guess_each_a_schema_of_their_own(few: Path, tmp_path: Path) -> None:
+    for format_name, message in (
+        ("parquet", "lines of JSON become columns when all rows are known"),
+        ("datasets", "is a folder by itself"),
+    ):
+        done = run("score", BUNDLE, few, "-o", f"{tmp_path}/out/", "--format", format_name)
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("windows_of_200")
+def test_an_output_among_its_own_inputs_goes_on(model: RewardModel, few: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(few.read_bytes())
+    out = tmp_path / "zz.jsonl"
+    for resume in (False, True):
+        job = Job(model, RowReader(find_inputs([str(tmp_path)], str(out))), PLAIN)
+        left = [1 if not resume else 99]
+
+        def progress(summary: Summary, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Ended
+
+        try:
+            with unfinished(out, job.identity("jsonl"), resume=resume) as output:
+                job.write(output, "jsonl", progress=progress)
+        except Ended:
+            assert not resume
+    assert out.read_bytes().count(b"\n") == 700
+    assert [file.name for file in find_inputs([f"{tmp_path}/*"], str(out))] == [str(tmp_path / "rows.jsonl")]
+
+
+def test_what_a_process_left_that_ended_at_its_first_or_last_moment_is_tidied_up(
+    model: RewardModel, few: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out.part").write_bytes(b"")
+    (tmp_path / "out.journal").write_bytes(b"")  # before its first line
+    (tmp_path / ".out.whole").write_bytes(b"half")  # while the output was made
+    score(model, few, tmp_path / "out", "json", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "out.journal").write_bytes(b'{"job": {}}\n')  # after the output had its name
+    with pytest.raises(RewardRTError, match="is whole, there is nothing to resume"):
+        score(model, few, tmp_path / "out", "json", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("windows_of_200")
+def test_another_format_of_the_same_lines_can_be_gone_on_to(model: RewardModel, few: Path, tmp_path: Path) -> None:
+    with pytest.raises(Ended):
+        score(model, few, tmp_path / "out", "parquet", windows=1)
+    score(model, few, tmp_path / "out", "jsonl", resume=True)
+    score(model, few, tmp_path / "whole", "jsonl")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_shard_that_begins_with_rows_that_cannot_be_scored_goes_on(tmp_path: Path) -> None:
+    rows = [{"text": "a"}] * 150 + [{"no": 1}] * 120 + [{"text": "b"}] * 30
+    (tmp_path / "in.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    done = run("score", BUNDLE, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--shard", "2/2")
+    assert done.returncode == 1
+    assert (tmp_path / "out.jsonl").read_bytes().count(b'"error"') == 120

@@ -19,6 +19,7 @@ from rewardrt.data.jobs import Job, JobOptions
 from rewardrt.data.journal import unfinished
 from rewardrt.data.readers import RowReader
 from rewardrt.data.selection import Selection
+from rewardrt.data.shards import shard_bounds
 from rewardrt.errors import RewardRTError
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
@@ -189,3 +190,69 @@ def test_the_command_filters(tmp_path: Path, rewards: list[list[float]]) -> None
     assert f"{100 - len(found)} rows were left out, by their margins" in done.stderr
     assert all(same(row["reward"], max(rewards[row["pid"]])) for row in found)
     assert run("score", BUNDLE, tmp_path / "in.jsonl", "--best", "--top", "2").returncode == 2
+
+
+@KINDS
+def test_the_best_of_rows_with_one_answer_or_several(
+    model: RewardModel, rewards: list[list[float]], kind: str, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "question 0", "responses": LISTS[0]["responses"], "response": None},
+        {"prompt": "q", "responses": None, "response": "alone"},
+    ]
+    found, _ = kept(model, rows, Selection(best=True), tmp_path, kind)
+    best = rewards[0].index(max(rewards[0]))
+    assert [row["response"] for row in found] == [LISTS[0]["responses"][best], "alone"]
+    assert same(found[0]["reward"], max(rewards[0]))
+    assert list(found[0]).count("response") == 1
+
+
+def test_the_best_of_a_group_has_no_fields_of_the_others(model: RewardModel, tmp_path: Path) -> None:
+    rows = [
+        {"pid": 1, "prompt": "a", "response": "x", "best": "mine", "only_first": 1},
+        {"pid": 1, "prompt": "a", "response": "no", "extra": {"k": 1}},
+    ]
+    found, _ = kept(model, rows, Selection(group_by="pid", best=True), tmp_path, "lines")
+    own = {name: value for name, value in found[0].items() if name not in ("reward", "tokens", "truncated")}
+    assert own in rows
+
+
+@KINDS
+@pytest.mark.parametrize("field", ["text", "response"])
+def test_rows_that_cannot_be_ranked_are_not_grouped(model: RewardModel, kind: str, field: str, tmp_path: Path) -> None:
+    rows = [{"text": "a", "id": index} for index in range(2)] if field == "text" else FLAT[:2]
+    found, summary = kept(model, rows, Selection(group_by=field, best=True), tmp_path, kind)
+    assert summary.scored == 0
+    assert all("has no response to rank" in row["error"] for row in found)
+
+
+def test_the_k_best_of_a_list_of_fixed_size(model: RewardModel, tmp_path: Path) -> None:
+    lists = pa.array([row["responses"] for row in LISTS[:5]], pa.list_(pa.string(), 4))
+    pq.write_table(pa.table({"prompt": [row["prompt"] for row in LISTS[:5]], "responses": lists}), tmp_path / "in")
+    job = Job(model, RowReader(find_inputs([str(tmp_path / "in")])), JobOptions(selection=Selection(top=2)))
+    with unfinished(tmp_path / "out", job.identity("parquet"), resume=False) as output:
+        job.write(output, "parquet")
+    assert [len(row) for row in pq.read_table(tmp_path / "out")["responses"].to_pylist()] == [2] * 5
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_a_group_with_an_unreadable_row_in_it_is_in_one_shard(shards: int, tmp_path: Path) -> None:
+    lines = [json.dumps(row) for row in FLAT[:12]]
+    lines.insert(2, "{bad")
+    lines.insert(7, json.dumps({"pid": None, "prompt": "a", "response": "b"}))
+    (tmp_path / "in").write_text("\n".join(lines) + "\n")
+    reader = RowReader(find_inputs([str(tmp_path / "in")]))
+    bounds = [shard_bounds(reader, index + 1, shards, "pid") for index in range(shards)]
+    groups = [
+        {row.get("pid") for line in list(reader.lines())[start:stop] for row in [line.fields]} - {None}
+        for start, stop in bounds
+    ]
+    assert sum(map(len, groups)) == 3
+
+
+def test_a_margin_that_is_shown_is_a_margin_that_is_kept(model: RewardModel, tmp_path: Path) -> None:
+    pairs = [{"prompt": row["prompt"], "chosen": row["responses"][0], "rejected": row["responses"][1]} for row in LISTS]
+    shown = [row["margin"] for row in kept(model, pairs, Selection(), tmp_path, "lines")[0]]
+    for least in shown[:10]:
+        found, _ = kept(model, pairs, Selection(min_margin=least), tmp_path, "lines")
+        assert len(found) == sum(margin >= least for margin in shown)

@@ -28,7 +28,7 @@ from rewardrt.data.shards import read_shard, shard_bounds
 from rewardrt.errors import RewardRTError
 from rewardrt.machine.providers import ProviderChoice
 from rewardrt.reward_model import RewardModel
-from rewardrt.scoring.scored import Scored, fill_row
+from rewardrt.scoring.scored import OUTPUT_FIELDS, Scored, fill_row
 from rewardrt.text.rows import INPUT_FIELDS, TEMPLATE_FIELDS
 
 
@@ -39,7 +39,10 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
         ours, _, theirs = part.partition("=")
         if ours not in (*INPUT_FIELDS, *TEMPLATE_FIELDS, "steps", "instruction") or not theirs:
             raise click.BadParameter(f"{part!r}: expected FIELD=NAME, with a field of the row contract")
-        found[ours] = theirs
+        if theirs in OUTPUT_FIELDS or theirs in found.values():
+            raise click.BadParameter(f"{part!r}: {theirs} is named twice, or a field that scoring adds; rename it")
+        if ours != theirs:
+            found[ours] = theirs
     return found
 
 
@@ -157,6 +160,7 @@ def score(
         and ":" not in str(ray_address),
         "--ray needs --output, and goes with no --table and no --shard": ray_address is not None
         and bool(output in (None, "-") or table or shard),
+        "--table shows rows of JSON; leave out --format": table and format_name not in (None, "jsonl"),
         "--actors goes with --ray": actors is not None and ray_address is None,
     }
     for message, found in wrong.items():
@@ -184,7 +188,7 @@ def score(
             model.answers.use_instruction(instruction)
         _score_prompt(model, prompt, responses, normalize, labels, output, as_json)
         return
-    reader = RowReader(find_inputs(sources))
+    reader = RowReader(find_inputs(sources, output))
     names = {theirs: ours for ours, theirs in columns.items()}
     selection = Selection(best, top, min_margin, names.get(group_by, group_by) if group_by is not None else None)
     options = JobOptions(normalize, aggregate, labels, instruction, selection, columns)

@@ -31,11 +31,18 @@ def infer_schema(path: Path, known: dict[str, Any]) -> tuple[Any, list[str]]:
                 found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
                 if _has_empty_object(found[name]):  # which Parquet has no columns for
                     raise pa.ArrowInvalid("an object without fields")
-            except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+            except (ValueError, TypeError, NotImplementedError, OverflowError):  # pyarrow's are of these kinds
                 mixed.append(name)
-                found[name] = pa.string()
-    found = {name: pa.string() if kind == pa.null() else kind for name, kind in found.items()}
-    return pa.schema(list((found | known).items())), mixed
+    kinds = found | known
+    for rows in _object_batches(path):  # each value by itself: what fits one type in some rows may not in all
+        for name, kind in kinds.items():
+            if name not in mixed:
+                try:
+                    column_of([row.get(name) for row in rows], kind)
+                except (ValueError, TypeError, NotImplementedError, OverflowError):
+                    mixed.append(name)
+    kinds |= dict.fromkeys(mixed, pa.string())
+    return pa.schema([(name, pa.string() if kind == pa.null() else kind) for name, kind in kinds.items()]), mixed
 
 
 def read_objects(path: Path, schema: Any, mixed: Sequence[str]) -> Iterator[Any]:
@@ -46,9 +53,14 @@ def read_objects(path: Path, schema: Any, mixed: Sequence[str]) -> Iterator[Any]
         for field in schema:
             values = [row.get(field.name) for row in rows]
             if field.name in mixed:
-                values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+                values = [None if value is None else _as_json(value) for value in values]
             arrays.append(column_of(values, field.type))
         yield pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _as_json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() or text.encode("utf-8", "ignore").decode() == text else json.dumps(value)
 
 
 def _has_empty_object(kind: Any) -> bool:

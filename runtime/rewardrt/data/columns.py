@@ -112,10 +112,46 @@ def table_lines(table: Table, skip: int) -> Iterator[Line]:
     """Yield the rows of a table after the first `skip`, each with its place."""
     number = skip
     for batch in table.batches(skip):
-        for index, row in enumerate(batch.to_pylist()):
+        columns = [_values(column) for column in batch.columns]
+        for index, values in enumerate(zip(*columns, strict=True) if columns else [()] * batch.num_rows):
+            row = dict(zip(batch.schema.names, values, strict=True))
             number += 1
             given = {field: _given(value) for field, value in row.items()}
             yield Line(number, _size(row), given, (batch, index))
+
+
+class InvalidText:
+    """Stands for bytes of a column of strings that are no UTF-8."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __str__(self) -> str:
+        return self._data.decode("utf-8", "replace")
+
+
+def _values(column: Any) -> list[Any]:
+    """Return the values of a column as Python has them; as text those that it has no type for, such as nanoseconds."""
+    pa = import_pyarrow("columns")
+    in_utc = [pa.timestamp(column.type.unit)] if pa.types.is_timestamp(column.type) else []  # of a zone not known here
+    for kinds in ([], [pa.string()], [*in_utc, pa.string()]):
+        try:
+            found = column
+            for kind in kinds:
+                found = found.cast(kind)
+            return cast(list[Any], found.to_pylist())
+        except (ArithmeticError, ImportError, LookupError, ValueError, NotImplementedError):  # pyarrow's are of these
+            continue
+    return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return InvalidText(scalar.as_buffer().to_pybytes())
+    except (ArithmeticError, ImportError, LookupError, ValueError, NotImplementedError):
+        return str(scalar)
 
 
 def _given(value: Any) -> Any:
@@ -166,7 +202,9 @@ def rows_of(lines: Sequence[Line]) -> Any:
         if here is None or here[0] is not batch or here[1] != at + index - start:
             slices.append(batch.slice(at, index - start))
             start = index
-    return pa.Table.from_batches(slices)
+    # Files may differ in which of their columns may be null.
+    whole = [each if each.schema.equals(slices[0].schema) else each.cast(slices[0].schema) for each in slices]
+    return pa.Table.from_batches(whole)
 
 
 def pack_table(table: Any) -> bytes:
@@ -195,13 +233,22 @@ def column_of(values: list[Any], kind: Any) -> Any:
 
 def check_same(schema: Any, other: Any, name: str) -> None:
     """Raise RewardRTError where a file has other columns than those before it."""
-    if schema.equals(other):
+    if [(field.name, field.type) for field in schema] == [(field.name, field.type) for field in other]:
         return
     for field in schema:
         if field.name not in other.names:
             raise RewardRTError(f"{name}: has no column {field.name!r}, as the files before it have")
-        if not other.field(field.name).equals(field):
+        if other.field(field.name).type != field.type:
             raise RewardRTError(
                 f"{name}: its column {field.name!r} is {other.field(field.name).type}, and {field.type} before"
             )
-    raise RewardRTError(f"{name}: has other columns than the files before it ({', '.join(other.names)})")
+    raise RewardRTError(
+        f"{name}: has other columns than the files before it, or in another order: {', '.join(other.names)}"
+    )
+
+
+def check_names(schema: Any, name: str) -> None:
+    """Raise RewardRTError where two columns have one name."""
+    twice = next((each for each in schema.names if schema.names.count(each) > 1), None)
+    if twice is not None:
+        raise RewardRTError(f"{name}: has two columns with the name {twice!r}; rename one of them")

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from rewardrt.data.lines import Line, to_line
 from rewardrt.data.selection import EVERYTHING, Selection, choose
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, error_row
+from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, error_row, scores_of, with_scores
 from rewardrt.text.fields import unread
 
 WINDOW_ROWS = 4096
@@ -94,6 +94,7 @@ def score_file(
     window: int = WINDOW_ROWS,
     progress: Callable[[Summary], None] | None = None,
     summary: Summary | None = None,
+    give_up: bool = True,
 ) -> Summary:
     """Score every row and write each, scored or with `error`, in the order of the input.
 
@@ -102,7 +103,8 @@ def score_file(
     those that are scored. `encode` makes the bytes, by itself lines of JSON. `progress` is called after each window,
     when all of it is written. `summary` is of the rows before, where a file is gone on with.
 
-    Raises RewardRTError, before anything is written, when none of the first FIRST_ROWS rows can be scored.
+    Raises RewardRTError, before anything is written, when none of the first FIRST_ROWS rows can be scored and it is to
+    `give_up` then.
     """
     encode = encode or JsonEncoder()
 
@@ -113,7 +115,7 @@ def score_file(
     for some, ready in _ahead(prepared(some) for some in _windows(lines, window, summary.read > 0)):
         results = score(ready)
         finished = encode(some, results, summary)
-        if FIRST_ROWS <= summary.rows == summary.failed:
+        if give_up and FIRST_ROWS <= summary.rows == summary.failed:
             raise RewardRTError(
                 f"none of the first {summary.rows} rows can be scored, and the rest was not tried; "
                 f"the first: {summary.first_error}"
@@ -167,7 +169,11 @@ class JsonEncoder:
             else:
                 assert not isinstance(result, RewardRTError)
                 grouped = bool(line.members)
-                fields = self._selection.fields(row, result, chosen, self._labels, grouped)
+                if grouped and chosen and self._selection.best:  # its own row, as it was
+                    scores = self._selection.scores(scores_of(result, self._labels), chosen)
+                    fields = with_scores(line.members[chosen[0]].fields, scores)
+                else:
+                    fields = self._selection.fields(row, result, chosen, self._labels, grouped)
                 written = to_line(self._finish(fields))
                 summary.count(line, result)
         except RecursionError:  # the thread that read it had more room

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from rewardrt.data.compression import import_pyarrow, reading
+from rewardrt.data.compression import import_pyarrow
 from rewardrt.errors import RowError
 
 STANDARD_INPUT = "-"
+UNFINISHED = (".part", ".journal")  # what stands beside an output until it is whole
 DATASET = ("state.json", "dataset_info.json")  # of a folder that `datasets` wrote with save_to_disk
 
 
@@ -29,13 +31,24 @@ class InputFile:
     changed: str
 
 
-def find_inputs(names: Sequence[str]) -> list[InputFile]:
-    """Return the files of all names in their order, those of a folder or a glob sorted. Raises RowError."""
+def find_inputs(names: Sequence[str], output: str | None = None) -> list[InputFile]:
+    """Return the files of all names in their order, those of a folder or a glob sorted. Raises RowError.
+
+    The `output` of the command, and what is unfinished of it, is none of a folder's or a glob's files.
+    """
+    if "" in names:
+        raise RowError("an input has no name; expected a file of rows, a folder, or - for standard input")
     if STANDARD_INPUT in names:
         if len(names) > 1:
             raise RowError("- is standard input, and is given alone")
         return [InputFile("standard input", _open_standard_input, None, "")]
-    return [found for name in names for found in (_remote(name) if "://" in name else _local(name))]
+    written = {os.path.abspath(f"{output}{end}") for end in ("", *UNFINISHED)} if output is not None else set()
+    found = [each for name in names for each in (_remote(name) if "://" in name else _local(name, written))]
+    if len(found) > 1 and (pipe := next((each for each in found if each.size is None), None)) is not None:
+        raise RowError(f"{pipe.name}: is a pipe, which is read once; give it alone, or as standard input")
+    if not found:
+        raise RowError(f"{', '.join(names)}: no file of rows is there")
+    return found
 
 
 def absolute(names: Sequence[str]) -> tuple[str, ...]:
@@ -66,14 +79,16 @@ def _open_standard_input() -> BinaryIO:
     return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
-def _local(name: str) -> list[InputFile]:
+def _local(name: str, written: set[str]) -> list[InputFile]:
     path = Path(name)
     try:
         if path.is_dir():
-            return _folder(path)
+            return _folder(path, written)
         if not path.exists() and glob.has_magic(name):
             found = sorted(glob.glob(name, recursive=True))
-            files = [file for each in found if not Path(each).is_dir() for file in [_file(Path(each))]]
+            files = [
+                _file(Path(each)) for each in found if not Path(each).is_dir() and os.path.abspath(each) not in written
+            ]
             if not files:
                 raise RowError(f"{name}: no file has such a name")
             return files
@@ -87,26 +102,37 @@ def _local(name: str) -> list[InputFile]:
 
 def _file(path: Path) -> InputFile:
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe: what is read of it is gone
+        return InputFile(str(path), lambda: path.open("rb"), None, "")
     with path.open("rb"):  # may it be read?
         pass
     return InputFile(str(path), lambda: path.open("rb"), status.st_size, str(status.st_mtime_ns))
 
 
-def _folder(path: Path) -> list[InputFile]:
+def _folder(path: Path, written: set[str]) -> list[InputFile]:
     """Return the files of a folder: those that a data set's state names, or else all that are not hidden."""
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
-        raise RowError(
-            f"{path}: has the splits {', '.join(splits)}; name one of them, as {path}/{(splits or ['train'])[0]}"
-        )
+        splits = _read_names(path / "dataset_dict.json", lambda value: value["splits"])
+        raise RowError(f"{path}: has the splits {', '.join(splits)}; name one of them, as {path}/{splits[0]}")
     if all((path / name).is_file() for name in DATASET):
-        with reading(str(path / DATASET[0])):
-            state = json.loads((path / DATASET[0]).read_text(encoding="utf-8"))
-        return [_file(path / str(data["filename"])) for data in state["_data_files"]]
+        names = _read_names(path / DATASET[0], lambda value: [data["filename"] for data in value["_data_files"]])
+        return [_file(path / name) for name in names]
     files = [each for each in sorted(path.iterdir()) if each.is_file() and each.name[0] not in "._"]
+    files = [each for each in files if os.path.abspath(each) not in written]
     if not files:
         raise RowError(f"{path}: no file of rows is in this folder")
     return [_file(each) for each in files]
+
+
+def _read_names(path: Path, names: Callable[[Any], list[Any]]) -> list[str]:
+    """Return names that a file of `datasets` lists, at least one."""
+    try:
+        found = names(json.loads(path.read_text(encoding="utf-8")))
+        if found and all(isinstance(name, str) for name in found):
+            return found
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise RowError(f"{path}: names no files as `datasets` writes them; save the data set again")
 
 
 def _remote(uri: str) -> list[InputFile]:

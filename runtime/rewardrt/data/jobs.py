@@ -66,6 +66,11 @@ class Job:
             for name in (*options.columns.values(), *grouped):
                 if name not in reader.schema.names:
                     raise RewardRTError(f"{reader.files[0].name}: has no column {name!r}, but {_listed(reader)}")
+            for ours, theirs in options.columns.items():
+                if ours in reader.schema.names and ours not in options.columns.values():
+                    raise RewardRTError(
+                        f"{reader.files[0].name}: has a column {ours!r} beside {theirs!r}, which --columns calls so"
+                    )
         if options.instruction is not None:
             model.answers.use_instruction(options.instruction)
 
@@ -77,9 +82,16 @@ class Job:
             "precision": self.model.precision,
             "provider": self.model.provider,
             "inputs": [[file.name, file.size, _digest(file)] for file in self.reader.files],
-            "format": format_name,
+            "format": self.staging(format_name),
             **{f"option {name}": value for name, value in options.items()},
         }
+
+    def staging(self, format_name: str) -> str:
+        """Return what is written until an output of a format is finished: formats that share it can be exchanged."""
+        each = OUTPUT_FORMATS[format_name]
+        if each.table is not None and self.reader.schema is not None:
+            return "tables"
+        return format_name if each.pack is not None else "jsonl"
 
     def encoder(self, format_name: str) -> Encoder:
         """Return what makes bytes of scored rows, for the output of a format: lines, or packed tables."""
@@ -133,6 +145,7 @@ class Job:
             write,
             encode=encoder,
             window=WINDOW_ROWS,
+            give_up=start == 0,  # of a shard or a piece, what is before it says whether the file is of rows
             summary=summary,
             progress=progress,
         )
@@ -199,15 +212,27 @@ def renamed(lines: Iterator[Line], columns: dict[str, str]) -> Iterator[Line]:
     names = {theirs: ours for ours, theirs in columns.items()}
     for line in lines:
         row = line.fields
-        if both := next((ours for ours, theirs in columns.items() if ours in row and theirs in row), None):
+        twice = (
+            ours
+            for ours, theirs in columns.items()
+            if ours not in names and row.get(ours) is not None and row.get(theirs) is not None
+        )
+        if (both := next(twice, None)) is not None:
             error = RowError(f"row {line.number}: has {both!r} beside {columns[both]!r}, which --columns calls so")
             yield replace(line, error=error)
         else:
-            yield replace(line, row={names.get(name, name): row[name] for name in row}) if row else line
+            # A field that is null is not there, and gives its name to the one that is called so.
+            kept = {
+                name: value
+                for name, value in row.items()
+                if name in names or columns.get(name, name) not in row or name not in columns
+            }
+            yield replace(line, row={names.get(name, name): kept[name] for name in kept}) if row else line
 
 
 def _renamed_back(columns: dict[str, str], finished: Callable[[Any], Any] | None, row: dict[str, Any]) -> Any:
-    named = {columns.get(name, name): value for name, value in row.items()} if columns else row
+    # A row with a field of both names is an error, and keeps them.
+    named = {name if columns.get(name) in row else columns.get(name, name): value for name, value in row.items()}
     return finished(named) if finished is not None else named
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from rewardrt.data.files import Summary
+from rewardrt.data.inputs import UNFINISHED
 from rewardrt.data.outputs import refuse
 from rewardrt.errors import RewardRTError
 
-PART, JOURNAL = ".part", ".journal"
+PART, JOURNAL = UNFINISHED
 
 
 class Unfinished:
@@ -36,6 +37,7 @@ class Unfinished:
         self.summary = Summary()
         self._file: BinaryIO
         self._log: BinaryIO
+        self._tidy()
         there = self.part.exists() or self.journal.exists()
         if there and not resume:
             raise RewardRTError(
@@ -90,6 +92,14 @@ class Unfinished:
         for path in (self.part, self.journal):
             with suppress(OSError):
                 path.unlink()
+
+    def _tidy(self) -> None:
+        """Take away what a process left that ended before its first row was safe, or after the last one."""
+        with suppress(OSError):
+            if self.journal.exists() and b"\n" not in self.journal.read_bytes():
+                self.forget()
+            elif self.journal.exists() and not self.part.exists() and self.target.exists():
+                self.journal.unlink()
 
     def _begin(self, identity: dict[str, Any]) -> None:
         self._file, self._safe = self.part.open("xb"), 0

@@ -6,7 +6,6 @@ the output of that. Lines that are the output already, packed or not, only take 
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -69,21 +68,16 @@ def finish(format_name: str, part: Path, target: Path, schema: Any, known: dict[
     `schema` is that of packed tables, None of lines; `known` are the types of what scoring added to lines.
     Raises RewardRTError, and the part stays.
     """
-    each, said = OUTPUT_FORMATS[format_name], []
-    made = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    each, said = OUTPUT_FORMATS[format_name], list[str]()
+    made = target.with_name(f".{target.name}.whole")
     try:
-        if each.table is not None:
-            if schema is not None:
-                with part.open("rb") as stream:
-                    each.table(unpack_tables(stream, part.stat().st_size), schema, made)
-            else:
-                schema, mixed = infer_schema(part, known)
-                said = [f"the column {name!r} holds values of several types, and is JSON in strings" for name in mixed]
-                each.table(read_objects(part, schema, mixed), schema, made)
-        elif each.lines is not None:
-            each.lines(part, made)
+        _remove(made)  # of a process that ended while it made it
+        if each.table is not None or each.lines is not None:
+            said = _make(each, part, made, schema, known)
         else:
             made = part
+            if each.pack is not None and not part.stat().st_size:
+                part.write_bytes(each.pack(b""))
         if target.is_file():
             made.chmod(target.stat().st_mode & 0o777)  # what was private stays private
         elif target.is_dir():
@@ -101,5 +95,27 @@ def finish(format_name: str, part: Path, target: Path, schema: Any, known: dict[
     finally:
         if made != part:
             with suppress(OSError):
-                shutil.rmtree(made) if made.is_dir() else made.unlink()
+                _remove(made)
     return said
+
+
+def _make(each: OutputFormat, part: Path, made: Path, schema: Any, known: dict[str, Any]) -> list[str]:
+    """Write a whole part in a format that is written when all is there; return what is to be said of it."""
+    if each.lines is not None:
+        each.lines(part, made)
+        return []
+    assert each.table is not None
+    if schema is not None:
+        with part.open("rb") as stream:
+            each.table(unpack_tables(stream, part.stat().st_size), schema, made)
+        return []
+    schema, mixed = infer_schema(part, known)
+    each.table(read_objects(part, schema, mixed), schema, made)
+    return [f"the column {name!r} holds values of several types, and is JSON in strings" for name in mixed]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -191,6 +191,13 @@ class PiecesJob:
 
     def __init__(self, work: PieceWork, job: Job, *, resume: bool) -> None:
         """Look at what is there. Raises RewardRTError."""
+        if not work.joined and work.format_name == "datasets":
+            raise RewardRTError("datasets: is a folder by itself; a folder of parts is of parquet, arrow or jsonl")
+        if not work.joined and OUTPUT_FORMATS[work.format_name].table is not None and job.reader.schema is None:
+            raise RewardRTError(
+                f"{work.folder}: lines of JSON become columns when all rows are known, and parts know their own; "
+                "write parts of jsonl, or one file"
+            )
         self.work, self._folder, self.summary = work, open_folder(work.folder), Summary()
         rows = JOINED_ROWS if work.joined else PIECE_ROWS
         there = self._folder.names()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rewardrt.data.arrays import array_items
-from rewardrt.data.columns import Table, check_same, is_table, open_table, table_lines
+from rewardrt.data.columns import Table, check_names, check_same, is_table, open_table, table_lines
 from rewardrt.data.compression import GZIP, ZSTD, Headed, reading, unpacked
 from rewardrt.data.formats import HEAD_BYTES, begins_array, jsonl_lines
 from rewardrt.data.inputs import InputFile, find_inputs
@@ -85,6 +85,7 @@ class RowReader:
                 if table is None:
                     raise RewardRTError(f"{file.name}: has no columns, as other files have; score it by itself")
                 self.schema = table.schema if self.schema is None else self.schema
+                check_names(table.schema, file.name)
                 check_same(self.schema, table.schema, file.name)
 
     def lines(self, skip: int = 0) -> Iterator[Line]:
@@ -106,7 +107,8 @@ class RowReader:
                 with ExitStack() as opened, reading(file.name, at.say):
                     if stream is not None and self._standard_input is None:
                         opened.enter_context(closing(stream))
-                    for line in table_lines(table, skip) if table else _json_lines(stream, file.name, at):
+                    alone = len(self.files) == 1
+                    for line in table_lines(table, skip) if table else _json_lines(stream, file.name, at, alone):
                         at.number = line.number
                         if stream is not None and line.number <= skip:
                             continue
@@ -161,9 +163,12 @@ class _Place:
         return f" after {self.word} {self.number}" if self.number else ""
 
 
-def _json_lines(stream: Headed | None, name: str, at: _Place) -> Iterator[Line]:
+def _json_lines(stream: Headed | None, name: str, at: _Place, alone: bool) -> Iterator[Line]:
     assert stream is not None
-    at.word, items = json_items(unpacked(stream), name)
+    unpacked_stream = unpacked(stream)
+    if not alone and not unpacked_stream.peek(1):  # of several files, one that holds nothing, packed
+        return
+    at.word, items = json_items(unpacked_stream, name)
     packed = stream.head.startswith((GZIP, ZSTD))
     for number, data in enumerate(items, 1):
         at.bytes = stream.count if packed else at.bytes + len(data) + (at.word == "item")

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from rewardrt.data.lines import Line
 from rewardrt.errors import RewardRTError, RowError
 from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, scores_of, with_scores
@@ -36,7 +38,7 @@ class Selection:
 
         Raises RowError for a row of one answer where a margin is asked for.
         """
-        if self.min_margin is not None and not _margin(scored) >= self.min_margin:
+        if self.min_margin is not None and not np.float32(_margin(scored)) >= np.float32(self.min_margin):
             return None
         if not isinstance(scored, ScoredAnswers) or not (self.best or self.top):
             return ()
@@ -54,8 +56,15 @@ class Selection:
         if not self.best:
             kept = {name: [row[name][index] for index in chosen] if name in lists else row[name] for name in row}
             return with_scores(kept, scores)
-        best = {name: row[name][chosen[0]] if name in lists else row[name] for name in row if name not in _OF_SEVERAL}
-        return with_scores({"response" if name == "responses" else name: value for name, value in best.items()}, scores)
+        best = {name: value for name, value in row.items() if name not in (*_OF_SEVERAL, "response")}
+        answer = row["responses"][chosen[0]]
+        return with_scores(
+            {
+                "response" if name == "responses" else name: answer if name == "responses" else best[name]
+                for name in best
+            },
+            scores,
+        )
 
     def scores(self, scores: dict[str, Any], chosen: tuple[int, ...]) -> dict[str, Any]:
         """Return the scores of the chosen answers; of the best one alone as those of a row with one answer."""
@@ -97,7 +106,7 @@ def _margin(scored: ScoredRow) -> float:
         return scored.margin
     if isinstance(scored, ScoredAnswers) and len(scored.answers) > 1:
         best, second = sorted(scored.rewards, reverse=True)[:2]
-        return best - second
+        return float(np.float32(best) - np.float32(second))
     raise RowError("the row has one answer, and so no margin; leave out --min-margin, or group rows with --group-by")
 
 
@@ -152,6 +161,7 @@ def _joined(members: list[Line], selection: Selection) -> Line:
     rows = [line.row for line in members if not isinstance(line.row, RowError)]
     first = members[0]
     size = sum(line.bytes for line in members)
+    without = next((line.number for line in members if line.fields.get("response") is None), None)
     row: dict[str, Any] = {}
     error: RowError | None = None
     for name in dict.fromkeys(name for each in rows for name in each):
@@ -161,4 +171,6 @@ def _joined(members: list[Line], selection: Selection) -> Line:
                 error = RowError(f"row {first.number}: the {len(rows)} rows of its group do not have the same {name!r}")
         else:
             row["responses" if name == "response" else name] = [each.get(name) for each in rows]
+    if without is not None or selection.group_by == "response":
+        error = RowError(f"row {without or first.number}: has no response to rank; rows that are grouped have one each")
     return Line(first.number, size, row, None, tuple(members), error=error)

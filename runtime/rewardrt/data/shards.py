@@ -26,9 +26,9 @@ def piece_bounds(reader: Rows, rows: int, group_by: str = "") -> list[tuple[int,
     for line in reader.lines():
         if row >= cuts[-1] + rows - 1:
             prompt = prompt_of(line, group_by)
-            if row >= cuts[-1] + rows and (prompt is None or prompt != before):
+            if row >= cuts[-1] + rows and _begins(prompt, before, group_by):
                 cuts.append(row)
-            before = prompt
+            before = prompt if prompt is not None or not group_by else before
         row += 1
     return list(itertools.pairwise([*cuts, row])) if row else []
 
@@ -49,10 +49,19 @@ def _cut(reader: Rows, part: int, parts: int, total: int, group_by: str) -> int:
     lines = reader.lines(row - 1)
     before = prompt_of(next(lines), group_by)
     for line in lines:
-        if before is None or prompt_of(line, group_by) != before:
+        prompt = prompt_of(line, group_by)
+        if _begins(prompt, before, group_by):
             break
+        before = prompt if prompt is not None else before
         row += 1
     return row
+
+
+def _begins(prompt: str | None, before: str | None, group_by: str) -> bool:
+    """Return whether rows may be cut before one. A row without a group may stand between those of one group."""
+    if group_by:
+        return prompt is not None and before is not None and prompt != before
+    return prompt is None or prompt != before
 
 
 def prompt_of(line: Line, group_by: str) -> str | None:

@@ -55,6 +55,9 @@ class TableEncoder:
             aggregated=aggregated,
         )
         own = [field for field in schema if field.name not in self._added]
+        # Of rows with one answer and rows with several, the best one stands where the one does.
+        self._both = selection.best and not self._grouped and {"response", "responses"} <= set(schema.names)
+        own = [field for field in own if not (self._both and field.name == "responses")]
         self._own = [field.name for field in own]
         fields = []
         for field in own:
@@ -62,7 +65,9 @@ class TableEncoder:
                 name = "responses" if field.name == "response" else field.name
                 fields.append(pa.field(rename(name), pa.list_(field.type)))
             elif field.name == "responses" and selection.best:
-                fields.append(pa.field("response", field.type.value_type))
+                fields.append(pa.field(rename("response"), field.type.value_type))
+            elif field.name == "responses" and selection.top and not self._grouped:
+                fields.append(pa.field(rename(field.name), pa.list_(field.type.value_type)))
             else:
                 fields.append(field.with_name(rename(field.name)))
         metadata = {name: value for name, value in (schema.metadata or {}).items() if name != b"huggingface"}
@@ -72,8 +77,14 @@ class TableEncoder:
         self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary
     ) -> list[bytes]:
         """Return the rows that are kept, as one packed table, or nothing."""
-        table = self.table(lines, results, summary)
-        return [pack_table(table)] if table is not None else []
+        try:
+            table = self.table(lines, results, summary)
+            return [pack_table(table)] if table is not None else []
+        except (ValueError, NotImplementedError, TypeError, KeyError) as error:  # pyarrow's, of rare types
+            reason = " ".join(str(error).split())[:200]
+            raise RewardRTError(
+                f"columns of such types cannot be taken along ({reason}); choose --format jsonl"
+            ) from error
 
     def table(self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary) -> Any:
         """Return the rows that are kept as a table of pyarrow, None where there is none."""
@@ -114,8 +125,10 @@ class TableEncoder:
         for name, field in zip(self._own, self.schema, strict=False):
             column = table.column(table.schema.names.index(self._rename(name)))
             if name == "responses" and not self._flat and (self._selection.best or self._selection.top):
-                values = [self._answers(each) for each in kept]
-                column = pa.array(values, field.type)
+                column = pa.array([self._answers(each) for each in kept], field.type)
+            elif name == "response" and self._both:
+                chosen = [self._answers(each) if each.chosen else each.line.fields.get(name) for each in kept]
+                column = pa.array(chosen, field.type)
             columns.append(column)
         return columns
 
