@@ -65,10 +65,13 @@ def _as_json(value: Any) -> str:
 
 def _has_empty_object(kind: Any) -> bool:
     """Return whether there are objects without fields in values of a type."""
-    inner = [kind.field(index).type for index in range(kind.num_fields)]
-    return (hasattr(kind, "fields") and not inner and str(kind).startswith("struct")) or any(
-        map(_has_empty_object, inner)
-    )
+    pa = import_pyarrow("columns")
+    if pa.types.is_list(kind):
+        return _has_empty_object(kind.value_type)
+    if pa.types.is_struct(kind):
+        inner = [kind.field(index).type for index in range(kind.num_fields)]
+        return not inner or any(map(_has_empty_object, inner))
+    return False
 
 
 def _object_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
