@@ -425,6 +425,9 @@ def test_columns_that_python_has_no_type_for_are_taken_along(model: RewardModel,
         writer.write_table(pa.table({"text": table["bytes"]}))
     summary = score(model, [invalid], tmp_path / "rows")
     assert (summary.scored, summary.failed) == (1, 1)  # a text that is no text is not scored as another one
+    lists = pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), table["bytes"].combine_chunks())
+    pq.write_table(pa.table({"prompt": ["q"], "responses": lists}), invalid)
+    assert score(model, [invalid], tmp_path / "rankings").failed == 1
 
 
 def test_lines_that_no_column_fits_are_json_in_strings(tmp_path: Path) -> None:

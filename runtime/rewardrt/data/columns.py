@@ -149,7 +149,8 @@ def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        return InvalidText(scalar.as_buffer().to_pybytes())
+        # Within a list or an object it is not told which of the texts it is.
+        return InvalidText(scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else b"\xff")
     except (ArithmeticError, ImportError, LookupError, ValueError, NotImplementedError):
         return str(scalar)
 

@@ -78,7 +78,7 @@ class RowReader:
         if files[0].size is None:  # it is opened once
             self._standard_input = Headed(files[0].open())
             if is_table(self._standard_input.head):
-                raise RewardRTError("standard input: has columns; name the file: such a format is read from its end")
+                raise RewardRTError(f"{files[0].name}: has columns; name the file: such a format is read from its end")
         self._tables = [self._table(file) for file in files]
         if any(table is not None for table in self._tables):
             for file, table in zip(files, self._tables, strict=True):
@@ -123,7 +123,7 @@ class RowReader:
     def count(self) -> int:
         """Return how many rows the files have. Raises RewardRTError for standard input, which is read once."""
         if self._standard_input is not None:
-            raise RewardRTError("standard input: its rows are not counted before they are read; name a file")
+            raise RewardRTError(f"{self.files[0].name}: its rows are not counted before they are read; name a file")
         return sum(
             _count_items(file) if table is None else _count_rows(table)
             for file, table in zip(self.files, self._tables, strict=True)
