@@ -201,7 +201,9 @@ def test_ctrl_c_is_one_line_though_a_thread_waits_for_standard_input(tmp_path: P
         assert process.wait(10) == 130
         said = "no row is safe yet; nothing was written" if options else "after 0 rows"
         lines = (first + process.stderr.read()).decode().splitlines()
-        assert lines == [f"{BUNDLE}: fp32 on cpu", f"error: interrupted: {said}"]
+        assert lines[0] == f"{BUNDLE}: fp32 on cpu"
+        # Without more, where a slow machine has not begun with the file yet.
+        assert lines[1:] in ([f"error: interrupted: {said}"], ["error: interrupted"])
     assert list(tmp_path.iterdir()) == []
 
 
