@@ -6,8 +6,8 @@ Right values are transformers' classes on the ids of the checkpoint's own tokeni
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -328,12 +328,12 @@ def test_a_family_that_is_not_what_the_class_computes_fails(
 
 
 @pytest.mark.parametrize("option", ["golden", "calibrate"])
-def test_golden_and_calibration_texts_that_are_no_jsonl_are_named(option: str, tmp_path: Path) -> None:
+def test_golden_and_calibration_texts_in_a_format_that_is_not_read_are_named(option: str, tmp_path: Path) -> None:
     write_sequence_classification(tmp_path / "rm")
     rows = "\n".join(json.dumps({"prompt": "Hi", "response": str(number)}) for number in range(20))
-    (tmp_path / "rows.jsonl").write_bytes(gzip.compress(rows.encode()))
+    (tmp_path / "rows.jsonl").write_bytes(lzma.compress(rows.encode()))
     precisions = ("fp32",) if option == "golden" else ("int8",)
-    with pytest.raises(RewardRTError, match=r"rows\.jsonl: .*gzip"):
+    with pytest.raises(RewardRTError, match=r"rows\.jsonl: .*found xz"):
         export(tmp_path / "rm", tmp_path / "bundle", precisions=precisions, **{option: tmp_path / "rows.jsonl"})
     assert not (tmp_path / "bundle").exists()
 
