@@ -85,7 +85,10 @@ def _leave(status: int, *, at_once: bool) -> NoReturn:
     the whole process instead. Such a thread reads ahead of an output that failed, or computes for a server that ends.
     """
     if at_once:
-        atexit._run_exitfuncs()
+        if (
+            "ray" not in sys.modules
+        ):  # its own end crashes beside a thread that waits for it; its processes end with this
+            atexit._run_exitfuncs()
         _discard_unwritten()
         os._exit(status)
     sys.exit(status)
