@@ -62,6 +62,15 @@ def test_actors_write_the_bytes_of_one_process(rows: Path, expected: bytes, acto
     assert len(ours) == 2, done.stderr
 
 
+def test_actors_read_the_files_that_the_command_found(rows: Path, tmp_path: Path) -> None:
+    """And not what stands beside an output among its inputs."""
+    lines = rows.read_bytes().splitlines(keepends=True)[:300]
+    (tmp_path / "b.jsonl").write_bytes(b"".join(lines))
+    (tmp_path / "a.jsonl.part").write_bytes(b"".join(lines[:50]))  # sorted first
+    score(tmp_path, tmp_path / "a.jsonl", "--ray")
+    assert [json.loads(line)["id"] for line in (tmp_path / "a.jsonl").read_bytes().splitlines()] == list(range(300))
+
+
 def actor_processes() -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():

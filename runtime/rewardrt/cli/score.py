@@ -198,7 +198,9 @@ def score(
     in_folder = output is not None and (is_uri(output) or output.endswith("/"))
     if ray_address is not None or in_folder:
         assert output is not None
-        work = PieceWork(str(bundle.resolve()), absolute(sources), output, format_name, options, load)
+        work = PieceWork(
+            str(bundle.resolve()), absolute([file.name for file in reader.files]), output, format_name, options, load
+        )
         score_pieces(job, work, resume=resume, ray_address=ray_address, actors=actors, joined=not in_folder)
     else:
         score_files(job, output, format_name, resume=resume, table=table)

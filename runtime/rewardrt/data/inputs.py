@@ -141,12 +141,12 @@ def _remote(uri: str) -> list[InputFile]:
 
     scheme = uri.partition("://")[0]
     try:
-        if glob.has_magic(path):
+        (info,) = filesystem.get_file_info([path])
+        if info.type == fs.FileType.NotFound and glob.has_magic(path):
             folder, _, pattern = path.rpartition("/")
             every = filesystem.get_file_info(fs.FileSelector(folder))
             found = [each for each in every if each.is_file and fnmatchcase(each.base_name, pattern)]
         else:
-            (info,) = filesystem.get_file_info([path])
             found = [info] if info.type == fs.FileType.File else []
             if info.type == fs.FileType.Directory:
                 every = filesystem.get_file_info(fs.FileSelector(path))

@@ -95,10 +95,11 @@ class Unfinished:
 
     def _tidy(self) -> None:
         """Take away what a process left that ended before its first row was safe, or after the last one."""
-        with suppress(OSError):
-            if self.journal.exists() and b"\n" not in self.journal.read_bytes():
+        with suppress(OSError), self.journal.open("rb") as journal:
+            _lock(journal, self.part)  # another process may be at these moments
+            if b"\n" not in journal.read():
                 self.forget()
-            elif self.journal.exists() and not self.part.exists() and self.target.exists():
+            elif not self.part.exists() and self.target.exists():
                 self.journal.unlink()
 
     def _begin(self, identity: dict[str, Any]) -> None:

@@ -74,10 +74,10 @@ class RowReader:
         files = self.files = [file for file in files if file.size != 0] or files[:1]
         self.schema: Any = None  # pyarrow's, of files with columns
         self._marks: list[tuple[int, float]] = []  # after so many rows, the share of the files by their sizes
-        self._standard_input: Headed | None = None
+        self._pipe: Headed | None = None
         if files[0].size is None:  # it is opened once
-            self._standard_input = Headed(files[0].open())
-            if is_table(self._standard_input.head):
+            self._pipe = Headed(files[0].open())
+            if is_table(self._pipe.head):
                 raise RewardRTError(f"{files[0].name}: has columns; name the file: such a format is read from its end")
         self._tables = [self._table(file) for file in files]
         if any(table is not None for table in self._tables):
@@ -102,16 +102,14 @@ class RowReader:
             if rows is not None and skip >= rows:
                 skip -= rows
             else:
-                stream = self._standard_input or Headed(file.open()) if table is None else None
+                stream = self._pipe or Headed(file.open()) if table is None else None
                 at = _Place("row")
                 with ExitStack() as opened, reading(file.name, at.say):
-                    if stream is not None and self._standard_input is None:
+                    if stream is not None and self._pipe is None:
                         opened.enter_context(closing(stream))
                     alone = len(self.files) == 1
-                    for line in table_lines(table, skip) if table else _json_lines(stream, file.name, at, alone):
+                    for line in table_lines(table, skip) if table else _json_lines(stream, file.name, at, skip, alone):
                         at.number = line.number
-                        if stream is not None and line.number <= skip:
-                            continue
                         row += 1
                         if row % _MARK_ROWS == 0:
                             size = at.bytes if stream is not None else (file.size or 0) * line.number / (rows or 1)
@@ -122,7 +120,7 @@ class RowReader:
 
     def count(self) -> int:
         """Return how many rows the files have. Raises RewardRTError for standard input, which is read once."""
-        if self._standard_input is not None:
+        if self._pipe is not None:
             raise RewardRTError(f"{self.files[0].name}: its rows are not counted before they are read; name a file")
         return sum(
             _count_items(file) if table is None else _count_rows(table)
@@ -135,7 +133,7 @@ class RowReader:
         return self._marks[after - 1][1] if after else 0.0
 
     def _table(self, file: InputFile) -> Table | None:
-        if self._standard_input is not None:
+        if self._pipe is not None:
             return None
         with reading(file.name), closing(Headed(file.open())) as stream:
             pass
@@ -163,7 +161,7 @@ class _Place:
         return f" after {self.word} {self.number}" if self.number else ""
 
 
-def _json_lines(stream: Headed | None, name: str, at: _Place, alone: bool) -> Iterator[Line]:
+def _json_lines(stream: Headed | None, name: str, at: _Place, skip: int, alone: bool) -> Iterator[Line]:
     assert stream is not None
     unpacked_stream = unpacked(stream)
     if not alone and not unpacked_stream.peek(1):  # of several files, one that holds nothing, packed
@@ -172,7 +170,9 @@ def _json_lines(stream: Headed | None, name: str, at: _Place, alone: bool) -> It
     packed = stream.head.startswith((GZIP, ZSTD))
     for number, data in enumerate(items, 1):
         at.bytes = stream.count if packed else at.bytes + len(data) + (at.word == "item")
-        yield read_line(number, data, at.word)
+        at.number = number
+        if number > skip:  # the others are not even parsed
+            yield read_line(number, data, at.word)
 
 
 def json_items(stream: io.BufferedReader, name: str) -> tuple[str, Iterator[bytes]]:
