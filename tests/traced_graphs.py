@@ -13,7 +13,7 @@ from typing import Any
 
 from rewardrt.bundle.spec import Layer
 from rewardrt_export import pipeline
-from rewardrt_export.source.directions import looks_both_ways
+from rewardrt_export.source.directions import is_two_way
 
 # Of a config, what no graph depends on.
 _IRRELEVANT = {
@@ -73,7 +73,7 @@ def _shared(backbone: Any, head: Any, *, every_token: bool = False) -> Any:
     key = repr(
         (
             type(backbone),
-            looks_both_ways(backbone.config),
+            is_two_way(backbone.config),
             json.dumps(config, sort_keys=True, default=repr),
             graph,
             sizes,

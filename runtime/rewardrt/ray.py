@@ -12,10 +12,11 @@ Rows of one prompt that are in one batch share what is computed of it. Needs the
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,16 @@ class Scorer:
 
     def __call__(self, batch: Any) -> Any:
         """Score a batch of rows, and return it with their rewards as a table of pyarrow."""
-        table = table_of(batch)
-        opened = in_memory(table)
+        opened = in_memory(table_of(batch))
         job = Job(self.model, InMemory(opened), self._options)
         lines = list(renamed(table_lines(opened, 0), self._options.columns))
         prepared = self.model.answers.prepare(line.given for line in lines)
         results = self.model.score_prepared(
             prepared, normalize=self._options.normalize, aggregate=self._options.aggregate
         )
-        scored = job.table_encoder().table(lines, results, Summary())
-        return scored if scored is not None else job.table_encoder().schema.empty_table()
+        encoder = job.table_encoder()
+        scored = encoder.table(lines, results, Summary())
+        return scored if scored is not None else encoder.schema.empty_table()
 
 
 class PieceActor:
@@ -81,7 +82,8 @@ class PieceActor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Score the pieces of a batch."""
         rows = zip(batch["index"], batch["start"], batch["stop"], strict=True)
-        summaries = [asdict(self._score(Piece(*map(int, row)))) for row in rows]
+        # As JSON: Ray would make columns of the fields of an object.
+        summaries = [json.dumps(asdict(self._score(Piece(*map(int, row))))) for row in rows]
         return {"summary": summaries}
 
 
@@ -130,7 +132,7 @@ def _asking_nobody(*, starts: bool) -> Iterator[dict[str, str]]:
 
 
 def score_pieces(
-    ray: Any, work: PieceWork, pieces: Sequence[Piece], *, actors: int | None, gpu: bool
+    pieces: Sequence[Piece], *, ray: Any, work: PieceWork, actors: int | None, gpu: bool
 ) -> Iterator[Summary]:
     """Yield a summary of each piece, as actors finish them. An actor that dies is started again, and its piece too."""
     if not pieces:
@@ -143,7 +145,7 @@ def score_pieces(
     items = [{"index": piece.index, "start": piece.start, "stop": piece.stop} for piece in pieces]
     data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         PieceActor,
-        fn_constructor_args=(PieceWork(**{**_fields(work), "load": load}),),
+        fn_constructor_args=(replace(work, load=load),),
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -152,27 +154,8 @@ def score_pieces(
     )
     try:
         for row in data.iter_rows():
-            yield Summary(
-                **{name: value for name, value in row["summary"].items() if name != "unread"}, unread=_unread(row)
-            )
+            yield Summary(**json.loads(row["summary"]))
     except ray.exceptions.RayError as error:
         cause = error.cause if isinstance(getattr(error, "cause", None), RewardRTError) else None
         said = str(cause) if cause else " ".join(str(error).split())[-300:]
         raise RewardRTError(f"Ray: {said}") from error
-
-
-def _fields(work: PieceWork) -> dict[str, Any]:
-    return {name: getattr(work, name) for name in work.__dataclass_fields__}
-
-
-def _unread(row: dict[str, Any]) -> dict[str, int]:
-    return {name: rows for name, rows in (row["summary"].get("unread") or {}).items() if rows is not None}
-
-
-def results(ray: Any, work: PieceWork, actors: int | None, gpu: bool) -> Any:
-    """Return what scores pieces, for `PiecesJob.run`."""
-
-    def run(pieces: Sequence[Piece]) -> Iterable[Summary]:
-        return score_pieces(ray, work, pieces, actors=actors, gpu=gpu)
-
-    return run

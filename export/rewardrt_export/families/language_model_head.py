@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
 NAME = "lm_head.weight"
-# Fields by which configs state what is done to logits, and what is done by a class that reads none of them.
+# Fields by which configs state what is done to logits.
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 TIED_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 

@@ -12,7 +12,7 @@ from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.encoder import ENCODERS, NO_GRAPH, modernbert_dense
 from rewardrt_export.families.objectives import label_names
 from rewardrt_export.families.openrlhf import is_its_own
-from rewardrt_export.source.directions import looks_both_ways
+from rewardrt_export.source.directions import is_two_way
 
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
@@ -34,7 +34,7 @@ def _matches(source: Source) -> str | None:
     # Decoders' classes call the head score, encoders' call it classifier.
     is_encoder = kind in ENCODERS | NO_GRAPH or any(name.startswith("classifier.") for name in source.stored)
     is_encoder = is_encoder and kind not in HEADS
-    two_way = looks_both_ways(source.config)  # a decoder's class that reads as an encoder
+    two_way = is_two_way(source.config)  # a decoder's class that reads as an encoder
     other = is_encoder or two_way or source.stored.keys() & set(OTHER_HEADS)
     if other:
         return None

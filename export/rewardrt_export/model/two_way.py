@@ -14,12 +14,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from rewardrt.errors import CheckpointError
-from rewardrt_export.source.directions import looks_both_ways
+from rewardrt_export.source.directions import is_two_way
 
 
 def look_both_ways(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """Let the tokens of a backbone look both ways, in place, if its config says so."""
-    if not looks_both_ways(config):
+    if not is_two_way(config):
         return model
     home = vars(sys.modules[type(model).__module__])
     if "create_causal_mask" not in home:

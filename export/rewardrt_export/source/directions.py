@@ -7,11 +7,11 @@ from typing import Any
 _FIELD = "rewardrt_two_way"
 
 
-def look_both_ways(config: Any) -> None:
+def set_two_way(config: Any) -> None:
     """Say in a decoder's config that its tokens look both ways, as an encoder's do."""
     setattr(config, _FIELD, True)
 
 
-def looks_both_ways(config: Any) -> bool:
+def is_two_way(config: Any) -> bool:
     """Return whether a decoder's tokens look both ways."""
     return bool(getattr(config, _FIELD, False))

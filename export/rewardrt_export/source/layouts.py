@@ -15,7 +15,7 @@ import torch
 from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from rewardrt.errors import CheckpointError
-from rewardrt_export.source.directions import look_both_ways
+from rewardrt_export.source.directions import set_two_way
 from rewardrt_export.source.weights import StoredTensor
 
 Stored = dict[str, StoredTensor]
@@ -102,7 +102,7 @@ def _llama_two_way_config(raw: dict[str, Any]) -> PretrainedConfig:
     """NVIDIA's Llama for rerankers and embeddings: the same tensors, and tokens that look both ways."""
     config = LlamaConfig.from_dict({name: value for name, value in raw.items() if name != "model_type"})
     config.use_cache = False
-    look_both_ways(config)
+    set_two_way(config)
     return config
 
 

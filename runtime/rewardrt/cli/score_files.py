@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rewardrt.cli import toplevel
@@ -67,9 +68,7 @@ def score_pieces(
     if joined:
         work = replace(work, folder=f"{target}.parts", joined=True)
         if target.exists():
-            raise RewardRTError(
-                f"{work.folder.removesuffix('.parts')}: exists already; delete it, or name another output"
-            )
+            raise RewardRTError(f"{target}: exists already; delete it, or name another output")
     elif not is_uri(work.folder):
         work = replace(work, folder=str(target))
     pieces = PiecesJob(work, job, resume=resume)
@@ -80,17 +79,15 @@ def score_pieces(
         lambda: job.model.statistics if ray_address is None else Statistics(*[pieces.summary.tokens] * 2),
         pieces.summary,
     )
+    run: Callable[[Sequence[Piece]], Iterable[Summary]]
     if ray_address is not None:
         from rewardrt import ray as on_ray
 
         ray = on_ray.start(None if ray_address == "local" else ray_address)
-        run = on_ray.results(ray, work, actors, job.model.provider != "cpu")
+        gpu = job.model.provider != "cpu"
+        run = partial(on_ray.score_pieces, ray=ray, work=work, actors=actors, gpu=gpu)
     else:
-        scorer = PieceScorer(work, job.model)
-
-        def run(left: Sequence[Piece]) -> Iterable[Summary]:
-            return map(scorer, left)
-
+        run = partial(map, PieceScorer(work, job.model))
     said: list[str] = []
 
     def score() -> Summary:
@@ -103,8 +100,9 @@ def score_pieces(
         summary = interruptible(score, progress.tick)
     except KeyboardInterrupt as end:
         progress.finish()
-        command = _same_command()
-        raise type(end)(f"{pieces.summary.read} rows are safe in {work.folder}; go on with: {command}") from None
+        raise type(end)(
+            f"{pieces.summary.read} rows are safe in {work.folder}; go on with: {_same_command()}"
+        ) from None
     _end(job.model, summary, progress, said)
 
 
@@ -136,7 +134,6 @@ def _stream(job: Job, output: str | None, format_name: str, table: bool, progres
         try:
             return interruptible(lambda: job.run(write, encoder, progress=flushed), progress.tick)
         except KeyboardInterrupt as end:
-            progress.finish()
             raise type(end)(f"after {progress.summary.read} rows") from None
         finally:
             progress.finish()

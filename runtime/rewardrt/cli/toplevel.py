@@ -85,9 +85,8 @@ def _leave(status: int, *, at_once: bool) -> NoReturn:
     the whole process instead. Such a thread reads ahead of an output that failed, or computes for a server that ends.
     """
     if at_once:
-        if (
-            "ray" not in sys.modules
-        ):  # its own end crashes beside a thread that waits for it; its processes end with this
+        # Ray's own end crashes beside a thread that waits for Ray; the processes that it started end with this one.
+        if "ray" not in sys.modules:
             atexit._run_exitfuncs()
         _discard_unwritten()
         os._exit(status)

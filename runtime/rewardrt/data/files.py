@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from rewardrt.data.lines import Line, to_line
-from rewardrt.data.selection import EVERYTHING, Selection, choose
+from rewardrt.data.selection import EVERYTHING, Selection
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, error_row, scores_of, with_scores
+from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, error_row
 from rewardrt.text.fields import unread
 
 WINDOW_ROWS = 4096
@@ -151,35 +151,18 @@ class JsonEncoder:
         return [
             written
             for line, result in zip(lines, results, strict=True)
-            if (written := self._line(line, result, summary)) is not None
+            for written in self._lines(line, result, summary)
         ]
 
-    def _line(self, line: Line, result: ScoredRow | RewardRTError, summary: Summary) -> bytes | None:
-        row = {} if isinstance(line.row, RowError) else line.row
+    def _lines(self, line: Line, result: ScoredRow | RewardRTError, summary: Summary) -> list[bytes]:
         try:
-            chosen = choose(self._selection, result)
-            if chosen is None:
-                summary.count(line, result, kept=False)
-                return None
-            if isinstance(chosen, RowError):
-                apart = line.members if self._selection.best else ()  # the best would have been a row of its own
-                rows = [member.fields for member in apart] or [row]
-                written = b"".join(to_line(self._finish(error_row(each, str(chosen)))) for each in rows)
-                summary.count(line, chosen)
-            else:
-                assert not isinstance(result, RewardRTError)
-                grouped = bool(line.members)
-                if grouped and chosen and self._selection.best:  # its own row, as it was
-                    scores = self._selection.scores(scores_of(result, self._labels), chosen)
-                    fields = with_scores(line.members[chosen[0]].fields, scores)
-                else:
-                    fields = self._selection.fields(row, result, chosen, self._labels, grouped)
-                written = to_line(self._finish(fields))
-                summary.count(line, result)
+            settled = self._selection.settle(line, result, self._labels)
+            written = [to_line(self._finish(self._selection.fields(kept))) for kept in settled.kept]
         except RecursionError:  # the thread that read it had more room
             error = RowError(f"line {line.number}: {_TOO_DEEP}")
-            written = to_line(error_row({}, str(error)))
             summary.count(line, error)
+            return [to_line(error_row({}, str(error)))]
+        summary.count(line, settled.outcome, kept=bool(settled.kept))
         return written
 
 

@@ -61,8 +61,7 @@ class Job:
         self.model, self.reader, self.options = model, reader, options
         model.answers.check_options(normalize=options.normalize, aggregate=options.aggregate)
         if reader.schema is not None:
-            group_by = options.selection.group_by
-            grouped = [options.columns.get(group_by, group_by)] if group_by is not None else []
+            grouped = [options.prompt_field] if options.selection.group_by is not None else []
             for name in (*options.columns.values(), *grouped):
                 if name not in reader.schema.names:
                     raise RewardRTError(f"{reader.files[0].name}: has no column {name!r}, but {_listed(reader)}")
@@ -225,7 +224,7 @@ def renamed(lines: Iterator[Line], columns: dict[str, str]) -> Iterator[Line]:
             kept = {
                 name: value
                 for name, value in row.items()
-                if name in names or columns.get(name, name) not in row or name not in columns
+                if name not in columns or name in names or columns[name] not in row
             }
             yield replace(line, row={names.get(name, name): kept[name] for name in kept}) if row else line
 

@@ -16,7 +16,7 @@ from typing import Any
 from rewardrt.data.column_writers import infer_schema, read_objects, write_arrow, write_dataset, write_parquet
 from rewardrt.data.columns import unpack_tables
 from rewardrt.data.compression import pack_gzip, pack_zstd
-from rewardrt.data.outputs import refuse
+from rewardrt.data.outputs import refuse, take_name
 from rewardrt.errors import RewardRTError
 
 
@@ -78,11 +78,9 @@ def finish(format_name: str, part: Path, target: Path, schema: Any, known: dict[
             made = part
             if each.pack is not None and not part.stat().st_size:
                 part.write_bytes(each.pack(b""))
-        if target.is_file():
-            made.chmod(target.stat().st_mode & 0o777)  # what was private stays private
-        elif target.is_dir():
+        if target.is_dir():
             raise RewardRTError(f"{target}: is a folder that is there already; delete it, or name another")
-        made.replace(target)
+        take_name(made, target)
         if made != part:
             part.unlink()
     except OSError as error:

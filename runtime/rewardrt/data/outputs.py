@@ -70,9 +70,7 @@ def open_output(path: str | Path | None) -> Iterator[Output]:
                 file.close()
         if not in_place:
             try:
-                if target.exists():
-                    name.chmod(target.stat().st_mode & 0o777)  # what was private stays private
-                name.replace(target)
+                take_name(name, target)
             except OSError as error:
                 refuse(path, error)
     except BaseException:
@@ -80,6 +78,13 @@ def open_output(path: str | Path | None) -> Iterator[Output]:
             with suppress(OSError):
                 name.unlink()
         raise
+
+
+def take_name(made: Path, target: Path) -> None:
+    """Let what was made take the name of the output, in the place of a file that is there. Raises OSError."""
+    if target.is_file():
+        made.chmod(target.stat().st_mode & 0o777)  # what was private stays private
+    made.replace(target)
 
 
 def refuse(path: str | Path, error: Exception) -> NoReturn:

@@ -8,7 +8,7 @@ kept, its own row comes out again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,32 @@ import numpy as np
 
 from rewardrt.data.lines import Line
 from rewardrt.errors import RewardRTError, RowError
-from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, scores_of, with_scores
+from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, error_row, scores_of, with_scores
 
 # What answers of one group share; all else is each answer's own.
 SHARED = ("prompt", "messages", "tools", "documents", "chat_template_kwargs", "instruction")
 _OF_SEVERAL = ("best", "rewards", "comparisons")  # what an earlier run added to a row of several answers
 MOST_ANSWERS = 10_000  # of one group, whose texts are scored in one call
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A row that is written: where it comes from, which of its answers, and its scores, or its `error`.
+
+    No answers are chosen where the row stays as it is.
+    """
+
+    line: Line
+    chosen: tuple[int, ...]
+    scores: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What became of a scored row: the rows that are written, none where it is left out, and how it counts."""
+
+    kept: tuple[Kept, ...]
+    outcome: ScoredRow | RewardRTError
 
 
 @dataclass(frozen=True)
@@ -33,7 +53,43 @@ class Selection:
     min_margin: float | None = None
     group_by: str | None = None
 
-    def choose(self, scored: ScoredRow) -> tuple[int, ...] | None:
+    def settle(self, line: Line, result: ScoredRow | RewardRTError, labels: Sequence[str]) -> Settled:
+        """Return what is written of a row. `labels` name the objectives, where they are written."""
+        if isinstance(result, RewardRTError):
+            return self._failed(line, result)
+        try:
+            chosen = self._choose(result)
+        except RowError as error:
+            return self._failed(line, error)
+        if chosen is None:
+            return Settled((), result)
+        scores = self._scores(scores_of(result, labels), chosen)
+        if chosen and self.best and line.members:  # its own row, as it was
+            return Settled((Kept(line.members[chosen[0]], (), scores),), result)
+        return Settled((Kept(line, chosen, scores),), result)
+
+    def fields(self, kept: Kept) -> dict[str, Any]:
+        """Return a row of JSON as it is written: its own fields, of the chosen answers, and their scores."""
+        row, chosen = kept.line.fields, kept.chosen
+        if "error" in kept.scores:
+            return error_row(row, kept.scores["error"])
+        if not chosen:
+            return with_scores(row, kept.scores)
+        if self.best:
+            gone = (*_OF_SEVERAL, "response")
+            best = {name: value for name, value in row.items() if name not in gone} | {
+                "responses": row["responses"][chosen[0]]
+            }
+            return with_scores({"response" if name == "responses" else name: best[name] for name in best}, kept.scores)
+        lists = {name for name in row if name == "responses" or (kept.line.members and self.is_own(name))}
+        reordered = {name: [row[name][index] for index in chosen] if name in lists else row[name] for name in row}
+        return with_scores(reordered, kept.scores)
+
+    def _failed(self, line: Line, error: RewardRTError) -> Settled:
+        apart = line.members if self.best else ()  # of a group, whose best one would have been a row of its own
+        return Settled(tuple(Kept(each, (), {"error": str(error)}) for each in apart or (line,)), error)
+
+    def _choose(self, scored: ScoredRow) -> tuple[int, ...] | None:
         """Return the answers of a row that are kept, best first, or () where the row stays as it is; None: it is not.
 
         Raises RowError for a row of one answer where a margin is asked for.
@@ -45,28 +101,7 @@ class Selection:
         order = sorted(range(len(scored.answers)), key=lambda index: -scored.answers[index].reward)
         return tuple(order[: 1 if self.best else self.top])
 
-    def fields(
-        self, row: dict[str, Any], scored: ScoredRow, chosen: tuple[int, ...], labels: tuple[str, ...], grouped: bool
-    ) -> dict[str, Any]:
-        """Return a row as it is written: its own fields, of the chosen answers, and their scores."""
-        scores = self.scores(scores_of(scored, labels), chosen)
-        if not chosen:
-            return with_scores(row, scores)
-        lists = {name for name in row if name == "responses" or (grouped and self.is_own(name))}
-        if not self.best:
-            kept = {name: [row[name][index] for index in chosen] if name in lists else row[name] for name in row}
-            return with_scores(kept, scores)
-        best = {name: value for name, value in row.items() if name not in (*_OF_SEVERAL, "response")}
-        answer = row["responses"][chosen[0]]
-        return with_scores(
-            {
-                "response" if name == "responses" else name: answer if name == "responses" else best[name]
-                for name in best
-            },
-            scores,
-        )
-
-    def scores(self, scores: dict[str, Any], chosen: tuple[int, ...]) -> dict[str, Any]:
+    def _scores(self, scores: dict[str, Any], chosen: tuple[int, ...]) -> dict[str, Any]:
         """Return the scores of the chosen answers; of the best one alone as those of a row with one answer."""
         if not chosen:
             return scores
@@ -81,16 +116,6 @@ class Selection:
 
 
 EVERYTHING = Selection()
-
-
-def choose(selection: Selection, result: ScoredRow | RewardRTError) -> tuple[int, ...] | RowError | None:
-    """Return what a selection chooses of a result, or the error that the row has."""
-    if isinstance(result, RewardRTError):
-        return RowError(str(result))
-    try:
-        return selection.choose(result)
-    except RowError as error:
-        return error
 
 
 def _reordered(name: str, value: Any, chosen: tuple[int, ...]) -> Any:

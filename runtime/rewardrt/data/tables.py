@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rewardrt.bundle.spec import Spec
@@ -11,18 +10,9 @@ from rewardrt.data.columns import column_of, pack_table, rows_of
 from rewardrt.data.compression import import_pyarrow
 from rewardrt.data.files import Summary
 from rewardrt.data.lines import Line
-from rewardrt.data.selection import Selection, choose
-from rewardrt.errors import RewardRTError, RowError
-from rewardrt.scoring.scored import ScoredRow, scores_of
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A row, or one of a group, as it is written: where it comes from, and its scores or its error."""
-
-    line: Line
-    chosen: tuple[int, ...]
-    scores: dict[str, Any]
+from rewardrt.data.selection import Kept, Selection
+from rewardrt.errors import RewardRTError
+from rewardrt.scoring.scored import ScoredRow
 
 
 class TableEncoder:
@@ -88,26 +78,14 @@ class TableEncoder:
 
     def table(self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary) -> Any:
         """Return the rows that are kept as a table of pyarrow, None where there is none."""
-        kept: list[_Kept] = []
+        kept: list[Kept] = []
         for line, result in zip(lines, results, strict=True):
-            chosen = choose(self._selection, result)
-            if chosen is None:
-                summary.count(line, result, kept=False)
-                continue
-            if isinstance(chosen, RowError):
-                summary.count(line, chosen)
-                wrong = {"error": str(chosen)}
-                rows = line.members if self._flat else (line,)
-                kept += [_Kept(each, (), wrong) for each in rows]
-                continue
-            assert not isinstance(result, RewardRTError)
-            summary.count(line, result)
-            scores = self._selection.scores(scores_of(result, self._labels), chosen)
-            place = line.members[chosen[0]] if self._flat else line
-            kept.append(_Kept(place, chosen, scores))
+            settled = self._selection.settle(line, result, self._labels)
+            summary.count(line, settled.outcome, kept=bool(settled.kept))
+            kept += settled.kept
         return self._table(kept) if kept else None
 
-    def _table(self, kept: Sequence[_Kept]) -> Any:
+    def _table(self, kept: Sequence[Kept]) -> Any:
         pa = import_pyarrow("columns")
         own = self._lists(kept) if self._grouped and not self._flat else self._rows(kept)
         added = [column_of([each.scores.get(name) for each in kept], kind) for name, kind in self._added.items()]
@@ -117,7 +95,7 @@ class TableEncoder:
         ]
         return pa.Table.from_arrays(columns, schema=self.schema)
 
-    def _rows(self, kept: Sequence[_Kept]) -> list[Any]:
+    def _rows(self, kept: Sequence[Kept]) -> list[Any]:
         """Return the columns of rows that come out as rows, of which lists of answers may have been chosen from."""
         pa = import_pyarrow("columns")
         table = rows_of([each.line for each in kept])
@@ -132,13 +110,13 @@ class TableEncoder:
             columns.append(column)
         return columns
 
-    def _answers(self, each: _Kept) -> Any:
+    def _answers(self, each: Kept) -> Any:
         answers: Any = each.line.fields.get("responses")
         if self._selection.best:
             return answers[each.chosen[0]] if each.chosen else None
         return [answers[index] for index in each.chosen] if each.chosen else answers
 
-    def _lists(self, kept: Sequence[_Kept]) -> list[Any]:
+    def _lists(self, kept: Sequence[Kept]) -> list[Any]:
         """Return the columns of groups: of what answers share the first row's, of all else lists."""
         pa = import_pyarrow("columns")
         members = [member for each in kept for member in each.line.members]

@@ -16,7 +16,7 @@ from rewardrt.errors import RewardRTError, RowError
 from rewardrt.scoring.scored import Scored
 from rewardrt.server.options import Overflow
 from rewardrt.text.chat_template import TemplateInputs
-from rewardrt.text.items import Conversation, Input, Pair, RawText, Steps, TokenIds, as_turns
+from rewardrt.text.items import Conversation, Input, Pair, RawText, Steps, TokenIds, as_turns, utf8_bytes
 from rewardrt.text.tokens import EncodedText
 
 SLICE_TOKENS = 2048  # what a client gets before the next one
@@ -159,10 +159,10 @@ def estimated_tokens(item: Input | RowError) -> int:
     if isinstance(item, TokenIds):
         return max(1, len(item.ids))
     if isinstance(item, RawText):
-        return 1 + _bytes(item.text) // BYTES_A_TOKEN
+        return 1 + utf8_bytes(item.text) // BYTES_A_TOKEN
     if isinstance(item, Pair):
         return estimated_tokens(item.first) + estimated_tokens(item.second)
-    return TEMPLATE_TOKENS + _amount(item, _bytes, 0) // BYTES_A_TOKEN
+    return TEMPLATE_TOKENS + _amount(item, utf8_bytes, 0) // BYTES_A_TOKEN
 
 
 def _amount(item: object, measure: Callable[[str], int], message: int) -> int:
@@ -186,7 +186,3 @@ def _amount(item: object, measure: Callable[[str], int], message: int) -> int:
 
 def _given(inputs: TemplateInputs) -> tuple[object, ...]:
     return (inputs.tools, inputs.documents, dict(inputs.options))
-
-
-def _bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

@@ -144,3 +144,8 @@ def check_json(value: object, where: str) -> Any:
     except (TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise RowError(f"{where}: expected JSON values only, found something else ({reason})") from None
+
+
+def utf8_bytes(text: str) -> int:
+    """Return how many bytes a text has in UTF-8, a lone surrogate counted as three."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

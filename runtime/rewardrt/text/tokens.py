@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 
 from rewardrt.bundle.spec import Spec
 from rewardrt.errors import BundleError, RowError
+from rewardrt.text.items import utf8_bytes
 from rewardrt.text.rendering import PLACEHOLDER, RenderedText
 from rewardrt.text.taps import Ids, run_starts, tap_positions
 
@@ -366,7 +367,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
 def _bytes_of(text: RenderedText) -> int:
     """Return how much the tokenizer is given for a text."""
     parts = text.pieces or (text.text, text.pair or "")
-    return sum(len(part) if part.isascii() else len(part.encode(errors="surrogatepass")) for part in parts)
+    return sum(map(utf8_bytes, parts))
 
 
 def _in_batches(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
