@@ -225,7 +225,7 @@ def test_signals_at_random_moments_lose_nothing(name: str, moments: int, rows: P
                 assert time.monotonic() - sent < 2
                 assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[name], said
                 last = said.splitlines()[-1]
-                safe = f" rows are safe in {target}.part; go on with: rewardrt score --resume {BUNDLE}"
+                safe = f" rows are safe in {target}.part; go on with: rewardrt score {BUNDLE} {source} -o {target} --resume"
                 nothing = ("error: interrupted: no row is safe yet; nothing was written", "error: interrupted")
                 assert safe in last or last in nothing
     assert target.read_bytes() == (tmp_path / "whole.jsonl.gz").read_bytes()
