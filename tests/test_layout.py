@@ -23,7 +23,7 @@ ORDER = {
         graph: graph_file shapes engine session
         bundle: spec certificate precisions manifest engines opening
         text: template_limits chat_template items rendering taps tokens fields rows
-        scoring: scored batching prefix runner pairwise answers
+        scoring: scored source batching prefix runner pairwise answers
         reward_model
         data: strict_json formats lines outputs compression arrays inputs columns column_writers readers selection files shards journal output_formats tables jobs pieces
         ray

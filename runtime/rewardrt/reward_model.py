@@ -5,12 +5,10 @@ rows -> texts (scoring.answers) -> values (scoring.runner) -> rows with rewards 
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,37 +17,19 @@ from rewardrt.bundle.engines import check_whole, engine_request, warm_choice
 from rewardrt.bundle.manifest import Bundle, read_bundle
 from rewardrt.bundle.opening import LoadOptions, Opening, choose_variant
 from rewardrt.bundle.precisions import range_advice
-from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule, Spec
-from rewardrt.errors import BundleError, InferenceError, RewardRTError, RowError, TruncationWarning
+from rewardrt.bundle.spec import AggregateRule, Spec
+from rewardrt.errors import BundleError, InferenceError
 from rewardrt.graph.session import GraphSession
 from rewardrt.machine.providers import Provider, ProviderChoice, check_onnxruntime, select_provider
 from rewardrt.scoring.answers import Answers, Prepared, regroup
 from rewardrt.scoring.batching import BATCH_TOKENS
 from rewardrt.scoring.prefix import Statistics
 from rewardrt.scoring.runner import Runner
-from rewardrt.scoring.scored import Ranked, Scored, ScoredRow
+from rewardrt.scoring.source import Results, RewardSource
 from rewardrt.text.tokens import EncodedText
 
-Messages = Sequence[dict[str, Any]]
-_Given = ParamSpec("_Given")
-_Made = TypeVar("_Made")
 
-
-def _in_thread(
-    call: Callable[Concatenate[RewardModel, _Given], _Made],
-) -> Callable[Concatenate[RewardModel, _Given], Coroutine[Any, Any, _Made]]:
-    """Return the twin of a call for coroutines: it waits in a thread, and the event loop goes on."""
-
-    async def twin(self: RewardModel, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        import asyncio  # a sixth of this package's import time, and not everybody's
-
-        return await asyncio.to_thread(call, self, *args, **kwargs)
-
-    functools.update_wrapper(twin, call)
-    return twin
-
-
-class RewardModel:
+class RewardModel(RewardSource):
     """A loaded bundle. Scoring is thread-safe, and a text's reward does not depend on what is scored with it.
 
     It can be pickled and copied: what is sent is where the bundle lies and the options of `load`, and the bundle is
@@ -152,68 +132,19 @@ class RewardModel:
         """The tokens that were scored since the model was loaded, and how many of them were computed."""
         return self.runner.statistics
 
-    def score(
-        self,
-        *,
-        prompt: str | Messages | None = None,
-        response: str | None = None,
-        messages: Messages | None = None,
-        text: str | None = None,
-        steps: Sequence[str] | None = None,
-        tools: list[dict[str, Any]] | None = None,
-        documents: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        instruction: str | None = None,
-        normalize: bool | None = None,
-        aggregate: AggregateRule | None = None,
-    ) -> float:
-        """Return the reward of one text, given as the fields of a row: prompt or messages with response, or text.
-
-        `tools`, `documents` and `chat_template_kwargs` go to the chat template, as in transformers. `instruction` says
-        what is judged, of a model that reads one; None takes the bundle's.
-        A model that rewards steps takes `steps` for the response, and needs `aggregate` to make one reward of theirs.
-        Raises RowError for a combination that is none of these, InferenceError for a reward that is not a number.
-        Warns with TruncationWarning when the text was cut.
-        """
-        row = _given(
-            prompt=prompt, response=response, messages=messages, text=text, steps=steps,
-            tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs, instruction=instruction,
-        )  # fmt: skip
-        return float(self._score_texts([row], normalize, aggregate)[0])
-
-    def score_many(
-        self,
-        items: Iterable[dict[str, Any]],
-        *,
-        normalize: bool | None = None,
-        aggregate: AggregateRule | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """Return the rewards, [n] float32, of rows that hold one text each, in their order.
-
-        A model that rewards steps needs `aggregate`: the min, product, last or mean of a text's steps is its reward.
-        Raises what the first row that cannot be scored deserves, naming it; use `score_rows` to keep the others.
-        Warns with TruncationWarning when texts were cut.
-        """
-        return self._score_texts(items, normalize, aggregate)
-
     def score_rows(
         self,
         items: Iterable[dict[str, Any]],
         *,
         normalize: bool | None = None,
         aggregate: AggregateRule | None = None,
-    ) -> list[ScoredRow | RewardRTError]:
-        """Score rows of any shape; a row that cannot be scored has its error in its place.
-
-        A row of one text gives a `Scored`, one with `responses` a `ScoredAnswers` (`rewards`, `best`), and one with
-        `chosen` and `rejected` a `ScoredPair` (`chosen_reward`, `rejected_reward`, `margin`).
-        A model that rewards steps gives `steps`, and the `reward` NaN unless they are aggregated.
-        """
+    ) -> Results:
+        """Score rows of any shape; see `RewardSource.score_rows`."""
         return self.score_prepared(self.answers.prepare(items), normalize=normalize, aggregate=aggregate)
 
     def score_prepared(
         self, prepared: Prepared, *, normalize: bool | None = None, aggregate: AggregateRule | None = None
-    ) -> list[ScoredRow | RewardRTError]:
+    ) -> Results:
         """Score rows that `answers.prepare` made ready, ahead or in another thread; see `score_rows`."""
         self.answers.check_options(normalize=normalize, aggregate=aggregate)
         good = [text for text in prepared.texts if isinstance(text, EncodedText)]
@@ -226,36 +157,6 @@ class RewardModel:
         )
         return regroup(prepared.rows, scores)
 
-    def rank(
-        self,
-        *,
-        responses: Sequence[str],
-        prompt: str | Messages | None = None,
-        messages: Messages | None = None,
-        tools: list[dict[str, Any]] | None = None,
-        documents: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        instruction: str | None = None,
-        normalize: bool | None = None,
-    ) -> list[Ranked]:
-        """Score answers to one prompt and return them best first; equal rewards keep the order given.
-
-        `tools`, `documents`, `chat_template_kwargs` and `instruction` are those of `score`.
-        """
-        responses = responses if isinstance(responses, str) else list(responses)  # a bare string is refused as a row
-        row = _given(
-            prompt=prompt, messages=messages, responses=responses,
-            tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs, instruction=instruction,
-        )  # fmt: skip
-        (scored,) = self.score_rows([row], normalize=normalize)
-        if isinstance(scored, RewardRTError):
-            raise scored
-        ranked = [
-            Ranked(index, responses[index], answer.reward, answer.tokens, answer.truncated, answer.comparisons)
-            for index, answer in enumerate(scored.answers)
-        ]
-        return sorted(ranked, key=lambda answer: -answer.reward)
-
     def token_rewards(self, text: EncodedText, *, normalize: bool | None = None) -> npt.NDArray[np.float32]:
         """Return the reward after every token of a text, [tokens] float32, where the graph has them.
 
@@ -266,37 +167,3 @@ class RewardModel:
         if isinstance(found, InferenceError):
             raise found
         return found
-
-    def _score_texts(
-        self, items: Iterable[dict[str, Any]], normalize: bool | None, aggregate: AggregateRule | None
-    ) -> npt.NDArray[np.float32]:
-        if self.spec.input == "steps" and aggregate is None:
-            raise RewardRTError(
-                "this model gives a reward to every step: name how to make one of them, "
-                f"aggregate={' or '.join(map(repr, AGGREGATE_RULES))}, or call score_rows for the rewards of the steps"
-            )
-        whole = []
-        for index, result in enumerate(self.score_rows(items, normalize=normalize, aggregate=aggregate)):
-            if isinstance(result, RewardRTError):
-                raise type(result)(f"item {index}: {result}") from result
-            if not isinstance(result, Scored):
-                texts = f"the row holds {len(result.answers)} texts; expected one"
-                raise RowError(f"item {index}: {texts} (rank(), score_rows() and `rewardrt score` take several)")
-            whole.append(result)
-        cut = [(index, result.truncated) for index, result in enumerate(whole) if result.truncated]
-        if cut:
-            index, tokens = cut[0]
-            message = (
-                f"{len(cut)} of {len(whole)} texts were cut at {self.spec.max_length} tokens (item {index}: {tokens})"
-            )
-            warnings.warn(message, TruncationWarning, stacklevel=3)  # the line that called score or score_many
-        return np.array([result.reward for result in whole], dtype=np.float32)
-
-    ascore = _in_thread(score)
-    ascore_many = _in_thread(score_many)
-    ascore_rows = _in_thread(score_rows)
-    arank = _in_thread(rank)
-
-
-def _given(**fields: Any) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
