@@ -30,7 +30,10 @@ ORDER = {
         checks: workers workload bench doctor verify
         server: options problem access address body turns isolation engine models schema call connection log metrics state vocabulary
           cohere kserve openrlhf own sglang tei vllm routes views openapi request app reload process
-        cli: toplevel output progress engine_options options table warm bench doctor inspect score_files score serve verify app
+        client: address wire servers batches
+        reward_client
+        trainers: reward areal ms_swift openrlhf slime trl verifiers verl listing
+        cli: toplevel output progress engine_options options table warm bench doctor inspect score_files score serve trainer verify app
     """,
     "rewardrt_export": """
         source: foreign text_files weights adapter_config adapters chat_template directions layouts config multimodal padding tokenizer tokenizer_files
@@ -70,6 +73,7 @@ HOMES = {
     "pyarrow": "rewardrt.data",
     "tqdm": "rewardrt.cli.progress",
     "ray": "rewardrt.ray",
+    "httpx2": "rewardrt.client.servers",
 }
 
 
@@ -237,6 +241,7 @@ def test_the_folders_above_the_packages_are_no_packages() -> None:
 def test_the_public_names_are_these() -> None:
     results = ["Ranked", "Scored", "ScoredAnswers", "ScoredPair"]
     errors = ["BundleError", "InferenceError", "MissingExtraError", "ProviderError", "RewardRTError", "RowError"]
-    expected = sorted(["RewardModel", *results, *errors, "TruncationWarning"])
+    errors.append("ServerError")
+    expected = sorted(["RewardClient", "RewardModel", *results, *errors, "TruncationWarning"])
     assert sorted(rewardrt.__all__) == expected
     assert all(hasattr(rewardrt, name) for name in expected)

@@ -8,8 +8,10 @@ from rewardrt.errors import (
     ProviderError,
     RewardRTError,
     RowError,
+    ServerError,
     TruncationWarning,
 )
+from rewardrt.reward_client import RewardClient
 from rewardrt.reward_model import RewardModel
 from rewardrt.scoring.scored import Ranked, Scored, ScoredAnswers, ScoredPair
 
@@ -20,11 +22,13 @@ __all__ = [
     "MissingExtraError",
     "ProviderError",
     "Ranked",
+    "RewardClient",
     "RewardModel",
     "RewardRTError",
     "RowError",
     "Scored",
     "ScoredAnswers",
     "ScoredPair",
+    "ServerError",
     "TruncationWarning",
 ]

@@ -6,6 +6,7 @@
     ├── ProviderError         the execution provider that was asked for is not the one obtained
     ├── RowError              one input cannot be scored (the others can)
     ├── InferenceError        the graph failed, or gave a value that is not a number
+    ├── ServerError           a reward server gives no answer, refuses the request, or is not the one expected
     ├── WorkerError           a process that was to be measured could not load its model, or not score with it
     └── ExportError
         ├── CheckpointError   the checkpoint is not a reward model that can be exported exactly
@@ -48,6 +49,10 @@ class RowError(RewardRTError):
 
 class InferenceError(RewardRTError):
     """The graph failed, or gave a reward that is not a finite number."""
+
+
+class ServerError(RewardRTError):
+    """A reward server gives no answer, refuses a request, or serves another bundle than was expected."""
 
 
 class WorkerError(RewardRTError):

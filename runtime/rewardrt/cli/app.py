@@ -17,6 +17,7 @@ from rewardrt.cli.doctor import doctor
 from rewardrt.cli.inspect import inspect
 from rewardrt.cli.score import score
 from rewardrt.cli.serve import serve
+from rewardrt.cli.trainer import trainer
 from rewardrt.cli.verify import verify
 from rewardrt.cli.warm import warm
 
@@ -56,5 +57,5 @@ def main() -> None:
     toplevel.run(app)
 
 
-for command in (bench, doctor, inspect, score, serve, verify, warm):
+for command in (bench, doctor, inspect, score, serve, trainer, verify, warm):
     app.add_command(command)

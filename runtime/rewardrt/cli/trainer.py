@@ -1,0 +1,39 @@
+"""`rewardrt trainer`: the file or the lines that give a trainer its rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rewardrt.cli.output import show
+from rewardrt.errors import BundleError
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--bundle", help="A bundle, which each process of the trainer opens.")
+@click.option("--url", "urls", multiple=True, help="A server's address (rewardrt serve); several for several servers.")
+def trainer(name: str | None, bundle: str | None, urls: tuple[str, ...]) -> None:
+    """Print the file, or the lines, that give a trainer its rewards; without NAME, list the trainers.
+
+    Save the file as rewards.py. A server's key is read from the variable REWARDRT_API_KEY.
+    """
+    from rewardrt.bundle.manifest import MANIFEST
+    from rewardrt.client.address import address
+    from rewardrt.trainers.listing import TRAINERS, find, printed
+
+    if name is None:
+        show("\n".join(f"{each.name:<14} {each.title}" for each in TRAINERS))
+        return
+    found = find(name)
+    if (bundle is None) == (not urls):
+        raise click.UsageError("give --bundle BUNDLE, or --url of a server")
+    if bundle is None:
+        show(printed(found, urls=[address(url) for url in urls]).rstrip("\n"))
+        return
+    if not bundle.startswith("hf://"):
+        if not (Path(bundle) / MANIFEST).is_file():
+            raise BundleError(f"{bundle}: expected a bundle folder, with {MANIFEST} in it")
+        bundle = str(Path(bundle).resolve())  # a trainer may run in another folder
+    show(printed(found, bundle=bundle).rstrip("\n"))

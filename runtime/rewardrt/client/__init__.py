@@ -1,0 +1,1 @@
+"""What `RewardClient` does between rows and a server: wire, batches, servers."""

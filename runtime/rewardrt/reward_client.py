@@ -1,0 +1,193 @@
+"""The client of a reward server: the calls of a loaded bundle, over HTTP.
+
+from rewardrt import RewardClient
+
+with RewardClient("http://127.0.0.1:8000") as client:
+    client.score(prompt="Name a colour.", response="Blue.")
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rewardrt.bundle.spec import AggregateRule
+from rewardrt.client.address import address
+from rewardrt.errors import ServerError
+from rewardrt.scoring.source import Results, RewardSource
+from rewardrt.server.access import KEY_VARIABLE
+
+if TYPE_CHECKING:
+    from rewardrt.client.batches import Connection
+
+
+class RewardClient(RewardSource):
+    """Rewards from a server that `rewardrt serve` runs, or from several of one bundle.
+
+    Its calls are those of `RewardModel`: `score`, `score_many`, `score_rows`, `rank`, and their twins for coroutines.
+    Rows of all threads and coroutines that call at a time are sent together. A server that does not answer, or is busy,
+    is asked again, and meanwhile the others are. Rewards are bit for bit those of the server's model.
+
+    It can be pickled (with its API key), and used in a process that was forked: connections are made there anew.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        expect_sha256: str | None = None,
+        require_certificate: bool = False,
+        batch_rows: int = 64,
+        batch_seconds: float = 0.002,
+        concurrency: int = 8,
+        timeout: float = 180.0,
+        patience: float = 300.0,
+        tls_ca: str | Path | None = None,
+    ) -> None:
+        """Name the servers; nothing is sent before the first call. Times are in seconds.
+
+        `urls`             addresses without a route, such as http://10.0.0.5:8000 or unix:/run/reward.sock
+        `model`            the name of one of the server's bundles; None: its first
+        `api_key`          None: the variable REWARDRT_API_KEY
+        `expect_sha256`    the SHA-256 of the bundle's reward.json, which names those of all its files; None: whatever
+                           the first answer comes from. Another bundle, at any time and from any server, is an error
+        `require_certificate` whether a graph that was never compared with torch is an error
+        `batch_rows`       rows of one request, at most
+        `batch_seconds`    how long rows wait for others to be sent with
+        `concurrency`      requests under way at once
+        `timeout`          for one answer
+        `patience`         how long a request is tried again for, before the call fails
+        `tls_ca`           file of the CA that signed the server's certificate; None: the system's
+
+        Raises ServerError for addresses that are none, and MissingExtraError.
+        """
+        from rewardrt.client.batches import Batching
+        from rewardrt.client.servers import Access
+
+        given = [urls] if isinstance(urls, str) else list(urls)
+        if not given:
+            raise ServerError("expected at least one server's address, found none")
+        if min(batch_rows, concurrency) < 1 or batch_seconds < 0 or timeout <= 0 or patience < 0:
+            raise ServerError("expected batch_rows and concurrency of at least 1, and no negative time")
+        if tls_ca is not None and not Path(tls_ca).is_file():
+            raise ServerError(f"{tls_ca}: expected the file of a CA, found none")
+        if api_key is None:
+            api_key = os.environ.get(KEY_VARIABLE)
+        self._model = model
+        self._access = Access(
+            tuple(dict.fromkeys(map(address, given))),
+            api_key,
+            timeout,
+            patience,
+            None if tls_ca is None else str(tls_ca),
+            expect_sha256,
+            require_certificate,
+        )
+        self._batching = Batching(batch_rows, batch_seconds, concurrency)
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        _CLIENTS.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Be pickled and copied as what the client was made with."""
+        return {"_model": self._model, "_access": self._access, "_batching": self._batching}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be made again from that."""
+        self.__dict__.update(state)
+        self._start()
+
+    def __repr__(self) -> str:
+        name = "" if self._model is None else f", model={self._model!r}"
+        return f"RewardClient({', '.join(map(repr, self._access.urls))}{name})"
+
+    def score_rows(
+        self,
+        items: Iterable[dict[str, Any]],
+        *,
+        normalize: bool | None = None,
+        aggregate: AggregateRule | None = None,
+    ) -> Results:
+        """Score rows of any shape; see `RewardSource.score_rows`.
+
+        Raises ServerError where no server gives an answer.
+        """
+        future = self._submit(items, normalize, aggregate)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl+C: nobody waits any more
+            future.cancel()
+            raise
+
+    async def ascore_rows(
+        self,
+        items: Iterable[dict[str, Any]],
+        *,
+        normalize: bool | None = None,
+        aggregate: AggregateRule | None = None,
+    ) -> Results:
+        """Do what `score_rows` does, while the event loop goes on."""
+        import asyncio
+
+        return await asyncio.wrap_future(self._submit(items, normalize, aggregate))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a server says of the model that runs: family, precision, provider, SHA-256, certificate.
+
+        Raises ServerError.
+        """
+        return self._connected().describe(self._model)
+
+    def close(self) -> None:
+        """Close the connections; a later call makes new ones."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def __enter__(self) -> RewardClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(
+        self, items: Iterable[dict[str, Any]], normalize: bool | None, aggregate: AggregateRule | None
+    ) -> Future[Results]:
+        from rewardrt.client.wire import Options
+
+        return self._connected().submit(list(items), Options(self._model, normalize, aggregate))
+
+    def _connected(self) -> Connection:
+        from rewardrt.client.batches import Connection
+
+        with self._lock:
+            if self._connection is None:
+                self._connection = Connection(self._access, self._batching)
+            return self._connection
+
+
+_CLIENTS: weakref.WeakSet[RewardClient] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """Forget, in a process that was just forked, the parent's thread, connections and lock."""
+    for client in list(_CLIENTS):
+        client._start()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forked)

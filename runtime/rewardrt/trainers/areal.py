@@ -1,0 +1,32 @@
+"""AReaL's reward function, which a workflow takes as a callable or as the string "module.name".
+
+AReaL calls it in a pool of processes with `prompt` and `completions`, both as decoded with their special tokens,
+`prompt_ids`, `completion_ids`, and the fields of the sample. It waits 15 seconds, four times, and then takes 0: use a
+server for a model that takes seconds to load. Read from AReaL 1.0.4: areal/api/reward_api.py, areal/workflow/rlvr.py.
+
+Where the sample has `messages`, they and the completion go through the bundle's chat template. Else prompt and
+completion are one text, scored as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rewardrt.text.rows import TEMPLATE_FIELDS
+from rewardrt.trainers.reward import TrainerReward
+
+
+class Reward(TrainerReward):
+    """The reward function of a workflow. `end` is the policy's own end of an answer, which AReaL leaves there."""
+
+    def __init__(self, where: Any, *, end: str, **options: Any) -> None:
+        super().__init__(where, end=end, **options)
+
+    def __call__(
+        self, prompt: str, completions: str, prompt_ids: Any = None, completion_ids: Any = None, **data: Any
+    ) -> float:
+        """Return the reward of one completion."""
+        before = data["messages"] if data.get("messages") is not None else prompt
+        row = self.row(before, completions, {name: data.get(name) for name in TEMPLATE_FIELDS})
+        found: float = self.rewards([row])[0]
+        return found

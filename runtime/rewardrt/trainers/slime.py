@@ -1,0 +1,34 @@
+"""slime's `--custom-rm-path module.function`.
+
+slime awaits it with its arguments and a sample, or in group and batch mode with a list of samples, and wants a number,
+or a list of them. A sample has `prompt`, a string that is text already (with --apply-chat-template) or a list of
+messages, `response`, `label` and `metadata`. Read from slime, slime/rollout/rm_hub: `async_rm`, `batched_async_rm`.
+
+A server needs no function: `--rm-type remote_rm --rm-url http://HOST:PORT/remote_rm`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rewardrt.errors import RowError
+from rewardrt.text.rows import TEMPLATE_FIELDS
+from rewardrt.trainers.reward import TrainerReward
+
+
+class Reward(TrainerReward):
+    """The function of `--custom-rm-path`. `end` is the policy's own end of an answer, which slime leaves there."""
+
+    def __init__(self, where: Any, *, end: str, **options: Any) -> None:
+        super().__init__(where, end=end, **options)
+
+    async def __call__(self, args: Any, sample: Any, **_: Any) -> Any:
+        """Return the reward of a sample, or those of a list of samples."""
+        if isinstance(sample, list | tuple):
+            return await self.arewards([self.sample(each) for each in sample])
+        return (await self.arewards([self.sample(sample)]))[0]
+
+    def sample(self, sample: Any) -> dict[str, Any] | RowError:
+        """Return the row of a sample."""
+        metadata = sample.metadata if isinstance(sample.metadata, dict) else {}
+        return self.row(sample.prompt, sample.response, {name: metadata.get(name) for name in TEMPLATE_FIELDS})

@@ -1,0 +1,44 @@
+"""A reward of a verifiers task, plugged in by the task's configuration (`rewards`).
+
+verifiers awaits or calls it with the `trace` of a rollout, whose `messages` are the conversation, and wants a float.
+Read from verifiers 0.4: verifiers/v1/task.py, `Task.score` and `Task.hooks`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rewardrt.errors import RowError
+from rewardrt.trainers.reward import TrainerReward
+
+
+class Reward(TrainerReward):
+    """The reward of a rollout: of its last answer, after all that was said before."""
+
+    async def __call__(self, trace: Any) -> float:
+        """Return the reward of the conversation on the final branch of a trace."""
+        found: float = (await self.arewards([self.conversation(trace)]))[0]
+        return found
+
+    def conversation(self, trace: Any) -> dict[str, Any] | RowError:
+        """Return the row of a trace."""
+        return {"messages": [_message(message.model_dump(exclude_none=True)) for message in trace.messages]}
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message in the form that chat templates read."""
+    message.pop("provider_state", None)
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = [
+            {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": _arguments(call)}}
+            for call in calls
+        ]
+    return message
+
+
+def _arguments(call: dict[str, Any]) -> Any:
+    try:
+        return json.loads(call["arguments"])
+    except ValueError:
+        return call["arguments"]
