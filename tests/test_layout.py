@@ -29,7 +29,7 @@ ORDER = {
         ray
         checks: workers workload bench doctor verify
         server: options problem access address body turns isolation engine models schema call connection log metrics state vocabulary
-          cohere kserve openrlhf own sglang tei vllm routes views openapi request app reload process
+          chat cohere kserve llamafactory openrlhf own sglang slime tei vllm routes views openapi request app reload process
         client: address wire servers batches
         reward_client
         trainers: reward areal ms_swift openrlhf slime trl verifiers verl listing
@@ -50,7 +50,7 @@ ORDER = {
         pipeline cli
     """,
 }
-PROTOCOLS = {"cohere", "kserve", "openrlhf", "own", "sglang", "tei", "vllm"}
+PROTOCOLS = {"chat", "cohere", "kserve", "llamafactory", "openrlhf", "own", "sglang", "slime", "tei", "vllm"}
 FORBIDDEN_IN_RUNTIME = {
     "torch",
     "transformers",

@@ -315,7 +315,7 @@ def test_tei_ranks_with_a_sigmoid_only_when_asked(server: Running, rewards: list
         ("/predict", {"inputs": ""}, 400, {"error": "`inputs` cannot be empty", "error_type": "Empty"}),
         ("/predict", {"inputs": "a", "truncation_direction": "left"}, 422, {"error": 'truncation_direction: expected "right" or "Right", found "left"', "error_type": "Validation"}),
         ("/predict", {"inputs": "word " * 3000, "truncate": False}, 422, None),
-        ("/v2/models/m/infer", {"inputs": []}, 400, {"error": "inputs: expected text, or prompt and response with as many elements each"}),
+        ("/v2/models/m/infer", {"inputs": []}, 400, {"error": "inputs: expected text or sentences, or prompt and response or tokens and sequence_lengths with as many elements each"}),
         ("/classify", {"input": "a", "softmax": False}, 400, None),
         ("/classify", {"input": [[99_999_999]]}, 400, None),
         ("/classify", {"text": "a", "return_logits": True}, 400, None),

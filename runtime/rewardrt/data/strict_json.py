@@ -31,6 +31,10 @@ class Bounds:
     numbers: int
 
 
+class TooManyValuesError(RowError):
+    """A document over its bounds; a part of it may be read."""
+
+
 def read_json(data: bytes, bounds: Bounds | None = None) -> Any:
     """Return the value of a JSON document in UTF-8, or raise RowError that says what is wrong with it."""
     try:
@@ -77,7 +81,7 @@ def _scan(data: bytes, bounds: Bounds | None) -> None:
             numbers += data.count(b",", at, found.end())
             at = found.end()
         if bounds is not None and (nodes > bounds.nodes or numbers > bounds.nodes + bounds.numbers):
-            raise RowError(
+            raise TooManyValuesError(
                 f"holds too many values; expected at most {bounds.nodes} strings, objects and lists, "
                 f"and {bounds.numbers} numbers: send fewer at a time"
             )

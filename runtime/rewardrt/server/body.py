@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from rewardrt.data.strict_json import Bounds, read_json
+from rewardrt.data.strict_json import Bounds, TooManyValuesError, read_json
 from rewardrt.errors import RowError
 from rewardrt.server.options import ServerOptions
-from rewardrt.server.problem import Problem
+from rewardrt.server.problem import Problem, too_many
 
 SMALL_BODY = 65_536  # bytes that are not booked, and decoded on the event loop where they hold little
 SMALL_STRUCTURE = 512  # commas and brackets; each may be a value that takes a microsecond or more
@@ -22,6 +22,8 @@ BUDGET_BODIES = 4  # bodies of the largest size that are held at once
 NODES_OF_AN_ITEM, NUMBERS_OF_AN_ITEM = 128, 1024
 ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # window bits for zlib
 CHUNK = 65_536
+# Lists of a body that belong to one text, however long they are; where `messages` are texts their protocol counts them.
+NOT_TEXTS = frozenset({"messages", "prompt", "tools", "label"})
 
 Receive = Callable[[], Awaitable[Any]]
 
@@ -199,6 +201,8 @@ def decode(data: bytes, options: ServerOptions) -> Any:
         bounds = Bounds(options.max_items * NODES_OF_AN_ITEM, options.max_items * NUMBERS_OF_AN_ITEM)
     try:
         return read_json(data, bounds)
+    except TooManyValuesError as error:
+        raise Problem("too_many", f"body: {error}") from None
     except RowError as error:
         raise Problem("validation", f"body: {error}") from None
 
@@ -208,7 +212,7 @@ def check_counts(body: Any, most: int) -> None:
     if not isinstance(body, dict):
         return
     for name, value in body.items():
-        if isinstance(value, list) and len(value) > most and name not in ("messages", "tools"):
+        if isinstance(value, list) and len(value) > most and name not in NOT_TEXTS:
             if value and isinstance(value[0], int):  # one text as token ids
                 continue
-            raise Problem("validation", f"{len(value)} texts in one request; expected at most {most}")
+            raise too_many(len(value), most)

@@ -12,7 +12,7 @@ from rewardrt.scoring.answers import flatten, regroup
 from rewardrt.scoring.scored import Scored, ScoredRow
 from rewardrt.server.models import Models, Served
 from rewardrt.server.options import Overflow, ServerOptions
-from rewardrt.server.problem import Kind, Problem, shortened
+from rewardrt.server.problem import Kind, Problem, shortened, too_many
 from rewardrt.server.schema import Schema
 from rewardrt.server.turns import Job, TokenReward, Work, characters
 from rewardrt.text.items import Input
@@ -70,7 +70,7 @@ class Call:
             raise too_many(len(items), options.max_items)
         if self.every_token and len(items) > options.max_items // TOKEN_REWARDS:
             most = max(1, options.max_items // TOKEN_REWARDS)
-            raise Problem("validation", f"{len(items)} texts with rewards of tokens; expected at most {most}")
+            raise too_many(len(items), most, "texts with rewards of tokens")
         limits = [limit for limit in (self.max_length, options.max_length) if limit is not None]
         normalize = options.normalize if self.normalize is None else self.normalize
         try:
@@ -147,6 +147,7 @@ COMMON_STATUS: dict[Kind, int] = {
     "timeout": 408,
     "media_type": 415,
     "validation": 400,
+    "too_many": 400,
     "empty": 400,
     "unknown_model": 404,
     "too_large": 413,
@@ -154,8 +155,3 @@ COMMON_STATUS: dict[Kind, int] = {
     "draining": 503,
     "backend": 500,
 }
-
-
-def too_many(found: int, most: int) -> Problem:
-    """Return why a request with so many texts is not answered."""
-    return Problem("validation", f"{found} texts in one request; expected at most {most}")

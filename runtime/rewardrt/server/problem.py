@@ -12,6 +12,7 @@ Kind = Literal[
     "media_type",  # the body is of another kind than is understood
     "timeout",  # the body did not come in time
     "validation",  # the body is not one of the protocol
+    "too_many",  # more texts than a request may have: fewer at a time will do
     "empty",  # nothing to score where the protocol wants something
     "unknown_model",
     "too_large",  # over the body limit
@@ -30,6 +31,11 @@ class Problem(Exception):
         self.kind: Kind = kind
         self.message = shortened(message)
         self.retry_after = retry_after
+
+
+def too_many(found: int, most: int, what: str = "texts in one request") -> Problem:
+    """Return why a request with so many texts is not answered; a client may split it."""
+    return Problem("too_many", f"{found} {what}; expected at most {most}")
 
 
 def shortened(message: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rewardrt.server import cohere, kserve, openrlhf, own, sglang, tei, vllm
+from rewardrt.server import chat, cohere, kserve, llamafactory, openrlhf, own, sglang, slime, tei, vllm
 from rewardrt.server.call import Scoring
 
 RELOAD = "/v1/reload"  # POST, without a body
@@ -39,6 +39,10 @@ def _lacks(name: str) -> Callable[[Any], int]:
 ROUTES: tuple[ScoringRoute, ...] = (
     ScoringRoute("/v1/reward", (own.REWARD,), "Score rows as `rewardrt score` does."),
     ScoringRoute("/get_reward", (openrlhf.GET_REWARD,), "OpenRLHF's remote reward model."),
+    ScoringRoute("/remote_rm", (slime.REMOTE_RM,), "slime's remote reward model."),
+    ScoringRoute("/v1/score/evaluation", (llamafactory.SCORE_EVALUATION,), "LLaMA-Factory, also its PPO trainer."),
+    ScoringRoute("/v1/chat/completions", (chat.NIM,), "NVIDIA NIM: the reward is the answer's text, `reward:1.23`."),
+    ScoringRoute("/swift/v1/chat/completions", (chat.SWIFT,), "ms-swift: the reward is the answer's content, 1.23."),
     ScoringRoute("/classify", (vllm.CLASSIFY, sglang.CLASSIFY), "vLLM; SGLang with `text`.", _has("text")),
     ScoringRoute("/v1/classify", (vllm.CLASSIFY, sglang.CLASSIFY), "vLLM; SGLang with `text`.", _has("text")),
     ScoringRoute("/pooling", (vllm.POOLING,), "vLLM."),

@@ -10,7 +10,7 @@ from typing import Any
 
 from rewardrt.server.call import Call, Dialect, Incoming, Outcome, Scoring
 from rewardrt.server.models import Served
-from rewardrt.server.problem import Problem
+from rewardrt.server.problem import Kind, Problem
 from rewardrt.server.schema import BOOLEAN, INTEGER, NUMBER, STRING, STRINGS, array, body, only
 from rewardrt.server.vocabulary import answers, best_first, cut, ranking, reward_of, single_rewards, texts
 from rewardrt.text.rows import Row
@@ -20,6 +20,7 @@ PREDICT_BODY = body(
     {"inputs": {"anyOf": [STRING, STRINGS, array({"anyOf": [STRING, STRINGS]})]}},
     # What huggingface_hub's text_classification sends beside the text.
     parameters=body(function_to_apply=only("none", "sigmoid"), top_k=INTEGER | {"minimum": 1}),
+    instruction=STRING,  # of pairs
     **SHARED,
 )
 RERANK_BODY = body({"query": STRING, "texts": STRINGS}, return_text=BOOLEAN, instruction=STRING, **SHARED)
@@ -46,7 +47,7 @@ def predict(incoming: Incoming) -> Call:
     batch = isinstance(inputs, list) and any(isinstance(each, list) for each in inputs)
     if inputs in ("", []):
         raise Problem("empty", "`inputs` cannot be empty")
-    rows = tuple(_row(served, each) for each in (inputs if batch else [inputs]))
+    rows = tuple(_row(served, each, wanted.get("instruction")) for each in (inputs if batch else [inputs]))
     squash = _sigmoid(wanted)
 
     def render(outcome: Outcome) -> Any:
@@ -58,14 +59,16 @@ def predict(incoming: Incoming) -> Call:
     return Call(served, rows, render, **_limits(wanted))
 
 
-def _row(served: Served, value: Any) -> Row:
+def _row(served: Served, value: Any, instruction: str | None) -> Row:
     parts = [value] if isinstance(value, str) else value
     if not parts or "" in parts:
         raise Problem("empty", "`inputs` cannot be empty")
     if len(parts) > 2:
         raise Problem("validation", f"inputs: expected a text, or a pair of two; found {len(parts)}")
     if len(parts) == 2:
-        return answers(served, [(parts[0], parts[1])])[0]
+        return answers(served, [(parts[0], parts[1])], instruction)[0]
+    if instruction is not None:
+        raise Problem("validation", "instruction: expected it only with pairs; a text is scored as it stands")
     return texts(served, parts, special_tokens=True)[0]
 
 
@@ -101,7 +104,15 @@ def rerank(incoming: Incoming) -> Call:
     return Call(served, rows, render, **_limits(wanted))
 
 
-DIALECT = Dialect("tei", refusal, {"validation": 422, "empty": 400, "overloaded": 429, "backend": 424, "draining": 503})
+STATUSES: dict[Kind, int] = {
+    "validation": 422,
+    "too_many": 422,
+    "empty": 400,
+    "overloaded": 429,
+    "backend": 424,
+    "draining": 503,
+}
+DIALECT = Dialect("tei", refusal, STATUSES)
 PREDICTION = array({"type": "object", "properties": {"score": NUMBER, "label": STRING}, "required": ["score", "label"]})
 PREDICT = Scoring(DIALECT, PREDICT_BODY, predict, {"anyOf": [PREDICTION, array(PREDICTION)]})
 RERANK = Scoring(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rewardrt.data.lines import to_line
-from rewardrt.server import kserve, metrics, own
+from rewardrt.server import chat, kserve, metrics, own
 from rewardrt.server.call import Dialect
 from rewardrt.server.engine import TURN_TOKENS
 from rewardrt.server.state import Server
@@ -129,8 +129,11 @@ def _kserve_server(server: Server, path: Mapping[str, str]) -> ViewAnswer:
 def _kserve_model(server: Server, path: Mapping[str, str]) -> ViewAnswer:
     served = server.models.choose(path["model"])
     kserve.check_version(path)
-    inputs = [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in ("text", "prompt", "response")]
-    outputs = [{"name": name, "datatype": kind, "shape": [-1, 1]} for name, kind in kserve.TENSORS.items()]
+    inputs = [
+        {"name": name, "datatype": kind, "shape": [-1, -1] if name == "tokens" else [-1]}
+        for name, kind in kserve.INPUTS.items()
+    ]
+    outputs = [{"name": name, "datatype": kind, "shape": [-1, 1]} for name, kind in kserve.OUTPUTS.items()]
     return _json(
         {
             "name": served.name,
@@ -140,6 +143,30 @@ def _kserve_model(server: Server, path: Mapping[str, str]) -> ViewAnswer:
             "outputs": outputs,
         }
     )
+
+
+def _triton_config(server: Server, path: Mapping[str, str]) -> ViewAnswer:
+    """Answer with the model's configuration as Triton writes it, in which shapes are without the number of texts."""
+    served = server.models.choose(path["model"])
+    kserve.check_version(path)
+    inputs = [
+        {"name": name, "data_type": _triton_type(kind), "dims": [-1 if name == "tokens" else 1], "optional": True}
+        for name, kind in kserve.INPUTS.items()
+    ]
+    outputs = [{"name": name, "data_type": _triton_type(kind), "dims": [1]} for name, kind in kserve.OUTPUTS.items()]
+    return _json(
+        {
+            "name": served.name,
+            "backend": "rewardrt",
+            "max_batch_size": server.options.max_items,
+            "input": inputs,
+            "output": outputs,
+        }
+    )
+
+
+def _triton_type(kind: str) -> str:
+    return "TYPE_STRING" if kind == "BYTES" else f"TYPE_{kind}"
 
 
 def _kserve_model_ready(server: Server, path: Mapping[str, str]) -> ViewAnswer:
@@ -161,7 +188,7 @@ def _page(server: Server, path: Mapping[str, str]) -> ViewAnswer:
     return ViewAnswer(body, 200, "text/html", (("content-security-policy", PAGE_POLICY),))
 
 
-KSERVE = kserve.INFER.dialect
+KSERVE, SWIFT = kserve.INFER.dialect, chat.SWIFT.dialect
 VIEWS: tuple[View, ...] = (
     View("/", _page, "A page for people.", guarded=False, quiet=True, content_type="text/html"),
     View("/health", _health, "Whether the models can score, and what was loaded.", False, True, statuses=(200, 503)),
@@ -170,12 +197,17 @@ VIEWS: tuple[View, ...] = (
     View("/info", _info, "What is served: the first model as text-embeddings-inference says it, and each as we do."),
     View("/v1/models", _models, "The names that `model` may have."),
     View("/v1/models/{model}", _model, "One of them.", statuses=(200, 404)),
+    View("/swift/v1/models", _models, "The same for ms-swift's client, below its path.", dialect=SWIFT),
     View("/v2", _kserve_server, "KServe: the server.", dialect=KSERVE),
     View("/v2/health/live", _kserve_live, "KServe.", False, True, KSERVE),
     View("/v2/health/ready", _kserve_ready, "KServe.", False, True, KSERVE, (200, 503)),
     View("/v2/models/{model}", _kserve_model, "KServe: the model's tensors.", dialect=KSERVE, statuses=(200, 404)),
+    View("/v2/models/{model}/config", _triton_config, "Triton.", dialect=KSERVE, statuses=(200, 404)),
     View("/v2/models/{model}/ready", _kserve_model_ready, "KServe.", dialect=KSERVE, statuses=(200, 404, 503)),
     View("/v2/models/{model}/versions/{version}", _kserve_model, "KServe.", dialect=KSERVE, statuses=(200, 404)),
+    View(
+        "/v2/models/{model}/versions/{version}/config", _triton_config, "Triton.", dialect=KSERVE, statuses=(200, 404)
+    ),
     View(
         "/v2/models/{model}/versions/{version}/ready",
         _kserve_model_ready,

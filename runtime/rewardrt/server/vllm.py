@@ -19,10 +19,7 @@ from rewardrt.server.problem import Problem
 from rewardrt.server.schema import (
     BOOLEAN,
     INTEGER,
-    MESSAGES,
-    NOTHING,
     NUMBER,
-    OBJECT,
     STRING,
     STRINGS,
     array,
@@ -30,6 +27,7 @@ from rewardrt.server.schema import (
     only,
 )
 from rewardrt.server.vocabulary import (
+    CHAT,
     CONVERSATION,
     INPUT,
     RANKED,
@@ -50,16 +48,6 @@ from rewardrt.server.vocabulary import (
 )
 from rewardrt.text.rows import Row
 
-CHAT = {
-    "messages": MESSAGES,
-    "add_generation_prompt": only(False),
-    "continue_final_message": only(False),
-    "chat_template": NOTHING,  # the bundle's own is what the model was trained on
-    "chat_template_kwargs": OBJECT,
-    "tools": array(OBJECT),
-    "documents": array(OBJECT),
-    "instruction": STRING,
-}
 CLASSIFY_BODY = body(input=INPUT, add_special_tokens=BOOLEAN, **SHARED, **CHAT)
 POOLING_BODY = body(
     input=INPUT,

@@ -13,15 +13,38 @@ import numpy as np
 
 from rewardrt.errors import RowError
 from rewardrt.scoring.scored import Scored, shortest
-from rewardrt.server.call import Call, Outcome, too_many
+from rewardrt.server.call import Call, Outcome
 from rewardrt.server.models import Served
-from rewardrt.server.problem import Problem
-from rewardrt.server.schema import BOOLEAN, INTEGER, NUMBER, STRING, STRINGS, array, body, only
+from rewardrt.server.problem import Problem, too_many
+from rewardrt.server.schema import (
+    BOOLEAN,
+    INTEGER,
+    MESSAGES,
+    NOTHING,
+    NUMBER,
+    OBJECT,
+    STRING,
+    STRINGS,
+    array,
+    body,
+    only,
+)
 from rewardrt.text.items import RawText, TokenIds
 from rewardrt.text.rows import Row
 
 # The fields of a request that make the text of a conversation.
 CONVERSATION = ("messages", "tools", "documents", "chat_template_kwargs", "instruction")
+# What a request may say of a conversation that ends with the answer to score.
+CHAT: dict[str, Any] = {
+    "messages": MESSAGES,
+    "add_generation_prompt": only(False),
+    "continue_final_message": only(False),
+    "chat_template": NOTHING,  # the bundle's own is what the model was trained on
+    "chat_template_kwargs": OBJECT,
+    "tools": array(OBJECT),
+    "documents": array(OBJECT),
+    "instruction": STRING,
+}
 INPUT = {"anyOf": [STRING, STRINGS, array(INTEGER), array(array(INTEGER))]}
 # What vLLM takes everywhere and no score depends on.
 NEUTRAL = {
@@ -75,6 +98,11 @@ def answers(served: Served, pairs: Sequence[tuple[str, str]], instruction: str |
         _parse(served, {"prompt": prompt, "response": answer, "instruction": instruction}, f"item {index}")
         for index, (prompt, answer) in enumerate(pairs)
     )
+
+
+def answered(served: Served, messages: Sequence[Any], answer: str) -> tuple[Row, ...]:
+    """Return the row of an answer to a conversation that ends before it."""
+    return (_parse(served, {"prompt": list(messages), "response": answer}, ""),)
 
 
 def ranking(served: Served, query: str, documents: Sequence[str], instruction: str | None = None) -> tuple[Row, ...]:
