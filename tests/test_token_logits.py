@@ -512,6 +512,32 @@ def test_an_instruction_goes_through_every_route_that_ranks(tmp_path: Path) -> N
             instruct = {"instruct": said["instruction"]} if said else {}
             found = post("/v1/rerank", {"query": query, "documents": documents} | instruct)
             assert {each["index"]: each["score"] for each in found} == dict(enumerate(map(shortest, expected)))
+            found = post("/rerank", {"query": query, "documents": documents} | said)["results"]
+            assert {each["index"]: each["relevance_score"] for each in found} == dict(
+                enumerate(map(shortest, expected))
+            )
+            found = post("/predict", {"inputs": [[query, document] for document in documents]} | said)
+            assert [each[0]["score"] for each in found] == [shortest(value) for value in expected]
+            tensors = {"prompt": [query] * len(documents), "response": documents}
+            inputs = [
+                {"name": each, "shape": [len(documents)], "datatype": "BYTES", "data": data}
+                for each, data in tensors.items()
+            ]
+            found = post(f"/v2/models/{name['name']}/infer", {"inputs": inputs, "parameters": said})["outputs"]
+            assert found[0]["data"] == [shortest(value) for value in expected]
+            messages = [{"role": "user", "content": query}, {"role": "assistant", "content": documents[0]}]
+            found = post("/classify", {"messages": messages} | said)["data"]
+            assert found[0]["probs"] == [shortest(expected[0])]
+            found = post("/v1/chat/completions", {"messages": messages} | said)["choices"]
+            assert found[0]["message"]["content"] == f"reward:{shortest(expected[0])}"
+            found = post("/swift/v1/chat/completions", {"messages": messages} | said)["choices"]
+            assert found[0]["message"]["content"] == shortest(expected[0])
+        for path, body in (
+            ("/predict", {"inputs": "a", "instruction": "Find passages."}),
+            ("/predict", {"inputs": [["a", "b"], "c"], "instruction": "Find passages."}),
+        ):
+            answer = httpx.post(server.url + path, json=body, timeout=60)
+            assert (answer.status_code, "instruction" in answer.json()["error"]) == (422, True)
 
 
 @pytest.mark.parametrize(
