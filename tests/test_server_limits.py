@@ -65,11 +65,16 @@ def resident(server: Running) -> float:
 
 
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**400, -1, 1e300, 2**64])
-@pytest.mark.parametrize("path", ["/classify", "/v1/classify", "/pooling", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/classify", "/v1/classify", "/pooling", "/v1/embeddings", "/v2/models/m/infer"])
 def test_a_token_id_of_any_size_is_a_400(server: Running, path: str, value: float) -> None:
-    answer = post(server, path, {"input": [[1, value]]})
+    tensors = {"tokens": [1, value], "sequence_lengths": [2]}
+    inputs = [
+        {"name": name, "shape": [1, len(data)], "datatype": "INT64", "data": data} for name, data in tensors.items()
+    ]
+    answer = post(server, path, {"inputs": inputs} if "infer" in path else {"input": [[1, value]]})
+    error = answer.json()["error"]
     assert answer.status_code == 400
-    assert "expected 0 to" in answer.json()["error"]["message"]
+    assert "expected 0 to" in (error if isinstance(error, str) else error["message"])
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,22 @@ def test_a_header_length_that_is_no_number_is_a_400(server: Running, size: str) 
         ("/get_reward", b'{"query": ["' + b'a","' * 1_990_000 + b'a"]}'),
         ("/get_reward", b'{"query": [], "labels": [' + b"1," * 4_000_000 + b"1]}"),
         ("/classify", b'{"input": [' + b"[1]," * 1_900_000 + b"[1]]}"),
+        ("/remote_rm", b'{"response": "a", "prompt": [' + b"{}," * 2_700_000 + b"{}]}"),
+        ("/v1/score/evaluation", b'{"model": "model", "messages": ["' + b'a","' * 1_990_000 + b'a"]}'),
+        ("/v1/score/evaluation", b'{"model": "model", "messages": ["' + b'a","' * 1024 + b'a"]}'),
+        ("/v1/chat/completions", b'{"messages": [' + b"{}," * 2_700_000 + b"{}]}"),
+        (
+            "/v2/models/m/infer",
+            b'{"inputs": [{"name": "tokens", "datatype": "INT64", "shape": [2000000, 1], "data": ['
+            + b"1," * 1_999_999
+            + b"1]}]}",
+        ),
+        (
+            "/v2/models/m/infer",
+            b'{"inputs": [{"name": "tokens", "datatype": "INT64", "shape": [1025, 1000], "data": ['
+            + b"1," * 1_024_999
+            + b"1]}]}",
+        ),
         ("/predict", b'{"inputs": [["' + b'a"],["' * 1024 + b'a"]]}'),
         ("/score", b'{"queries": "q", "documents": ["' + b'a","' * 1024 + b'a"]}'),
         ("/v2/rerank", b'{"model": "m", "query": "q", "documents": ["' + b'a","' * 1024 + b'a"]}'),

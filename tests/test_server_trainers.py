@@ -268,18 +268,19 @@ def test_what_a_chat_client_says_of_writing_changes_no_reward(server: Running) -
     assert post(server, "/v1/chat/completions", {"messages": MESSAGES} | said).json()["choices"] == plain
 
 
-def test_tools_reach_the_template_of_a_chat_completion(server: Running, offline: RewardModel) -> None:
-    """The tiny model's template reads none, which is an error as it is offline, and not another reward."""
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    row: dict[str, Any] = {"messages": MESSAGES, "tools": tools}
-    (expected,) = offline.score_rows([row])
-    answer = post(server, "/v1/chat/completions", row)
-    if isinstance(expected, Exception):
+def test_what_a_chat_has_beside_its_messages_reaches_the_template(server: Running, offline: RewardModel) -> None:
+    """The tiny model's template reads none of it, which is an error as it is offline."""
+    given: list[dict[str, Any]] = [
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+        {"documents": [{"text": "d"}]},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"instruction": "be kind"},
+    ]
+    for more in given:
+        (expected,) = offline.score_rows([{"messages": MESSAGES} | more])
+        answer = post(server, "/v1/chat/completions", {"messages": MESSAGES, "tool_choice": "auto"} | more)
         assert answer.status_code == 400
-        assert str(expected) in answer.json()["error"]["message"]
-    else:
-        content = answer.json()["choices"][0]["message"]["content"]
-        assert as_bits([float(content.removeprefix("reward:"))]) == as_bits([expected.answers[0].reward])
+        assert answer.json()["error"]["message"] == f"item 0: {expected}"
 
 
 def test_the_name_of_a_hosted_model_will_do_where_the_operator_gave_none(server: Running, tiny_bundle: Path) -> None:

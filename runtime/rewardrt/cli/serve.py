@@ -114,7 +114,7 @@ def serve(
     open_metrics: bool,
     log_texts: bool,
 ) -> None:
-    """Serve rewards over HTTP, to the clients of OpenRLHF, vLLM, SGLang, TEI, Cohere, Jina and KServe.
+    """Serve rewards over HTTP, to trainers and to the clients of vLLM, SGLang, TEI, Cohere, Jina and KServe.
 
     The bundle is loaded once. SIGTERM and SIGHUP answer what was accepted, and new requests with 503, before it ends;
     SIGUSR1 and POST /v1/reload load it anew.

@@ -95,7 +95,7 @@ class Models:
     def for_hosted_name(self, name: str | None) -> Served:
         """As `choose`, but the only bundle, if the operator did not name it, answers to any name.
 
-        Clients of rerankers that are hosted somewhere bring a hosted model's name of their own.
+        Clients of rerankers and reward models that are hosted somewhere bring a hosted model's name of their own.
         """
         first = next(iter(self._served.values()))
         if name in self._served or first.options.named or len(self.each) > 1:
