@@ -33,9 +33,8 @@ class ServerOptions:
     log_texts: bool = False
     drain_seconds: float = 30.0
     hosts: tuple[str, ...] = ()  # names under which the server is reached, beside addresses and this machine's own
-    named: bool = (
-        False  # whether the operator named the models; else a hosted model's name will do for reranking and chat
-    )
+    # Whether the operator named the models; else a hosted model's name will do for reranking and chat completions.
+    named: bool = False
 
     def characters(self, max_length: int) -> int:
         """Return how many characters one text may have for a model of this limit in tokens."""
