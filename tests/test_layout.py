@@ -21,7 +21,7 @@ ORDER = {
         telemetry display errors
         machine: processor denormals gpu engine_cache plugins providers kernels
         graph: graph_file shapes engine session
-        bundle: spec certificate precisions manifest engines opening
+        bundle: hub spec certificate precisions manifest engines opening card
         text: template_limits chat_template items rendering taps tokens fields rows
         scoring: scored source batching prefix runner pairwise answers
         reward_model
@@ -33,7 +33,7 @@ ORDER = {
         client: address wire servers batches
         reward_client
         trainers: reward areal ms_swift openrlhf slime trl verifiers verl listing
-        cli: toplevel output progress engine_options options table warm bench doctor inspect score_files score serve trainer verify app
+        cli: toplevel output progress engine_options options table warm bench doctor inspect push score_files score serve trainer verify app
     """,
     "rewardrt_export": """
         source: foreign text_files weights adapter_config adapters chat_template directions layouts config multimodal padding tokenizer tokenizer_files
@@ -72,6 +72,7 @@ HOMES = {
     "prometheus_client": "rewardrt.server.metrics",
     "pyarrow": "rewardrt.data",
     "tqdm": "rewardrt.cli.progress",
+    "huggingface_hub": "rewardrt.bundle.hub",
     "ray": "rewardrt.ray",
     "httpx2": "rewardrt.client.servers",
 }

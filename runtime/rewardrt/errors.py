@@ -6,6 +6,7 @@
     ├── ProviderError         the execution provider that was asked for is not the one obtained
     ├── RowError              one input cannot be scored (the others can)
     ├── InferenceError        the graph failed, or gave a value that is not a number
+    ├── HubError              the Hugging Face Hub cannot be reached, or refuses what was asked of it
     ├── ServerError           a reward server gives no answer, refuses the request, or is not the one expected
     ├── WorkerError           a process that was to be measured could not load its model, or not score with it
     └── ExportError
@@ -49,6 +50,10 @@ class RowError(RewardRTError):
 
 class InferenceError(RewardRTError):
     """The graph failed, or gave a reward that is not a finite number."""
+
+
+class HubError(RewardRTError):
+    """The Hugging Face Hub cannot be reached, or refuses what was asked of it: a name, a revision, a token."""
 
 
 class ServerError(RewardRTError):

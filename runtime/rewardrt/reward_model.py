@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rewardrt.bundle.engines import check_whole, engine_request, warm_choice
-from rewardrt.bundle.manifest import Bundle, read_bundle
-from rewardrt.bundle.opening import LoadOptions, Opening, choose_variant
+from rewardrt.bundle.manifest import Bundle
+from rewardrt.bundle.opening import LoadOptions, Opening, choose_variant, open_bundle, with_graphs
 from rewardrt.bundle.precisions import range_advice
 from rewardrt.bundle.spec import AggregateRule, Spec
 from rewardrt.errors import BundleError, InferenceError
@@ -71,7 +71,10 @@ class RewardModel(RewardSource):
         prefix_cache_mb: int = 0,
         check_hashes: bool = True,
     ) -> RewardModel:
-        """Load a bundle folder.
+        """Load a bundle: a folder, or one of the Hugging Face Hub by its name, `hf://ORG/NAME` or with `@REVISION`.
+
+        From the Hub only what is used is downloaded, to huggingface_hub's cache: the manifest, tokenizer and texts, and
+        the graph that is taken here. Such a model is sent to other processes by its commit.
 
         `provider`      "auto" takes CUDA where it really starts, else the CPU; a named one is obtained or raises
         `precision`     one of the bundle's graphs; "auto" takes int8 on a CPU that is good for it and half on a GPU,
@@ -83,12 +86,12 @@ class RewardModel(RewardSource):
         `prefix_cache_mb` memory for beginnings of texts that are kept between calls, in MiB; 0: none
         `check_hashes`  read every file once and compare its SHA-256 with the manifest
 
-        Raises BundleError or ProviderError.
+        Raises BundleError or ProviderError; of a name on the Hub HubError, or MissingExtraError.
         """
         options = LoadOptions(
             provider, precision, threads, batch_tokens, padding, prefix_reuse, prefix_cache_mb, check_hashes
         )
-        opened = read_bundle(bundle, check_hashes=check_hashes)
+        opened = open_bundle(bundle, check_hashes=check_hashes)
         return cls._load(opened, Opening.of(opened, options))
 
     @classmethod
@@ -97,7 +100,8 @@ class RewardModel(RewardSource):
         variant = choose_variant(bundle, opening.options.precision, selection.provider)
         check_whole(bundle, variant, selection.provider)
         if variant.onnxruntime:
-            check_onnxruntime(variant.onnxruntime, f"{bundle.path}: the {variant.precision} graph")
+            check_onnxruntime(variant.onnxruntime, f"{bundle.name}: the {variant.precision} graph")
+        bundle = with_graphs(bundle, [variant])
         opening = replace(opening, options=replace(opening.options, precision=variant.precision))
         graph, engine, threads = bundle.file(variant.graph), engine_request(bundle, variant), opening.options.threads
         session = GraphSession.open(graph, selection, threads, unchanged=opening.read, engine=engine)

@@ -14,7 +14,7 @@ import sys
 
 ORT_VARIABLE = "ORT_DISABLE_TELEMETRY"
 # huggingface_hub says in each request which libraries it is used by, and transformers asks the container's host for
-# more. RewardRT makes no request; this is for what a program does beside it.
+# more. RewardRT asks the Hub for what is named by `hf://`, and for nothing else.
 _VARIABLES = (ORT_VARIABLE, "HF_HUB_DISABLE_TELEMETRY")
 
 

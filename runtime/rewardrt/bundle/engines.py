@@ -25,7 +25,7 @@ def check_whole(bundle: Bundle, variant: Variant, provider: Provider) -> None:
     """Raise ProviderError for a graph that was not made for TensorRT: it would run there in part at best."""
     if provider == TENSORRT and TENSORRT not in variant.made_for:
         raise ProviderError(
-            f"{bundle.path}: TensorRT does not take the {variant.precision} graph whole; export with "
+            f"{bundle.name}: TensorRT does not take the {variant.precision} graph whole; export with "
             "`--precision tensorrt`, or score with provider 'cuda'"
         )
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
@@ -101,16 +102,44 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder whose manifest was read and whose files were checked."""
+    """A folder whose manifest was read and whose files were checked.
+
+    One from the Hub has its `source`, `hf://ORG/NAME@COMMIT`. `absent` are the files that its manifest lists and that
+    were not downloaded: those of graphs that are not used here. A plain folder has every file.
+    """
 
     path: Path
     manifest: Manifest
+    source: str = ""
+    absent: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """What the bundle is called, to people."""
+        return self.source or str(self.path)
+
+    @property
+    def address(self) -> str:
+        """By what the bundle is opened from any folder, and one from the Hub on any machine."""
+        return self.source or os.path.abspath(self.path)
+
+    @property
+    def listed(self) -> list[str]:
+        """The names of all files that the manifest lists."""
+        return [record.path for record in self.manifest.files]
 
     def file(self, name: str) -> Path:
         """Return the path of a file that the manifest lists, or raise BundleError."""
-        if all(record.path != name for record in self.manifest.files):
-            raise BundleError(f"{self.path}: the manifest lists no {name}")
+        if name not in self.listed:
+            raise BundleError(f"{self.name}: the manifest lists no {name}")
+        if name in self.absent:
+            raise BundleError(f"{self.name}: {name} was not downloaded; load the precision that it belongs to")
         return self.path / name
+
+    def needed_files(self, variants: Sequence[Variant]) -> list[str]:
+        """Return what scoring with these graphs reads: their files, and those of the text, of the manifest's list."""
+        needed = [name for name in (TOKENIZER, CHAT_TEMPLATE, GOLDEN) if name in self.listed]
+        return list(dict.fromkeys([*needed, *(name for each in variants for name in (each.graph, *each.data))]))
 
     def variant(self, precision: str = "auto", provider: str = "cpu") -> Variant:
         """Return the graph of this precision for a provider, or raise BundleError naming those there are.
@@ -130,7 +159,7 @@ class Bundle:
             if current_name(precision) == variant.precision:
                 return variant
         found = ", ".join(variant.precision for variant in self.manifest.variants)
-        raise BundleError(f"{self.path}: no {precision} graph; the bundle has {found}")
+        raise BundleError(f"{self.name}: no {precision} graph; the bundle has {found}")
 
     def runnable(self, provider: str) -> list[Variant]:
         """Return the graphs that a provider can run on this machine, those that were made for another one too."""
@@ -161,22 +190,49 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise BundleError(f"{folder}: expected a bundle folder, found {found}")
-    manifest = _read_manifest(folder / MANIFEST)
+    bundle = Bundle(folder, read_manifest(folder))
+    check_files(bundle, bundle.listed, check_hashes=check_hashes)
+    return bundle
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a bundle's manifest, and check that it lists all that scoring needs, by names within the folder.
+
+    Nothing but `reward.json` is looked at. Raises BundleError.
+    """
+    path = folder / MANIFEST
+    manifest = _read_manifest(path)
     for record in manifest.files:
-        _check_file(folder, record, check_hashes)
-    listed = {record.path for record in manifest.files}
+        _check_name(path, record.path)
     needed = {TOKENIZER} | {name for variant in manifest.variants for name in (variant.graph, *variant.data)}
     if not manifest.uncertified:
         needed.add(GOLDEN)
     if manifest.spec.text.source == "chat_template":
         needed.add(CHAT_TEMPLATE)
-    if missing := sorted(needed - listed):
-        raise BundleError(f"{folder / MANIFEST}: lists no {', '.join(missing)}; export the checkpoint again")
+    if missing := sorted(needed - {record.path for record in manifest.files}):
+        raise BundleError(f"{path}: lists no {', '.join(missing)}; export the checkpoint again")
     if not manifest.variants:
-        raise BundleError(f"{folder / MANIFEST}: has no graph; export the checkpoint again")
-    for variant in manifest.variants:
-        _check_graph(folder, variant)
-    return Bundle(folder, manifest)
+        raise BundleError(f"{path}: has no graph; export the checkpoint again")
+    return manifest
+
+
+def check_files(bundle: Bundle, names: Collection[str], *, check_hashes: bool = True) -> None:
+    """Check that these files are there, whole and unchanged, and that graphs among them read no others.
+
+    Raises BundleError.
+    """
+    remedy = "copy the bundle again"
+    if bundle.source:
+        remedy = (
+            f"delete {bundle.path.parent.parent} to download it anew; if that does not help, the repository's files "
+            "are not those that were exported"
+        )
+    for record in bundle.manifest.files:
+        if record.path in names:
+            _check_file(bundle.path, record, check_hashes, remedy)
+    for variant in bundle.manifest.variants:
+        if variant.graph in names:
+            _check_graph(bundle.path, variant)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -227,30 +283,27 @@ def _with_current_names(manifest: Manifest) -> Manifest:
     return replace(manifest, variants=variants, certificates=certificates)
 
 
-def _check_file(folder: Path, record: FileRecord, check_hash: bool) -> None:
-    relative = PurePosixPath(record.path)
-    if (
-        not record.path
-        or relative.is_absolute()
-        or ".." in relative.parts
-        or "\\" in record.path
-        or "\0" in record.path
-    ):
-        raise BundleError(f"{folder / MANIFEST}: path {record.path!r} leaves the bundle's folder")
-    path = folder / relative
+def _check_name(manifest: Path, name: str) -> None:
+    relative = PurePosixPath(name)
+    if not name or relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
+        raise BundleError(f"{manifest}: path {name!r} leaves the bundle's folder")
+
+
+def _check_file(folder: Path, record: FileRecord, check_hash: bool, remedy: str) -> None:
+    path = folder / PurePosixPath(record.path)
     if not path.exists():
-        raise BundleError(f"{path}: missing; the manifest lists it: copy the bundle again")
+        raise BundleError(f"{path}: missing; the manifest lists it: {remedy}")
     size = _file_size(path)
     if not check_hash and not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"{path}: a link that leaves the bundle's folder, for which the hashes have to be checked")
     if size != record.bytes:
-        raise BundleError(f"{path}: {size} bytes, the manifest says {record.bytes}; copy the bundle again")
+        raise BundleError(f"{path}: {size} bytes, the manifest says {record.bytes}; {remedy}")
     try:
         changed = check_hash and _sha256(path) != record.sha256
     except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror}); copy the bundle again") from error
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     if changed:
-        raise BundleError(f"{path}: its SHA-256 is not the manifest's; the file was changed: copy the bundle again")
+        raise BundleError(f"{path}: its SHA-256 is not the manifest's; the file was changed: {remedy}")
 
 
 def _check_graph(folder: Path, variant: Variant) -> None:

@@ -1,16 +1,22 @@
-"""Which bundle a model was loaded from and how, so that it can be opened again elsewhere; and which of its graphs."""
+"""Opening a bundle by its name, a folder or `hf://ORG/NAME`; which of its graphs; and how it is opened again elsewhere.
+
+A folder is there whole, and every file of it is checked before anything is read. Of a bundle on the Hub the manifest
+comes first. It says which graph is taken on this machine, and that graph's files are downloaded and checked, with those
+of the text. So nothing is used that was not compared with the manifest, and no other graph is downloaded.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rewardrt.bundle.manifest import Bundle, Manifest, Variant, read_bundle
+from rewardrt.bundle import hub
+from rewardrt.bundle.manifest import MANIFEST, Bundle, Manifest, Variant, check_files, read_bundle, read_manifest
 from rewardrt.bundle.spec import to_json
-from rewardrt.errors import BundleError, ProviderError
+from rewardrt.errors import BundleError, HubError, ProviderError
 from rewardrt.machine.processor import read_processor
 from rewardrt.machine.providers import Provider, ProviderChoice
 
@@ -33,29 +39,85 @@ class LoadOptions:
 class Opening:
     """How a model was loaded: by which it is loaded again in a process that it was sent to, or that was forked.
 
-    `path` is absolute, `manifest` the digest of what the bundle's manifest says.
+    `address` is an absolute path, or `hf://ORG/NAME@COMMIT`; `manifest` the digest of what the bundle's manifest says.
+    `options` name the precision that was taken, once there is a session.
     """
 
-    path: str
+    address: str
     manifest: str
     options: LoadOptions
 
     @classmethod
     def of(cls, bundle: Bundle, options: LoadOptions) -> Opening:
         """Return how a bundle that was just read is opened again."""
-        return cls(os.path.abspath(bundle.path), _digest(bundle.manifest), options)
+        return cls(bundle.address, _digest(bundle.manifest), options)
 
     def read(self) -> Bundle:
-        """Read the bundle again; raises BundleError if it is gone, or is another one now."""
+        """Open the bundle again, with its graph; raises BundleError if it is gone, or is another one now."""
         try:
-            bundle = read_bundle(Path(self.path), check_hashes=self.options.check_hashes)
-        except BundleError as error:
-            raise BundleError(f"the bundle of a loaded model cannot be opened again: {error}") from error
-        if _digest(bundle.manifest) != self.manifest:
-            raise BundleError(
-                f"{self.path}: holds another bundle than when the model was loaded; load the model from it anew"
-            )
+            bundle = open_bundle(self.address, check_hashes=self.options.check_hashes)
+            if _digest(bundle.manifest) == self.manifest:
+                return with_graphs(bundle, [bundle.variant(self.options.precision)])
+        except (BundleError, HubError) as error:
+            raise type(error)(f"the bundle of a loaded model cannot be opened again: {error}") from error
+        raise BundleError(
+            f"{self.address}: holds another bundle than when the model was loaded; load the model from it anew"
+        )
+
+
+def open_bundle(name: str | Path, *, check_hashes: bool = True) -> Bundle:
+    """Read the bundle in a folder, whole, or of a name `hf://ORG/NAME[@REVISION]` the manifest: see `with_graphs`.
+
+    Raises BundleError, HubError, or MissingExtraError.
+    """
+    address, folder = locate(name)
+    if not address.startswith(hub.PREFIX):
+        return read_bundle(name, check_hashes=check_hashes)
+    if not check_hashes:
+        raise BundleError(f"{address}: check_hashes=False is for folders; what was downloaded is always checked")
+    bundle = Bundle(folder, read_manifest(folder), address)
+    return replace(bundle, absent=frozenset(bundle.listed))
+
+
+def locate(name: str | Path) -> tuple[str, Path]:
+    """Return by what a bundle is opened again, `hf://ORG/NAME@COMMIT` or its path as given, and the folder it is in.
+
+    Of a bundle on the Hub the manifest is downloaded. Raises HubError, or BundleError for what is no bundle.
+    """
+    repository = hub.parse(name)
+    if repository is None:
+        return str(name), Path(name)
+    found = hub.fetch(repository, MANIFEST)
+    if found is None:
+        raise BundleError(f"{repository}: is no bundle (it has no {MANIFEST}){_what_else(repository)}")
+    return str(repository.at(found.parent.name)), found.parent
+
+
+def with_graphs(bundle: Bundle, variants: Sequence[Variant]) -> Bundle:
+    """Return the bundle with the files of these graphs, and those of the text: downloaded and checked if need be.
+
+    Raises BundleError or HubError.
+    """
+    missing = [name for name in bundle.needed_files(variants) if name in bundle.absent]
+    repository = hub.parse(bundle.source)
+    if not missing or repository is None:
         return bundle
+    for name in missing:
+        if hub.fetch(repository, name) is None:
+            raise BundleError(
+                f"{repository}: has no {name}, which its {MANIFEST} lists; its owner has to push it again"
+            )
+    check_files(bundle, missing)
+    return replace(bundle, absent=bundle.absent.difference(missing))
+
+
+def _what_else(repository: hub.Repository) -> str:
+    """Say how a bundle is made of what the repository holds instead, where that can be asked."""
+    for name in ("config.json", "adapter_config.json"):
+        if hub.fetch(repository, name) is not None:
+            named = str(repository).removeprefix(hub.PREFIX)
+            return f", but a checkpoint; export it: rewardrt export {named} BUNDLE"
+    return ""
 
 
 def choose_variant(bundle: Bundle, precision: str, provider: Provider) -> Variant:
@@ -66,11 +128,11 @@ def choose_variant(bundle: Bundle, precision: str, provider: Provider) -> Varian
     variant = bundle.variant(precision, provider)
     if not variant.runs_on("cpu", read_processor().instruction_sets or ()):
         raise BundleError(
-            f"{bundle.path}: the {variant.precision} graph needs a CPU with {' or '.join(variant.needs)}; "
+            f"{bundle.name}: the {variant.precision} graph needs a CPU with {' or '.join(variant.needs)}; "
             "score with another precision"
         )
     if variant.needs and provider != "cpu":
-        raise ProviderError(f"{bundle.path}: the {variant.precision} graph is for CPUs; score with the provider 'cpu'")
+        raise ProviderError(f"{bundle.name}: the {variant.precision} graph is for CPUs; score with the provider 'cpu'")
     return variant
 
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from rewardrt.bundle.manifest import Bundle, Variant, read_bundle
+from rewardrt.bundle.manifest import Bundle, Variant
+from rewardrt.bundle.opening import open_bundle, with_graphs
 from rewardrt.checks.workers import Outputs, Worker, serve, text_from_json, text_to_json
 from rewardrt.checks.workload import Fidelity, Workload, compare, read_workload, texts_of_length
 from rewardrt.errors import BundleError, RewardRTError
@@ -36,7 +37,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)  # of the single texts whose cost per to
 LATENCY_SECONDS = 3.0  # for each length; but at least 5 calls, and at most 100
 
 
-def model_command(bundle: Path, options: Mapping[str, Any]) -> list[str]:
+def model_command(bundle: str | Path, options: Mapping[str, Any]) -> list[str]:
     """Return the command of a worker that holds `RewardModel.load(bundle, **options)`."""
     return [sys.executable, "-m", "rewardrt.checks.bench", str(bundle), json.dumps(dict(options))]
 
@@ -163,11 +164,12 @@ def bench(
 
     Raises RewardRTError.
     """
-    bundle = read_bundle(path)
+    bundle = open_bundle(path)
     spec = bundle.manifest.spec
     selected = select_provider(provider).provider
     candidates = list_candidates(bundle, threads, selected)
-    workers = [Worker(name, model_command(path, options)) for name, (_, options) in candidates.items()]
+    bundle = with_graphs(bundle, [variant for variant, _ in candidates.values()])  # before workers download them
+    workers = [Worker(name, model_command(bundle.address, options)) for name, (_, options) in candidates.items()]
     try:
         progress(f"loading {', '.join(candidates)}")
         for worker in workers:
@@ -188,7 +190,7 @@ def bench(
         for worker in workers:
             worker.close()
     return Report(
-        path.name, file.name, len(workload.rows), len(workload.texts), workload.tokens, rounds, selected,
+        bundle.source or path.name, file.name, len(workload.rows), len(workload.texts), workload.tokens, rounds, selected,
         os.cpu_count(), tuple(figures),
     )  # fmt: skip
 
@@ -209,7 +211,7 @@ def list_candidates(
     suited = [variant for variant in bundle.runnable(provider) if variant.suits(provider)]
     if not suited:
         names = ", ".join(variant.precision for variant in bundle.manifest.variants)
-        raise BundleError(f"{bundle.path}: no graph for {provider} here; the bundle has {names}")
+        raise BundleError(f"{bundle.name}: no graph for {provider} here; the bundle has {names}")
     suited.sort(key=lambda variant: variant.precision != "fp32")
     return {variant.precision: (variant, options | {"precision": variant.precision}) for variant in suited}
 

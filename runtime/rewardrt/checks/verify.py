@@ -83,16 +83,16 @@ def verify(model: RewardModel) -> Verification:
     """
     if model.bundle.manifest.uncertified:
         raise BundleError(
-            f"{model.bundle.path}: uncertified: exported with --no-certify, it has no rewards of torch to verify "
+            f"{model.bundle.name}: uncertified: exported with --no-certify, it has no rewards of torch to verify "
             "against; export the checkpoint again without it"
         )
     if model.precision not in PRECISIONS:
-        raise BundleError(f"{model.bundle.path}: no tolerance is known for {model.precision}; upgrade rewardrt")
+        raise BundleError(f"{model.bundle.name}: no tolerance is known for {model.precision}; upgrade rewardrt")
     texts = read_golden(model.bundle.file(GOLDEN))
     expected = np.array([reward for text in texts for reward in text.rewards], dtype=np.float64)
     std = float(expected.std())
     if not std > 0:
-        raise BundleError(f"{model.bundle.path}: every golden text has the same reward; nothing can be verified")
+        raise BundleError(f"{model.bundle.name}: every golden text has the same reward; nothing can be verified")
     encoded = [text.encoded for text in texts]
     failures: list[str] = []
     single = _rewards([model.runner.run([each])[0] for each in encoded], texts, failures)

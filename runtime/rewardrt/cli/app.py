@@ -15,6 +15,7 @@ from rewardrt.cli import toplevel
 from rewardrt.cli.bench import bench
 from rewardrt.cli.doctor import doctor
 from rewardrt.cli.inspect import inspect
+from rewardrt.cli.push import push
 from rewardrt.cli.score import score
 from rewardrt.cli.serve import serve
 from rewardrt.cli.trainer import trainer
@@ -57,5 +58,5 @@ def main() -> None:
     toplevel.run(app)
 
 
-for command in (bench, doctor, inspect, score, serve, trainer, verify, warm):
+for command in (bench, doctor, inspect, push, score, serve, trainer, verify, warm):
     app.add_command(command)

@@ -16,15 +16,20 @@ from rewardrt.display import visible
 @click.argument("bundle", type=click.Path(path_type=Path))
 @json_option
 def inspect(bundle: Path, as_json: bool) -> None:
-    """Show what is in a bundle: the model, its text rule, its files, its certificate. Checks every file's hash."""
-    from rewardrt.bundle.manifest import read_bundle
+    """Show what is in a bundle: the model, its text rule, its files, its certificate.
+
+    Checks the hash of every file in a folder. Of hf://ORG/NAME only the manifest is downloaded.
+    """
+    from rewardrt.bundle.opening import open_bundle
     from rewardrt.bundle.spec import to_json
 
-    manifest = read_bundle(bundle).manifest
+    opened = open_bundle(bundle)
     if as_json:
-        show_json(to_json(manifest))
+        show_json(to_json(opened.manifest))
         return
-    show(describe_manifest(str(bundle), manifest))
+    show(describe_manifest(opened.name, opened.manifest))
+    if opened.absent:
+        show("  only the manifest was downloaded; files are checked when they are used")
 
 
 def describe_manifest(name: str, manifest: Any) -> str:

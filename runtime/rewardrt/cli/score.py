@@ -177,12 +177,12 @@ def score(
     with engine_log():
         model = RewardModel.load(bundle, **load)
     toplevel.say(
-        f"{bundle}: {model.precision} on {model.session.runs_on}"
+        f"{model.bundle.name}: {model.precision} on {model.session.runs_on}"
         + (f" ({model.session.note})" if model.session.note else "")
     )
     labels = tuple(model.spec.output.labels) if objectives else ()
     if objectives and not labels:
-        raise RewardRTError(f"--objectives: {bundle} has none; its reward is not made of several values")
+        raise RewardRTError(f"--objectives: {model.bundle.name} has none; its reward is not made of several values")
     if prompt is not None:
         if instruction is not None:
             model.answers.use_instruction(instruction)
@@ -199,7 +199,7 @@ def score(
     if ray_address is not None or in_folder:
         assert output is not None
         work = PieceWork(
-            str(bundle.resolve()), absolute([file.name for file in reader.files]), output, format_name, options, load
+            model.bundle.address, absolute([file.name for file in reader.files]), output, format_name, options, load
         )
         score_pieces(job, work, resume=resume, ray_address=ray_address, actors=actors, joined=not in_folder)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from rewardrt.bundle import hub
 from rewardrt.cli.options import precision_option, provider_option, threads_option
 from rewardrt.errors import MissingExtraError
 from rewardrt.machine.providers import ProviderChoice
@@ -16,7 +17,7 @@ from rewardrt.machine.providers import ProviderChoice
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--bundle", "more", multiple=True, metavar="NAME=PATH", help="A further bundle, chosen by `model`.")
-@click.option("--served-name", "names", multiple=True, help="What clients call BUNDLE.  [default: its folder's name]")
+@click.option("--served-name", "names", multiple=True, help="What clients call BUNDLE.  [default: its own name]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=5000, show_default=True, help="0: any that is free.")
 @click.option("--uds", type=click.Path(path_type=Path), help="Listen at a unix socket instead of --host and --port.")
@@ -121,7 +122,9 @@ def serve(
     """
     bundles = [_named_bundle(value) for value in more]
     if bundle is not None:
-        bundles.insert(0, (names or (bundle.resolve().name,), bundle))
+        repository = hub.parse(bundle)
+        own = bundle.resolve().name if repository is None else repository.name.partition("/")[2]
+        bundles.insert(0, (names or (own,), bundle))
     elif names:
         raise click.UsageError("--served-name goes with BUNDLE; --bundle name=path brings its own")
     if not bundles:

@@ -28,11 +28,14 @@ def verify(bundle: Path, provider: ProviderChoice, precision: str, threads: int 
     from rewardrt.checks.verify import verify as run
     from rewardrt.reward_model import RewardModel
 
-    found = run(RewardModel.load(bundle, provider=provider, precision=precision, threads=threads))
+    model = RewardModel.load(bundle, provider=provider, precision=precision, threads=threads)
+    found = run(model)
     if as_json:
         show_json(dataclasses.asdict(found) | {"passed": found.passed})
     else:
-        show(f"{bundle}: {found.texts} texts, {found.precision} on {found.provider}, against torch at export")
+        show(
+            f"{model.bundle.name}: {found.texts} texts, {found.precision} on {found.provider}, against torch at export"
+        )
         for name, deviation in (("alone", found.single), ("batched", found.batched)):
             show(
                 f"  {name:8s} largest difference {deviation.max_absolute:.2e} = {deviation.max_std:.2e} "

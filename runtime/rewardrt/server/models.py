@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rewardrt.bundle.manifest import GOLDEN, MANIFEST
+from rewardrt.bundle.opening import locate
 from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.checks.verify import read_golden
 from rewardrt.errors import BundleError, InferenceError, RewardRTError
@@ -143,15 +144,16 @@ class Loader:
 
     def load(self, name: str, path: Path, *, check: bool = False) -> Served:
         """Load one bundle and start its engine; with `check`, only if it gives a golden text its reward here."""
-        digest = _manifest_sha256(path)
+        address, folder = locate(path)
+        digest = _manifest_sha256(folder)
         model = RewardModel.load(
-            path,
+            address,
             provider=self.provider,
             precision=self.precision,
             threads=self.threads,
             prefix_cache_mb=self.options.prefix_cache_mb,
         )
-        if _manifest_sha256(path) != digest:
+        if _manifest_sha256(folder) != digest:
             raise BundleError(f"{path}: changed while it was loaded; start again once it is whole")
         try:
             model.answers.check_options(normalize=self.options.normalize)
@@ -168,14 +170,14 @@ class Loader:
             observe=lambda turn: self.observe(name, turn),
             report=lambda line: self.report(f"{line}: {name}"),
         )
-        files = [path / MANIFEST, *(path / record.path for record in model.bundle.manifest.files)]
+        files = [folder / MANIFEST, *(folder / name for name in model.bundle.listed)]
         stamps = {file: stamp for file in files if (stamp := _stamp(file)) is not None}
         return Served(name, path, model, engine, self.options, digest, int(time.time()), stamps)
 
 
 def check_golden_text(model: RewardModel) -> None:
     """Raise BundleError unless the shortest golden text gets torch's reward here, as near as `verify` wants it."""
-    path = model.bundle.path
+    path = model.bundle.name
     if model.bundle.manifest.uncertified or model.precision not in PRECISIONS:
         return
     texts = read_golden(model.bundle.file(GOLDEN))

@@ -64,7 +64,9 @@ def serve(
         metrics.watch(models, server.connections)
         document()  # made once, before anybody waits for it
         for served in models.each:
-            log(f"{served.name}: {served.model.precision} on {served.model.session.runs_on}, sha256 {served.sha256}")
+            source = f", from {served.model.bundle.source}" if served.model.bundle.source else ""
+            model = served.model
+            log(f"{served.name}: {model.precision} on {model.session.runs_on}{source}, sha256 {served.sha256}")
         where = shown(address, listener)
         log(f"serving {', '.join(models.names)} at {where} (loaded in {time.perf_counter() - started:.2f} s)")
         sys.setswitchinterval(SWITCH_SECONDS)
