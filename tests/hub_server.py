@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token and token != GOOD_TOKEN:
             return self._refuse(401, "", "Invalid credentials in Authorization header")
-        parts = path.strip("/").split("/")
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]  # a branch may have a slash
         if parts[0] == "lfs":
             self.hub.uploaded[parts[1]] = body
             return self._json({})
@@ -103,6 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(name)
         if repo is None or (repo.private and not token):
             return self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
+        return self._of_repo(name, repo, rest, body)
+
+    def _of_repo(self, name: str, repo: Repo, rest: list[str], body: bytes) -> None:
         if rest[:1] == ["resolve"]:
             return self._resolve(repo, rest[1:])
         if rest[:1] == ["info"]:

@@ -350,8 +350,8 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a base that is not here": (
         configure(base_model_name_or_path="meta-llama/Llama-3.1-8B"),
-        "an adapter of 'meta-llama/Llama-3.1-8B', which is not a folder here; nothing is downloaded, so give its base "
-        "with --base FOLDER",
+        "an adapter of 'meta-llama/Llama-3.1-8B', which is not a folder here; give its base "
+        "with --base FOLDER, or have it downloaded: --base hf://meta-llama/Llama-3.1-8B",
     ),
     "an adapter as a base": (
         lambda f: (f / "base" / "adapter_config.json").write_text("{}"),

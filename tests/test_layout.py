@@ -37,7 +37,7 @@ ORDER = {
     """,
     "rewardrt_export": """
         source: foreign text_files weights adapter_config adapters chat_template directions layouts config multimodal padding tokenizer tokenizer_files
-          tokenizer_loader folder
+          tokenizer_loader folder repository
         token_options
         model: length_limits two_way logits backbone heads
         families: draft encoder objectives openrlhf sequence_classification gated general_preference ldl linear_heads

@@ -48,9 +48,9 @@ _PRECISIONS = "\b\nPrecisions:\n" + "\n".join(
 
 
 @click.command(epilog=_PRECISIONS)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option("--base", type=click.Path(path_type=Path), help="The base model's folder, if CHECKPOINT leaves it out.")
+@click.option("--base", help="The base model, if CHECKPOINT leaves it out: a folder or ORG/NAME.")
 @click.option("--family", help="The checkpoint's family, where its files do not say: one of `rewardrt families`.")
 @click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="TOML that describes a model of no family.")
 @click.option("--tokens", default="", help="Tokens whose logits make the reward: yes,no or 9693,2152 or 1..5.")
@@ -98,9 +98,9 @@ _PRECISIONS = "\b\nPrecisions:\n" + "\n".join(
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
 def export(
-    checkpoint: Path,
+    checkpoint: str,
     bundle: Path | None,
-    base: Path | None,
+    base: str | None,
     family: str | None,
     spec_file: Path | None,
     tokens: str,
@@ -126,7 +126,8 @@ def export(
 ) -> None:
     """Export a trained reward model to a bundle, and certify it against torch.
 
-    CHECKPOINT is a local folder; nothing is downloaded and no code from it is run. The export fails, and leaves
+    CHECKPOINT is a local folder; or ORG/NAME or hf://ORG/NAME, with @REVISION or without, of which what an export reads
+    is downloaded from the Hugging Face Hub. No code that comes with it is run. The export fails, and leaves
     nothing, when a head is missing or left over, or when the bundle's rewards are not torch's. With --no-certify they
     are not compared, the torch model is not needed in memory, and the bundle says that it is uncertified.
     """
@@ -139,6 +140,10 @@ def export(
         raise click.UsageError("--golden names texts to certify on; leave it or --no-certify out")
     if tokens and family not in (None, "token-logit"):
         raise click.UsageError("--tokens says what is read, and so does --family; give one")
+
+    def progress(stage: str) -> None:
+        click.echo(stage, err=True)
+
     if explain:
         if bundle is not None or spec_file is not None:
             raise click.UsageError(
@@ -146,9 +151,12 @@ def export(
             )
         from rewardrt_export.explain import explain as explain_source
         from rewardrt_export.source.folder import read_source
+        from rewardrt_export.source.repository import find_checkpoint
 
         options = TokenOptions(tokens, function, template, close, instruction)
-        source = read_source(checkpoint, base, pad_token=pad_token, chat_template=chat_template, tokenizer=tokenizer)
+        folder = find_checkpoint(checkpoint, progress)
+        below = find_checkpoint(base, progress) if base is not None else None
+        source = read_source(folder, below, pad_token=pad_token, chat_template=chat_template, tokenizer=tokenizer)
         click.echo(explain_source(source, family, options), nl=False)
         return
     if bundle is None:
@@ -177,7 +185,7 @@ def export(
         calibrate=calibrate,
         certified=certified,
         force=force,
-        progress=lambda stage: click.echo(stage, err=True),
+        progress=progress,
     )
     manifest: Any = written.manifest
     if as_json:

@@ -12,6 +12,7 @@ from typing import Any
 
 import tomlkit
 
+from rewardrt.bundle import hub
 from rewardrt.errors import CheckpointError
 from rewardrt_export.checkpoint import describe, rename_backbone
 from rewardrt_export.families import FAMILIES, Draft
@@ -33,7 +34,7 @@ def explain(source: Source, family: str | None = None, options: TokenOptions | N
         for what, choice in source.choices.items()
         for line in textwrap.wrap(f"{what}: {choice}", 110, initial_indent="# ", subsequent_indent="# ")
     )
-    return "\n".join([f"# {source.folder.name}: {FAMILIES[name].title}", *chosen, to_toml(draft)])
+    return "\n".join([f"# {hub.name_of(source.folder)}: {FAMILIES[name].title}", *chosen, to_toml(draft)])
 
 
 def to_toml(draft: Draft) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 import rewardrt
+from rewardrt.bundle import hub
 from rewardrt.bundle.manifest import (
     CHAT_TEMPLATE,
     FORMAT_VERSION,
@@ -44,6 +45,7 @@ from rewardrt_export.model.backbone import meta_backbone
 from rewardrt_export.precisions.calibrate import KEPT_TOKENS, Calibration, cut
 from rewardrt_export.precisions.table import chosen_precisions
 from rewardrt_export.precisions.writing import build_engine, write_graphs
+from rewardrt_export.source.repository import find_checkpoint
 from rewardrt_export.source.tokenizer import TokenizerChoice
 from rewardrt_export.token_options import TokenOptions
 from rewardrt_export.tracing.attention import attention_name
@@ -60,7 +62,7 @@ def export(
     source: str | Path,
     target: str | Path,
     *,
-    base: Path | None = None,
+    base: str | Path | None = None,
     family: str | None = None,
     spec_file: Path | None = None,
     pooling: PoolingRule | None = None,
@@ -79,9 +81,11 @@ def export(
     force: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Bundle:
-    """Export the reward model in the folder `source` to the bundle folder `target`, and certify it.
+    """Export the reward model `source` to the bundle folder `target`, and certify it.
 
-    `source` may be a LoRA adapter; `base` is then its base's folder, unless adapter_config.json names one that is here.
+    `source` is a folder, or `ORG/NAME` or `hf://ORG/NAME`, with `@REVISION` or without, of which what an export reads
+    is downloaded from the Hugging Face Hub. It may be a LoRA adapter; `base` is then its base, a folder or a name as
+    well, unless adapter_config.json names a folder that is here.
     `tokenizer` "file" takes the ids of the saved tokenizer.json, and "transformers" those of what transformers makes of
     the folder; None takes the file's, with a word where the two differ.
     `pad_token` is the token, or its id, that training padded with, where the files allow two;
@@ -100,10 +104,15 @@ def export(
     calibrated = any(PRECISIONS[name].calibrated for name in precisions)
     if golden is not None and not certified:
         raise ExportError("golden texts are to certify on, and this export is not to be certified; leave one out")
+    target = Path(target)
+    with contextlib.suppress(OSError):  # a name that the file system does not take: said when it is made
+        _check_target(target, force)  # before anything is downloaded
+    folder = find_checkpoint(source, progress)
+    below = find_checkpoint(base, progress) if base is not None else None
     progress("reading the checkpoint")
     checkpoint = read_checkpoint(
-        Path(source),
-        base=base,
+        folder,
+        base=below,
         family=family,
         spec_file=spec_file,
         pooling=pooling,
@@ -123,10 +132,9 @@ def export(
     for name, choice in checkpoint.source.choices.items():
         progress(f"{name}: {choice}")
     own_texts = calibrated and calibrate is not None
-    by_layer = False
-    if certified or own_texts:
-        by_layer = not check_memory(checkpoint, precisions if certified else (), calibrates=own_texts)
-    target = Path(target)
+    by_layer = (certified or own_texts) and not check_memory(
+        checkpoint, precisions if certified else (), calibrates=own_texts
+    )
     with _workplace(target, force) as folder:
         progress(f"tracing {checkpoint.source.architecture} ({checkpoint.spec.backbone})")
         graph = _make_graph(checkpoint, token_rewards)
@@ -203,9 +211,9 @@ def _make_manifest(checkpoint: Checkpoint, variants: Sequence[Variant], folder: 
 
 
 def _provenance(checkpoint: Checkpoint) -> Provenance:
-    adapter, folder = checkpoint.source.adapter, checkpoint.source.folder.resolve().name
+    adapter, name = checkpoint.source.adapter, hub.name_of(checkpoint.source.folder)
     return Provenance(
-        checkpoint=folder if adapter is None else f"{folder} on {adapter.base.resolve().name}",
+        checkpoint=name if adapter is None else f"{name} on {hub.name_of(adapter.base)}",
         architecture=checkpoint.source.architecture,
         parameters=checkpoint.source.parameters,
         stored_dtypes=tuple(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from rewardrt.bundle import hub
 from rewardrt.bundle.spec import Affine, Head, Layer, Tap, TextRule
 from rewardrt.errors import CheckpointError
 from rewardrt_export.families.draft import Draft, Family
@@ -143,7 +144,7 @@ def _match_internlm2(source: Source) -> str | None:
 
 
 def _describe_internlm2(source: Source) -> Draft:
-    names = (source.folder.resolve().name, str(source.raw.get("_name_or_path", "")).rsplit("/", 1)[-1])
+    names = (hub.name_of(source.folder).rpartition("/")[2], str(source.raw.get("_name_or_path", "")).rsplit("/", 1)[-1])
     if any(name.lower().startswith("polar") for name in names):
         raise CheckpointError(
             f"{source.folder}: POLAR compares an answer with a reference answer, and a row has no reference; "

@@ -12,7 +12,7 @@ from rewardrt.bundle.spec import Combine, Output, TextRule
 from rewardrt.errors import CheckpointError
 from rewardrt_export.families.draft import Draft, Family
 from rewardrt_export.families.language_model_head import token_head, token_id
-from rewardrt_export.source.text_files import read_json
+from rewardrt_export.source.text_files import LOGIT_SCORE, read_json
 from rewardrt_export.token_options import LOGIT_FUNCTIONS, LogitFunction, TokenOptions, encodable
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ _WORDS = {
     "log-odds": (2, None),
     "expectation": (2, None),
 }
-# sentence-transformers' module for such models, and its file.
-LOGIT_SCORE = "1_LogitScore/config.json"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewardrt.bundle import hub
 from rewardrt.errors import CheckpointError
 from rewardrt_export.source.text_files import read_json
 
@@ -54,7 +55,8 @@ class Adapter:
 def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
     """Return the adapter that a checkpoint folder is, or None for a whole model; `base` says where its base lies.
 
-    Raises CheckpointError when the base is not here (it is never downloaded), or the adapter is of an unknown kind.
+    Raises CheckpointError when the base is not here (it is downloaded only by name), or the adapter is of a kind that is
+    not known.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
@@ -65,12 +67,18 @@ def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
         base = Path(named) if isinstance(named, str) and named else None
         if base is None or not _is_folder(base):
             raise CheckpointError(
-                f"{folder}: an adapter of {named!r}, which is not a folder here; nothing is downloaded, so give "
-                "its base with --base FOLDER"
+                f"{folder}: an adapter of {named!r}, which is not a folder here; give its base with --base FOLDER"
+                f"{_on_the_hub(named, config.get('revision'))}"
             )
     if (base / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{base}: the base is an adapter itself; merge it into its own base first")
     return Adapter(folder, base, config)
+
+
+def _on_the_hub(named: Any, revision: Any) -> str:
+    """Say how the base is downloaded, where its name may be one of the Hub."""
+    repository = hub.named(f"{named}@{revision}" if revision else str(named))
+    return "" if repository is None else f", or have it downloaded: --base {repository}"
 
 
 def _is_folder(path: Path) -> bool:

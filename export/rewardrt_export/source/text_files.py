@@ -8,6 +8,7 @@ from typing import Any
 
 from rewardrt.errors import CheckpointError
 
+LOGIT_SCORE = "1_LogitScore/config.json"  # of sentence-transformers' module for rewards that are logits
 _POINTER = b"version https://git-lfs"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -77,6 +78,12 @@ def cached_repository(folder: Path) -> Repository | None:
     return named(f"{name.replace('--', '/')}@{commit}")
 
 
+def name_of(folder: Path) -> str:
+    """Return what a folder is called on other machines: its name, or `ORG/NAME@COMMIT` of one of the Hub's cache."""
+    repository = cached_repository(folder)
+    return folder.resolve().name if repository is None else str(repository).removeprefix(PREFIX)
+
+
 def fetch(repository: Repository, file: str) -> Path | None:
     """Return the path of a file in the cache, downloaded if it is not there; None where the repository has none.
 
@@ -119,7 +126,7 @@ def upload(
     """
     hub = _library()
     api, branch = hub.HfApi(), repository.revision or None
-    with _explained(repository):
+    with _explained(repository), _bars_on_terminals():
         api.create_repo(repository.name, private=private or None, exist_ok=True)
         if private and not api.model_info(repository.name).private:
             raise HubError(
@@ -133,7 +140,7 @@ def upload(
         added = [hub.CommitOperationAdd(name, file) for name, file in files.items()]
         for each in added:
             if hashes.get(each.path_in_repo, found := each.upload_info.sha256.hex()) != found:
-                raise HubError(f"{files[each.path_in_repo]}: changed while it was read; push the bundle again")
+                raise HubError(f"{each.path_in_repo}: changed while it was read; push the bundle again")
         info = api.create_commit(repository.name, added, commit_message=message, revision=branch)
         return f"{api.endpoint}/{repository.name}", repository.at(str(info.oid))
 
@@ -152,6 +159,20 @@ def _library() -> Any:
             f"the Hub needs huggingface_hub {wanted} or later, found {found}: pip install -U 'rewardrt[hub]'"
         )
     return huggingface_hub
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Keep the bars of uploads out of logs, which those of downloads keep out of by themselves."""
+    utils = _library().utils
+    hidden = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
+    if hidden:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            utils.enable_progress_bars()
 
 
 @contextmanager
@@ -198,7 +219,7 @@ def _reason(repository: Repository, error: Exception) -> str:
         why = "your token may not read it" if has_token else f"it is private: {log_in}"
         return f"no such repository at {host}, or {why}"
     if isinstance(error, errors.HfHubHTTPError):
-        return _refusal(error, host, log_in if has_token else f"needs a token: {log_in}")
+        return _refusal(error, host, log_in, has_token)
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return _unwritable(error, hub.constants.HF_HUB_CACHE)
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError | TimeoutError):
@@ -213,12 +234,14 @@ def _reason(repository: Repository, error: Exception) -> str:
     return f"huggingface_hub failed ({type(error).__name__}: {_first_line(error)})"
 
 
-def _refusal(error: Any, host: str, log_in: str) -> str:
+def _refusal(error: Any, host: str, log_in: str, has_token: bool) -> str:
     """Say what a status of HTTP means that huggingface_hub has no class for."""
     status = error.response.status_code if error.response is not None else 0
     said = f" ({_first_line(error.server_message)})" if getattr(error, "server_message", None) else ""
+    if status == 401 and not has_token:
+        return f"{host} asks for a token: {log_in}"
     if status == 401:
-        return f"{host} does not know the token{said}; {log_in}"
+        return f"{host} does not know the token; {log_in}"
     if status == 403:
         return f"{host} does not allow it with this token{said}; take one that may, of an account that may"
     if status == 429:

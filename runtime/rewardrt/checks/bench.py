@@ -190,8 +190,8 @@ def bench(
         for worker in workers:
             worker.close()
     return Report(
-        bundle.source or path.name, file.name, len(workload.rows), len(workload.texts), workload.tokens, rounds, selected,
-        os.cpu_count(), tuple(figures),
+        bundle.source or path.name, file.name, len(workload.rows), len(workload.texts), workload.tokens, rounds,
+        selected, os.cpu_count(), tuple(figures),
     )  # fmt: skip
 
 

@@ -31,11 +31,12 @@ def push(
 
     Every file's hash is checked first. The files that the manifest lists, the manifest, and a model card made of it
     (README.md) go up in one commit; nothing else of the folder does. A card that is there stays. The token is that of
-    HF_TOKEN or `hf auth login`. Needs the extra `hub`.
+    HF_TOKEN or `hf auth login`. golden.jsonl goes up too: it holds the texts that the export was certified on, those of
+    --golden among them. Needs the extra `hub`.
     """
     from rewardrt.bundle import hub
     from rewardrt.bundle.card import model_card
-    from rewardrt.bundle.manifest import MANIFEST, read_bundle
+    from rewardrt.bundle.manifest import GOLDEN, MANIFEST, read_bundle
 
     target = None
     if repository is not None:
@@ -55,7 +56,8 @@ def push(
     hashes = {record.path: record.sha256 for record in opened.manifest.files}
     files = {name: opened.path / name for name in (*hashes, MANIFEST)}
     size = sum(record.bytes for record in opened.manifest.files)
-    toplevel.say(f"pushing {len(files)} files, {size / 1e6:,.1f} MB, to {target}")
+    texts = "" if opened.manifest.uncertified else f"; {GOLDEN} holds the texts that were certified on"
+    toplevel.say(f"pushing {len(files)} files, {size / 1e6:,.1f} MB, to {target}{texts}")
     spec = opened.manifest.spec
     url, pushed = hub.upload(
         target,

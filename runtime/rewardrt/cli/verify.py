@@ -33,9 +33,8 @@ def verify(bundle: Path, provider: ProviderChoice, precision: str, threads: int 
     if as_json:
         show_json(dataclasses.asdict(found) | {"passed": found.passed})
     else:
-        show(
-            f"{model.bundle.name}: {found.texts} texts, {found.precision} on {found.provider}, against torch at export"
-        )
+        where = f"{found.precision} on {found.provider}"
+        show(f"{model.bundle.name}: {found.texts} texts, {where}, against torch at export")
         for name, deviation in (("alone", found.single), ("batched", found.batched)):
             show(
                 f"  {name:8s} largest difference {deviation.max_absolute:.2e} = {deviation.max_std:.2e} "

@@ -37,18 +37,14 @@ def warm(bundle: Path, provider: ProviderChoice, precision: str, batch_tokens: i
     with engine_log():
         model = RewardModel.load(bundle, provider=provider, precision=precision, batch_tokens=batch_tokens)
         profile = model.session.profile
+        said = f"{model.bundle.name}: {model.precision} on {model.session.runs_on}"
         if profile is None:
-            toplevel.say(
-                f"{model.bundle.name}: {model.precision} on {model.session.runs_on}: there is no engine to build"
-            )
+            toplevel.say(f"{said}: there is no engine to build")
             return
         if model.session.note is not None:
             raise ProviderError(model.session.note)
         shapes = model.session.warm(batch_tokens, _show_tenths)
-    toplevel.say(
-        f"{model.bundle.name}: {model.precision} on {model.session.runs_on}: warm for {profile.describe()}, "
-        f"{shapes} shapes, in {time.perf_counter() - start:.1f} s"
-    )
+    toplevel.say(f"{said}: warm for {profile.describe()}, {shapes} shapes, in {time.perf_counter() - start:.1f} s")
 
 
 def _show_tenths(done: int, of: int) -> None:

@@ -1,0 +1,103 @@
+"""A checkpoint by its name: a folder that is here, or a repository of the Hub, of which what is read is downloaded.
+
+The rules for which files are read are those of a folder, applied to the repository's list of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from rewardrt.bundle import hub
+from rewardrt.bundle.manifest import MANIFEST
+from rewardrt.errors import CheckpointError, HubError
+from rewardrt_export.source.adapter_config import ADAPTER_CONFIG
+from rewardrt_export.source.adapters import ADAPTER_FILES
+from rewardrt_export.source.chat_template import FOLDER, JINJA, PROCESSOR_FILES
+from rewardrt_export.source.config import CONFIG_FILE
+from rewardrt_export.source.folder import FILES_BESIDE_ADAPTERS, VALUE_HEAD_FILES
+from rewardrt_export.source.text_files import LOGIT_SCORE, read_json
+from rewardrt_export.source.tokenizer_files import SETTINGS, VOCABULARIES
+from rewardrt_export.source.weights import (
+    BIN_FILE,
+    BIN_INDEX,
+    HEAD_LAYER_FILES,
+    SAFETENSORS_FILE,
+    SAFETENSORS_INDEX,
+    shorten,
+)
+
+_TEXT = (CONFIG_FILE, ADAPTER_CONFIG, *SETTINGS, *VOCABULARIES, JINJA, *PROCESSOR_FILES)
+_BELOW = (f"{FOLDER}/*.jinja", LOGIT_SCORE)  # in folders of the checkpoint's
+
+
+def find_checkpoint(name: str | Path, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Return the folder of a checkpoint: the one of this name, or what is downloaded of `ORG/NAME[@REVISION]`.
+
+    A folder goes first, and one that may be meant for the Hub's is said to be taken. `hf://ORG/NAME` is always the
+    Hub's. A name is not asked of the Hub where a folder ORG is here: then it is a slip. Raises CheckpointError,
+    HubError, or MissingExtraError.
+    """
+    repository = hub.parse(name)
+    if repository is None:
+        folder, repository = Path(name), hub.named(str(name))
+        if repository is None or folder.exists() or folder.parent.exists():
+            if repository is not None and folder.is_dir():
+                say(f"{name}: taken from the folder here; the Hub's is {repository}")
+            elif repository is not None and not folder.exists():
+                raise CheckpointError(f"{name}: expected a checkpoint folder, found nothing; the Hub's is {repository}")
+            return folder
+    return _download(repository, say)
+
+
+def wanted_files(files: Collection[str]) -> list[str]:
+    """Return what an export reads of a repository's files, but for the shards that an index names.
+
+    Config, tokenizer and templates; of the weights safetensors, or else what `torch.save` wrote. Never code.
+    """
+    wanted = [name for name in files if "/" not in name and any(fnmatchcase(name, each) for each in _TEXT)]
+    wanted += [name for name in files if any(fnmatchcase(name, each) for each in _BELOW)]
+    if ADAPTER_CONFIG in files:
+        return wanted + _first(ADAPTER_FILES, files) + _first(FILES_BESIDE_ADAPTERS, files)
+    wanted += _first((SAFETENSORS_INDEX, SAFETENSORS_FILE, BIN_INDEX, BIN_FILE), files)
+    return wanted + _first(VALUE_HEAD_FILES, files) + [name for name in HEAD_LAYER_FILES if name in files]
+
+
+def _first(names: Iterable[str], files: Collection[str]) -> list[str]:
+    return [name for name in names if name in files][:1]
+
+
+def _download(asked: hub.Repository, say: Callable[[str], None]) -> Path:
+    repository, files = hub.list_files(asked)
+    wanted = wanted_files(files)
+    _check_listing(repository, files, wanted)
+    for index in (name for name in wanted if name in (SAFETENSORS_INDEX, BIN_INDEX)):
+        shards = read_json(_fetch(repository, index)).get("weight_map")
+        named = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+        wanted = [*wanted, *sorted(name for name in named if name in files and "/" not in name)]
+    wanted = list(dict.fromkeys(wanted))
+    size = sum(files[name] for name in wanted)
+    say(f"{repository}: {len(wanted)} files, {size / 1e6:,.1f} MB, from the Hub or its cache")
+    found = {name: _fetch(repository, name) for name in wanted}
+    name, path = found.popitem()
+    return path.parents[name.count("/")]
+
+
+def _fetch(repository: hub.Repository, name: str) -> Path:
+    found = hub.fetch(repository, name)
+    if found is None:
+        raise HubError(f"{repository}: lists {name} and does not have it; try again later")
+    return found
+
+
+def _check_listing(repository: hub.Repository, files: Collection[str], wanted: Collection[str]) -> None:
+    if MANIFEST in files:
+        raise CheckpointError(f"{repository}: is a bundle already; score with it: rewardrt score {repository}")
+    weights = (SAFETENSORS_INDEX, SAFETENSORS_FILE, BIN_INDEX, BIN_FILE, *ADAPTER_FILES)
+    if not any(name in weights for name in wanted):
+        found = sorted(name for name in files if not name.startswith("."))
+        raise CheckpointError(
+            f"{repository}: no weights that an export reads; expected {SAFETENSORS_FILE} or {BIN_FILE}, or an "
+            f"adapter's, found {shorten(found, 5) or 'nothing'}"
+        )
