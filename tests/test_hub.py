@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from hub_server import GOOD_TOKEN, Hub, serving
+from hub_server import GOOD_TOKEN, Hub, serving, variables
 from rewardrt import RewardModel
 from rewardrt.bundle import hub as names
 from rewardrt.cli.push import push
@@ -40,13 +39,6 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def rewards() -> bytes:
     return np.asarray(RewardModel.load(BUNDLE, provider="cpu", precision="fp32").score_many(ROWS)).tobytes()
-
-
-def variables(hub: Hub, home: Path, **changes: str) -> dict[str, str]:
-    """Return the environment of a client of the server, whatever this one has for the Hub."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "PYTHONUTF8": "1"}
-    return kept | own | {"COLUMNS": "100"} | changes
 
 
 def python(hub: Hub, home: Path, program: str, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
