@@ -55,7 +55,6 @@ class Hub:
         self.log: list[tuple[str, str, str | None]] = []  # method, path, and the Range that was asked for
         self.drops: dict[str, int] = {}  # how many more times the connection breaks off in the middle of a file
         self.failing: int | None = None  # a status that everything gets
-        self.ignores_ranges = False
 
     def files(self, method: str = "GET") -> list[str]:
         """Return the names of the files that were asked for, in their order."""
@@ -148,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             return self._refuse(404, "EntryNotFound", "Entry not found", commit)
         start = 0
-        if (wanted := self.headers.get("Range")) and not self.hub.ignores_ranges:
+        if wanted := self.headers.get("Range"):
             start = int(wanted.removeprefix("bytes=").split("-")[0])
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')

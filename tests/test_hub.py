@@ -241,17 +241,29 @@ def test_names_and_paths_are_told_apart(tmp_path: Path) -> None:
     assert names.name_of(tmp_path / "models--org--name" / "snapshots") == "snapshots"
 
 
-@pytest.mark.parametrize("ignores_ranges", [False, True])
-def test_a_download_that_breaks_off_goes_on(hub: Hub, tmp_path: Path, rewards: bytes, ignores_ranges: bool) -> None:
+TWICE = """
+import sys
+import huggingface_hub.constants
+from rewardrt import RewardModel, RewardRTError
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096  # for 10 MB, which no file here has
+try:
+    RewardModel.load(sys.argv[2])
+except RewardRTError as error:
+    print(error)
+"""
+
+
+def test_a_download_that_breaks_off_in_the_middle_goes_on_there(hub: Hub, tmp_path: Path, rewards: bytes) -> None:
     commit = hub.add("org/rm", FILES)
-    hub.drops["model.onnx.data"], hub.ignores_ranges = 1, ignores_ranges
-    small = "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 4096"  # for 10 MB, which no file here has
-    assert load(hub, tmp_path, "hf://org/rm", program=f"{small}\n{LOAD}") == f"hf://org/rm@{commit} {rewards.hex()}\n"
-    size = len(FILES["model.onnx.data"])
+    hub.drops["model.onnx.data"] = 1
+    # By itself; with older releases of huggingface_hub (0.27, 1.0) in the next call.
+    said = python(hub, tmp_path, TWICE, "", "hf://org/rm").stdout
+    assert said == "" or said.endswith("then run the same again: files that came whole are kept\n")
+    assert load(hub, tmp_path, "hf://org/rm") == f"hf://org/rm@{commit} {rewards.hex()}\n"
     asked = [wanted for how, path, wanted in hub.log if how == "GET" and path.endswith("/model.onnx.data")]
-    assert asked[0] is None
-    begun = int(str(asked[1]).removeprefix("bytes=").rstrip("-"))
-    assert 0 < begun <= size // 2
+    assert asked[0] is None and len(asked) == 2
+    begun = int(str(asked[1]).removeprefix("bytes=").partition("-")[0])
+    assert 0 < begun <= len(FILES["model.onnx.data"]) // 2
 
 
 def test_a_download_that_keeps_breaking_off_says_so_and_the_next_call_keeps_what_came_whole(

@@ -19,6 +19,7 @@ from hub_server import Hub, serving, variables
 from rewardrt import RewardModel
 from rewardrt.errors import CheckpointError
 from rewardrt.text.tokens import EncodedText
+from rewardrt_export.pipeline import export
 from rewardrt_export.source.repository import find_checkpoint, wanted_files
 
 # What is in repositories beside what an export reads.
@@ -75,12 +76,10 @@ PROGRAM = """
 import json, sys
 from rewardrt import RewardRTError
 from rewardrt.bundle import hub
-from rewardrt_export.pipeline import export
+from rewardrt_export.cli import export
 from rewardrt_export.source.folder import read_source
 from rewardrt_export.source.repository import find_checkpoint
-said = []
-made = export("org/rm", "out", certified=False, progress=said.append)
-print(said[0], made.manifest.provenance.checkpoint, sep="\\t")
+export.main(["org/rm", "--explain"], standalone_mode=False)
 for name, base in json.loads(sys.argv[1]):
     try:
         found = read_source(find_checkpoint(name), find_checkpoint(base) if base else None)
@@ -90,20 +89,19 @@ for name, base in json.loads(sys.argv[1]):
 """
 
 
-def exports(hub: Hub, home: Path, *asked: tuple[str, str | None]) -> list[str]:
-    """Return what was said of the export of org/rm, and a line for each name that was read as a checkpoint."""
+def explained(hub: Hub, home: Path, *asked: tuple[str, str | None]) -> list[str]:
+    """Explain org/rm; return what was said of it and the first line, and one for each name that was read."""
     command = [sys.executable, "-c", PROGRAM, json.dumps(asked)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=variables(hub, home), cwd=home, timeout=200
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == len(asked) + 1, done.stdout + done.stderr
-    return lines
+    return [done.stderr.splitlines()[0], lines[0], *lines[len(lines) - len(asked) :]]
 
 
-def test_checkpoints_and_bases_are_exported_by_name(tmp_path: Path) -> None:
-    backbone, head = write_openrlhf(tmp_path / "rm", "llama")
+def test_checkpoints_and_bases_are_read_by_name(tmp_path: Path) -> None:
+    write_openrlhf(tmp_path / "rm", "llama")
     write_sequence_classification(tmp_path / "base", "llama")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
     tensors = len(model.state_dict())
@@ -124,17 +122,18 @@ def test_checkpoints_and_bases_are_exported_by_name(tmp_path: Path) -> None:
         hub.add("org/gguf", {"model.gguf": b"x", "config.json": b"{}"})
         hub.add("org/bundle", {"reward.json": b"{}"})
         (tmp_path / "here-is").mkdir()
-        found = exports(
+        found = explained(
             hub, tmp_path, ("hf://org/adapter", "org/base"), ("org/adapter@main", None),
             ("org/gguf", None), ("org/bundle", None), ("org/none", None), ("here-is/a-slip", None), ("./org/here", None),
         )  # fmt: skip
         read = {*files} - {"model.safetensors", "README.md"}
         size = sum(len(files[name]) for name in read) / 1e6
         rm, base, adapter = (f"{name}@{commits[name]}" for name in commits)
-        assert found[0] == f"hf://{rm}: {len(read)} files, {size:,.1f} MB, from the Hub or its cache\t{rm}"
-        assert found[1] == f"{adapter} on {base} {tensors}"
+        assert found[0] == f"hf://{rm}: {len(read)} files, {size:,.1f} MB, from the Hub or its cache"
+        assert found[1] == f"# {rm}: OpenRLHF reward model"
+        assert found[2] == f"{adapter} on {base} {tensors}"
         refused = str(tmp_path / "hf/hub/models--org--adapter/snapshots" / commits["org/adapter"])
-        assert found[2:] == [
+        assert found[3:] == [
             f"CheckpointError {refused}: an adapter of 'org/base', which is not a folder here; give its base with --base "
             "FOLDER, or have it downloaded: --base hf://org/base",
             f"CheckpointError hf://org/gguf@{hub.repos['org/gguf'].refs['main']}: no weights that an export reads; "
@@ -149,12 +148,24 @@ def test_checkpoints_and_bases_are_exported_by_name(tmp_path: Path) -> None:
         asked = {path.split("/resolve/")[1].partition("/")[2] for how, path, _ in hub.log if "/org/rm/resolve/" in path}
         assert asked == read
         assert not {"modeling.py", "optimizer.pt", "pytorch_model.bin", "onnx/model.onnx"} & set(hub.files())
-    exported = RewardModel.load(tmp_path / "out", provider="cpu")
-    (ids,) = ([5, 6, 7],)
-    found_reward = exported.runner.run([EncodedText(np.array(ids), 0, np.array([2]), None)])[0][0]
+
+
+def test_a_bundle_says_the_repository_and_commit_of_a_folder_of_the_hubs_cache(tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    place = tmp_path / "models--org--rm" / "snapshots" / commit
+    (tmp_path / "models--org--rm" / "blobs").mkdir(parents=True)
+    backbone, head = write_openrlhf(place, "llama")
+    for path in list(place.iterdir()):  # as the cache has them
+        path.rename(place.parent.parent / "blobs" / path.name)
+        path.symlink_to(f"../../blobs/{path.name}")
+    made = export(place, tmp_path / "out", certified=False)
+    assert made.manifest.provenance.checkpoint == f"org/rm@{commit}"
+    ids = [5, 6, 7]
+    model = RewardModel.load(tmp_path / "out", provider="cpu")
+    found = model.runner.run([EncodedText(np.array(ids), 0, np.array([2]), None)])[0][0]
     with torch.inference_mode():
         expected = (backbone(torch.tensor([ids])).last_hidden_state[0, -1] @ head[0]).item()
-    assert abs(found_reward - expected) < 1e-5
+    assert abs(found - expected) < 1e-5
 
 
 def test_a_folder_goes_before_the_hub_and_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

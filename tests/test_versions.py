@@ -32,7 +32,7 @@ def as_numbers(version: str) -> tuple[int, ...]:
 RUNTIME = lowest(
     [
         *PROJECT["dependencies"],
-        *(line for name in ("cpu", "serve", "data") for line in PROJECT["optional-dependencies"][name]),
+        *(line for name in ("cpu", "serve", "data", "hub") for line in PROJECT["optional-dependencies"][name]),
     ]
 )
 
