@@ -242,7 +242,7 @@ def test_the_folders_above_the_packages_are_no_packages() -> None:
 def test_the_public_names_are_these() -> None:
     results = ["Ranked", "Scored", "ScoredAnswers", "ScoredPair"]
     errors = ["BundleError", "InferenceError", "MissingExtraError", "ProviderError", "RewardRTError", "RowError"]
-    errors.append("ServerError")
+    errors += ["HubError", "ServerError"]
     expected = sorted(["RewardClient", "RewardModel", *results, *errors, "TruncationWarning"])
     assert sorted(rewardrt.__all__) == expected
     assert all(hasattr(rewardrt, name) for name in expected)

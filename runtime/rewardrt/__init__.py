@@ -3,6 +3,7 @@
 from rewardrt import telemetry as telemetry  # isort: skip  # first: it must come before anything imports onnxruntime
 from rewardrt.errors import (
     BundleError,
+    HubError,
     InferenceError,
     MissingExtraError,
     ProviderError,
@@ -18,6 +19,7 @@ from rewardrt.scoring.scored import Ranked, Scored, ScoredAnswers, ScoredPair
 __version__ = "0.1.0"
 __all__ = [
     "BundleError",
+    "HubError",
     "InferenceError",
     "MissingExtraError",
     "ProviderError",
