@@ -101,7 +101,7 @@ $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard runt
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt hatch_build.py $(wildcard runtime/kernels/*)
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[cpu,serve,data,hub]' \
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[cpu,serve,data,hub,client]' \
 	  pytest pytest-xdist pytest-timeout hypothesis httpx onnx onnxscript hatchling
 	@touch $@
 
@@ -115,6 +115,6 @@ $(NEWEST)/installed: pyproject.toml constraints.txt constraints-newest.txt hatch
 	$(PYTHON) -m venv $(NEWEST)
 	awk -F== 'NR == FNR { newest[$$1] = 1; print; next } !($$1 in newest)' constraints-newest.txt constraints.txt \
 	  > $(NEWEST)/constraints.txt
-	$(NEWEST)/bin/pip install -q -c $(NEWEST)/constraints.txt -e '.[export,cpu,serve]' \
+	$(NEWEST)/bin/pip install -q -c $(NEWEST)/constraints.txt -e '.[export,cpu,serve,client]' \
 	  pytest pytest-xdist pytest-timeout hypothesis httpx hatchling
 	@touch $@
