@@ -54,7 +54,7 @@ def rewardrt(hub: Hub, home: Path, *arguments: object, **changes: str) -> subpro
 
 LOAD = """
 import json, os, pickle, sys
-from rewardrt import RewardModel
+from rewardrt import BundleError, RewardModel
 rows, name, precision = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 model = RewardModel.load(name, provider="cpu", precision=precision)
 found = model.score_many(rows).tobytes()
@@ -63,6 +63,10 @@ print(model.bundle.name, found.hex())
 PICKLED = (
     LOAD
     + """
+try:
+    raise SystemExit(f"{model.bundle.file('model.half.onnx')} was not checked")
+except BundleError as error:
+    assert str(error).endswith("model.half.onnx was not downloaded; load the precision that it belongs to")
 os.environ["HF_TOKEN"] = "hf_bad"  # whoever asks the Hub now gets an error
 assert pickle.loads(pickle.dumps(model)).score_many(rows).tobytes() == found
 child = os.fork()
@@ -173,7 +177,7 @@ for name, token in json.loads(sys.argv[1]):
 
 def refusals(hub: Hub, home: Path, *asked: tuple[str, str], **changes: str) -> list[str]:
     """Return one line for each name that is loaded with a token or without."""
-    done = python(hub, home, MANY, json.dumps(asked), **changes)
+    done = python(hub, home, MANY, json.dumps(asked), HF_HUB_VERBOSITY="error", **changes)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(asked)

@@ -7,7 +7,6 @@ says what to do. This module knows repositories and files, and neither bundles n
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 import warnings
@@ -126,7 +125,7 @@ def upload(
     """
     hub = _library()
     api, branch = hub.HfApi(), repository.revision or None
-    with _explained(repository), _bars_on_terminals():
+    with _explained(repository), _quiet():
         api.create_repo(repository.name, private=private or None, exist_ok=True)
         if private and not api.model_info(repository.name).private:
             raise HubError(
@@ -149,7 +148,6 @@ def _library() -> Any:
     try:
         import huggingface_hub
         import huggingface_hub.errors  # not there before 0.22
-        import huggingface_hub.utils.logging  # whose import sets the level of the log
     except ImportError as error:
         raise MissingExtraError(f"the Hub needs huggingface_hub ({error}): pip install -U 'rewardrt[hub]'") from error
     found = huggingface_hub.__version__
@@ -162,14 +160,16 @@ def _library() -> Any:
 
 
 @contextmanager
-def _bars_on_terminals() -> Iterator[None]:
-    """Keep the bars of uploads out of logs, which those of downloads keep out of by themselves."""
+def _quiet() -> Iterator[None]:
+    """Keep bars of uploads out of logs, as those of downloads keep themselves, and warnings about cards."""
     utils = _library().utils
     hidden = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
     if hidden:
         utils.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="huggingface_hub")
+            yield
     finally:
         if hidden:
             utils.enable_progress_bars()
@@ -177,20 +177,13 @@ def _bars_on_terminals() -> Iterator[None]:
 
 @contextmanager
 def _explained(repository: Repository) -> Iterator[None]:
-    """Make one line of ours of what huggingface_hub raises, which then has said nothing else."""
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)  # each retry would be a line
+    """Make one line of ours of what huggingface_hub raises."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="huggingface_hub")
-            yield
+        yield
     except RewardRTError:
         raise
     except Exception as error:  # its own kinds, and those of the libraries below it, which differ by version
         raise HubError(f"{repository}: {_reason(repository, error)}") from error
-    finally:
-        log.setLevel(level)
 
 
 def _reason(repository: Repository, error: Exception) -> str:
@@ -220,16 +213,17 @@ def _reason(repository: Repository, error: Exception) -> str:
         return f"no such repository at {host}, or {why}"
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error, host, log_in, has_token)
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return _unwritable(error, hub.constants.HF_HUB_CACHE)
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError | TimeoutError):
-        return _unwritable(error, hub.constants.HF_HUB_CACHE)
     own = type(error).__module__.partition(".")[0]
     broken = isinstance(error, ConnectionError | TimeoutError) or own in _NETWORK
     if broken or "Xet" in type(error).__name__ or "Consistency check" in str(error):
         return (
             f"the connection to {host} failed ({_innermost(error)}); check network, proxy and HF_ENDPOINT, then run "
             "the same again: files that came whole are kept"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return (
+            f"cannot be kept in {hub.constants.HF_HUB_CACHE} ({error.strerror}); make room there, or name another "
+            "folder by HF_HOME"
         )
     return f"huggingface_hub failed ({type(error).__name__}: {_first_line(error)})"
 
@@ -249,10 +243,6 @@ def _refusal(error: Any, host: str, log_in: str, has_token: bool) -> str:
     if status >= 500:
         return f"{host} has a fault of its own (HTTP {status}); try again later"
     return f"{host} refuses (HTTP {status}){said or f' ({_first_line(error)})'}"
-
-
-def _unwritable(error: OSError, cache: str) -> str:
-    return f"cannot be kept in {cache} ({error.strerror}); make room there, or name another folder by HF_HOME"
 
 
 def _innermost(error: BaseException) -> str:

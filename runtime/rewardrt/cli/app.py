@@ -8,6 +8,7 @@ and imported only when they are run.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 
 import click
 
@@ -47,7 +48,11 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="rewardrt", message="rewardrt %(version)s")
 def app() -> None:
-    """Export a trained reward model once; score text anywhere with onnxruntime."""
+    """Export a trained reward model once; score text anywhere with onnxruntime.
+
+    A BUNDLE is the folder that an export writes, or one on the Hugging Face Hub by its name: hf://ORG/NAME, or
+    hf://ORG/NAME@REVISION.
+    """
 
 
 app.add_command(warm)
@@ -55,6 +60,7 @@ app.add_command(warm)
 
 def main() -> None:
     """Run the command line; `toplevel` says how it ends."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each of its retries would be a line, and the error is ours
     toplevel.run(app)
 
 
