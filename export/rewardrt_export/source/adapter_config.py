@@ -55,7 +55,7 @@ class Adapter:
 def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
     """Return the adapter that a checkpoint folder is, or None for a whole model; `base` says where its base lies.
 
-    Raises CheckpointError when the base is not here (it is downloaded only by its name), or the adapter is of an unknown
+    Raises CheckpointError when the base is not here (it is downloaded only by name), or the adapter is of an unknown
     kind.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
