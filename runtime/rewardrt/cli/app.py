@@ -15,6 +15,7 @@ import click
 from rewardrt.cli import toplevel
 from rewardrt.cli.bench import bench
 from rewardrt.cli.doctor import doctor
+from rewardrt.cli.evaluate import evaluate
 from rewardrt.cli.inspect import inspect
 from rewardrt.cli.push import push
 from rewardrt.cli.score import score
@@ -64,5 +65,5 @@ def main() -> None:
     toplevel.run(app)
 
 
-for command in (bench, doctor, inspect, push, score, serve, trainer, verify, warm):
+for command in (bench, doctor, evaluate, inspect, push, score, serve, trainer, verify, warm):
     app.add_command(command)

@@ -32,7 +32,7 @@ from rewardrt.scoring.scored import OUTPUT_FIELDS, Scored, fill_row
 from rewardrt.text.rows import INPUT_FIELDS, TEMPLATE_FIELDS
 
 
-def _parse_columns(context: click.Context, option: click.Parameter, value: str) -> dict[str, str]:
+def parse_columns(context: click.Context, option: click.Parameter, value: str) -> dict[str, str]:
     """Return the names of `prompt=question,response=answer`, by those of the row contract."""
     found: dict[str, str] = {}
     for part in filter(None, value.split(",")):
@@ -59,7 +59,7 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
 @click.option("--resume", is_flag=True, help="Go on with an --output that was not finished.")
 @click.option(
     "--columns",
-    callback=_parse_columns,
+    callback=parse_columns,
     default="",
     metavar="FIELD=NAME,...",
     help="What the input calls fields: prompt=question,response=answer.",

@@ -1,0 +1,376 @@
+"""An evaluation: every number of one benchmark with its interval, and what the report draws. All of it becomes JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rewardrt.bundle.certificate import Certificate
+from rewardrt.evaluate.measures import OVERALL, Key, Mean, Measures
+from rewardrt.evaluate.results import Flags, Floats, Results
+from rewardrt.evaluate.scoring import Failure, Scores, Shown
+from rewardrt.evaluate.sources import sha256_of
+from rewardrt.evaluate.statistics import (
+    RESAMPLES,
+    Calibration,
+    LengthControl,
+    calibration,
+    interval,
+    intervals,
+    kendall,
+    length_control,
+    margins_of,
+    paired_p,
+    resampled,
+    same_order,
+)
+from rewardrt.reward_model import RewardModel
+
+BINS = 40  # of a histogram
+SAMPLE = 1200  # answers that are drawn as points
+FLIPPED = 50  # rows that are listed
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was evaluated: a bundle, the graph that ran and where."""
+
+    bundle: str
+    family: str
+    backbone: str
+    parameters: int
+    checkpoint: str
+    precision: str
+    runs_on: str
+    normalised: bool
+    max_length: int
+    labels: tuple[str, ...]
+    certificate: Certificate | None
+    uncertified: bool
+
+    @classmethod
+    def of(cls, model: RewardModel, normalize: bool | None) -> Subject:
+        """Describe a model."""
+        manifest, spec = model.bundle.manifest, model.spec
+        return cls(
+            bundle=model.bundle.path.resolve().name,
+            family=spec.family,
+            backbone=spec.backbone,
+            parameters=manifest.provenance.parameters,
+            checkpoint=manifest.provenance.checkpoint,
+            precision=model.precision,
+            runs_on=model.session.runs_on,
+            normalised=spec.normalise_by_default if normalize is None else normalize,
+            max_length=spec.max_length,
+            labels=tuple(spec.output.labels),
+            certificate=model.bundle.certificate(model.precision),
+            uncertified=manifest.uncertified,
+        )
+
+    @property
+    def graph(self) -> str:
+        """The graph and where it ran: `int8 on cpu`."""
+        return f"{self.precision} on {self.runs_on}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a benchmark, and between what it lies in 95 of 100 bootstrap samples. None: there is none.
+
+    `rows` are those that it is made of, `ties` those of them whose best right and wrong answers are equal.
+    """
+
+    level: str
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    rows: int | None
+    ties: int | None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many values lie between two edges; `right` and `wrong` are the two kinds of answers."""
+
+    edges: list[float]
+    right: list[int]
+    wrong: list[int]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A row that counts more or less with the other rewards: its place among the rows, and its credit with both."""
+
+    row: int
+    id: str
+    credit: float
+    other: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One set of rewards beside another, on the rows that have both.
+
+    `agreement` is the share of the pairs of answers to one prompt (of steps: of rows) that both judge alike, `tau`
+    Kendall's tau-b of all rewards, `difference` the score less the other's, with its interval, `p` of the paired test,
+    `better` and `worse` the rows that count more here, or there; `largest` is the largest difference of two rewards.
+    """
+
+    name: str
+    rows: int
+    agreement: float | None
+    tau: float | None
+    score: float | None
+    other: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float
+    better: int
+    worse: int
+    largest: float
+    flips: list[Flip]
+    left_out: int
+    first_left_out: str
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One of the values that the reward is made of, taken for the reward: its score, and means of answers."""
+
+    name: str
+    score: float | None
+    right: float
+    wrong: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that is said of one benchmark."""
+
+    benchmark: str
+    title: str
+    asks_for: str
+    files: dict[str, str]  # names and SHA-256
+    rows: int
+    scored: int
+    failed: int
+    undecided: int  # rows that have answers of one kind only
+    prompts: int
+    texts: int
+    tokens: int
+    truncated_texts: int
+    truncated_tokens: int
+    ties: int
+    threshold: float | None
+    by: str
+    numbers: list[Number]
+    rewards: Histogram | None
+    margins: Histogram | None
+    points: list[tuple[int, float, bool]]  # tokens, reward, right
+    length: LengthControl | None
+    calibration: Calibration | None
+    objectives: list[Objective]
+    worst: list[Shown]
+    failures: list[Failure]
+    comparisons: list[Comparison]
+
+    @property
+    def score(self) -> Number:
+        """The number that is quoted."""
+        return next(number for number in self.numbers if number.level == "overall")
+
+
+def evaluate(scores: Scores, subject: Subject, *, by: str = "", resamples: int = RESAMPLES) -> Evaluation:
+    """Make an evaluation of scored rows."""
+    results, steps = scores.results, scores.layout.asks_for == "steps"
+    measures = _with_by(scores.layout.measure(results), results, by)
+    margins = np.zeros(0) if steps else margins_of(results)
+    right = _right_steps(results) if steps else results.right
+    known = ~np.isnan(measures.credit)
+    return Evaluation(
+        benchmark=scores.layout.name,
+        title=scores.layout.title,
+        asks_for=scores.layout.asks_for,
+        files={file.name: sha256_of(file) for file in scores.files},
+        rows=scores.summary.rows,
+        scored=results.rows,
+        failed=scores.failed,
+        undecided=int((~known).sum()),
+        prompts=len(np.unique(results.units)),
+        texts=scores.summary.texts,
+        tokens=scores.summary.tokens,
+        truncated_texts=int((results.truncated > 0).sum()),
+        truncated_tokens=int(results.truncated.sum()),
+        ties=int(measures.tied.sum()),
+        threshold=results.threshold if steps else None,
+        by=by,
+        numbers=_numbers(measures, results, resamples),
+        rewards=_histogram(results.rewards, right),
+        margins=_histogram(margins, margins > 0) if len(margins) else None,
+        points=[] if steps else _points(results),
+        length=None if steps else length_control(results, scores.layout.measure),
+        calibration=calibration(margins),
+        objectives=_objectives(scores, subject.labels),
+        worst=scores.worst,
+        failures=scores.failures,
+        comparisons=[],
+    )
+
+
+def compare(scores: Scores, other: Results, name: str, *, resamples: int = RESAMPLES) -> Comparison:
+    """Compare the rewards of scored rows with others of the same rows; those that one of the two lacks are left out."""
+    both = np.intersect1d(scores.results.positions, other.positions)
+    first = scores.results.only(np.isin(scores.results.positions, both))
+    second = other.only(np.isin(other.positions, both))
+    measure, steps = scores.layout.measure, scores.layout.asks_for == "steps"
+    ours, theirs = measure(first), measure(second)
+    difference = np.nan_to_num(ours.credit) - np.nan_to_num(theirs.credit)
+    mine, yours = (resampled(each, first.units, resamples) for each in (ours, theirs))
+    between = interval(mine[OVERALL] - yours[OVERALL]) if mine else None
+    score, other_score = ours.values()[OVERALL], theirs.values()[OVERALL]
+    flipped = np.flatnonzero(difference)
+    most = flipped[np.argsort(-np.abs(difference[flipped]), kind="stable")][:FLIPPED]
+    left_out = scores.results.rows - len(both)
+    agreement = float((ours.credit == theirs.credit).mean()) if steps and len(both) else float("nan")
+    return Comparison(
+        name=name,
+        rows=len(both),
+        agreement=_known(agreement if steps else same_order(first, second)[0]),
+        tau=_known(kendall(first.rewards, second.rewards)),
+        score=_known(score),
+        other=_known(other_score),
+        difference=_known(score - other_score),
+        low=between[0] if between else None,
+        high=between[1] if between else None,
+        p=paired_p(ours.credit, theirs.credit, first.units),
+        better=int((difference > 0).sum()),
+        worse=int((difference < 0).sum()),
+        largest=float(np.abs(first.rewards - second.rewards).max(initial=0.0)),
+        flips=[
+            Flip(int(first.positions[row]), first.ids[row], float(ours.credit[row]), float(theirs.credit[row]))
+            for row in most
+        ],
+        left_out=left_out,
+        first_left_out=scores.not_compared[0].message if scores.not_compared else "",
+    )
+
+
+def with_comparison(evaluation: Evaluation, comparison: Comparison) -> Evaluation:
+    """Return an evaluation with one more comparison."""
+    return replace(evaluation, comparisons=[*evaluation.comparisons, comparison])
+
+
+def card_line(evaluation: Evaluation, subject: Subject, version: str) -> str:
+    """Return one line for a model card."""
+    score = evaluation.score
+    said = f"{evaluation.title}: {_shown(score.value)}"
+    if score.low is not None and score.high is not None:
+        said += f" (95% {score.low:.4f} to {score.high:.4f})"
+    said += f", {evaluation.scored:,} rows"
+    said += f" of {evaluation.rows:,}" if evaluation.failed else ""
+    said += f", {evaluation.ties:,} ties" if evaluation.ties else ""
+    cut = f", {evaluation.truncated_texts:,} texts cut" if evaluation.truncated_texts else ""
+    return f"{said}{cut}; {subject.checkpoint}, {subject.graph}, rewardrt {version}"
+
+
+def as_json(value: Any) -> Any:
+    """Return dataclasses as what JSON has; null stands for what is no number."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {each.name: as_json(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        return fields
+    if isinstance(value, dict):
+        return {str(name): as_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _with_by(measures: Measures, results: Results, by: str) -> Measures:
+    if not by:
+        return measures
+    known = ~np.isnan(measures.credit)
+    order = sorted(range(len(results.by_names)), key=lambda index: results.by_names[index])
+    further = {
+        Key("by", results.by_names[index]): Mean(measures.credit, known & (results.by == index)) for index in order
+    }
+    return replace(measures, means=measures.means | further)
+
+
+def _numbers(measures: Measures, results: Results, resamples: int) -> list[Number]:
+    values, found = measures.values(), intervals(measures, results.units, resamples)
+    levels = ("overall", "section", "subset", "part", "by")
+    numbers = []
+    for key in sorted(values, key=lambda key: levels.index(key.level)):
+        where = _where(key, measures, results)
+        low, high = found.get(key) or (None, None)
+        rows = None if where is None else int(where.sum())
+        ties = None if where is None or key.level == "part" else int((measures.tied & where).sum())
+        numbers.append(Number(key.level, key.name, _known(values[key]), low, high, rows, ties))
+    return numbers
+
+
+def _where(key: Key, measures: Measures, results: Results) -> Flags | None:
+    """Return the rows that a number is made of; None of a section, which weighs its subsets."""
+    if key in measures.means:
+        return measures.means[key].where
+    if key.level == "overall":
+        return np.asarray(~np.isnan(measures.credit))
+    return results.in_subset(key.name) if key.level == "subset" else None
+
+
+def _right_steps(results: Results) -> Flags:
+    """Return which steps are before the first wrong one, or in a solution without one, [m]."""
+    place = np.arange(len(results.rewards)) - results.starts[:-1][results.row_of]
+    label = results.labels[results.row_of]
+    return np.asarray((label < 0) | (place < label))
+
+
+def _histogram(values: Floats, right: Flags) -> Histogram | None:
+    """Return a histogram of the middle 99%; what lies beyond is in the outermost bins."""
+    if not len(values):
+        return None
+    low, high = np.quantile(values, [0.005, 0.995])
+    if not high > low:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, BINS + 1)
+    inside = np.clip(values, low, high)
+    counts = [np.histogram(inside[which], edges)[0].tolist() for which in (right, ~right)]
+    return Histogram(edges.tolist(), *counts)
+
+
+def _points(results: Results) -> list[tuple[int, float, bool]]:
+    count = len(results.rewards)
+    chosen = np.arange(count)
+    if count > SAMPLE:
+        chosen = np.sort(np.random.default_rng(0).choice(count, SAMPLE, replace=False))
+    return [(int(results.tokens[at]), float(results.rewards[at]), bool(results.right[at])) for at in chosen]
+
+
+def _objectives(scores: Scores, labels: Sequence[str]) -> list[Objective]:
+    results, found = scores.results, []
+    for index, name in enumerate(labels[: results.objectives.shape[1]]):
+        values = results.objectives[:, index]
+        score = scores.layout.measure(results.with_rewards(values)).values()[OVERALL]
+        found.append(Objective(name, _known(score), _average(values[results.right]), _average(values[~results.right])))
+    return found
+
+
+def _average(values: Floats) -> float:
+    return float(values.mean()) if len(values) else float("nan")

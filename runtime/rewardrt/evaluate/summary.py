@@ -1,0 +1,105 @@
+"""An evaluation as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rewardrt.evaluate.evaluation import Comparison, Evaluation, Number, Subject
+
+LINES = 60  # of one kind, in a terminal
+_KINDS = {"section": "sections", "subset": "subsets", "part": "parts", "by": "by"}
+
+
+def describe(evaluation: Evaluation, subject: Subject) -> str:
+    """Return a table of the numbers, and what else is to be known of them."""
+    return "\n".join(_lines(evaluation, subject))
+
+
+def in_digits(value: float | None, digits: int = 4) -> str:
+    """Return a number, or a dash for none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def between(low: float | None, high: float | None) -> str:
+    """Return an interval, or a dash for none."""
+    return "-" if low is None or high is None else f"{low:.4f} .. {high:.4f}"
+
+
+def _lines(evaluation: Evaluation, subject: Subject) -> Iterator[str]:
+    yield f"{evaluation.title}: {subject.bundle}, {subject.graph}"
+    names = [_name(number) for number in evaluation.numbers]
+    width = min(56, max(map(len, names)))
+    yield f"  {'':{width}}   score    95% interval      rows   ties"
+    shown: dict[str, int] = {}
+    for number, name in zip(evaluation.numbers, names, strict=True):
+        shown[number.level] = shown.get(number.level, 0) + 1
+        if shown[number.level] <= LINES:
+            rows = "" if number.rows is None else f"{number.rows:>7,}{number.ties or 0:>7,}"
+            yield f"  {name:{width}}  {in_digits(number.value):>6}  {between(number.low, number.high):>16} {rows}".rstrip()
+    for level, count in shown.items():
+        if count > LINES:
+            yield f"  {count - LINES} more {_KINDS[level]}; --json and the report have them"
+    yield from notes(evaluation)
+    for comparison in evaluation.comparisons:
+        yield from compared(comparison)
+
+
+def _name(number: Number) -> str:
+    if number.level == "overall":
+        return "score"
+    return f"{number.level}: {number.name}" if number.level == "by" else number.name
+
+
+def notes(evaluation: Evaluation) -> Iterator[str]:
+    """Yield a sentence for each thing that has to be known of the numbers."""
+    if evaluation.failed:
+        first = f"; the first: {evaluation.failures[0].message}" if evaluation.failures else ""
+        yield f"{evaluation.failed:,} of {evaluation.rows:,} rows could not be scored, and count nowhere{first}"
+    decided = evaluation.scored - evaluation.undecided
+    if evaluation.undecided:
+        yield (
+            f"{evaluation.undecided:,} rows have answers of one kind only, right or wrong, "
+            "and count in none of the scores but those of all prompts"
+        )
+    if evaluation.ties and evaluation.ties == decided:
+        yield "every row is a tie: the model gives the best right and the best wrong answer one reward"
+    if evaluation.truncated_texts:
+        yield (
+            f"{evaluation.truncated_texts:,} of {evaluation.texts:,} texts were cut, by "
+            f"{evaluation.truncated_tokens:,} tokens in all: their rewards are of what was left"
+        )
+    if evaluation.prompts < 2:
+        yield "one prompt: there is no interval"
+    length = evaluation.length
+    if length is not None:
+        yield (
+            f"length: {100 * length.slope:+.4f} reward for 100 tokens more; length-controlled score {length.score:.4f}; "
+            f"right answer longer {length.longer:.4f} ({length.rows_longer:,} rows), "
+            f"shorter {length.shorter:.4f} ({length.rows_shorter:,})"
+        )
+    if evaluation.calibration is not None:
+        yield (
+            f"calibration: error {evaluation.calibration.error:.4f} of sigmoid(margin), "
+            f"log loss {evaluation.calibration.log_loss:.4f}, {evaluation.calibration.pairs:,} pairs of answers"
+        )
+
+
+def compared(comparison: Comparison) -> Iterator[str]:
+    """Yield what a comparison says."""
+    yield (
+        f"against {comparison.name}: {in_digits(comparison.score)} to {in_digits(comparison.other)}, difference "
+        f"{'-' if comparison.difference is None else f'{comparison.difference:+.4f}'} "
+        f"({between(comparison.low, comparison.high)}), p {comparison.p:.4g}"
+    )
+    yield (
+        f"  {comparison.rows:,} rows: agreement {in_digits(comparison.agreement)}, Kendall's tau "
+        f"{in_digits(comparison.tau)}, largest difference of a reward {comparison.largest:.4g}; "
+        f"{comparison.better:,} rows count more here, {comparison.worse:,} more there"
+    )
+    for flip in comparison.flips[:5]:
+        yield f"    row {flip.row}{f' ({flip.id})' if flip.id else ''}: {flip.credit:g} here, {flip.other:g} there"
+    if len(comparison.flips) > 5:
+        yield f"    and {comparison.better + comparison.worse - 5:,} more; --json and the report have them"
+    if comparison.left_out:
+        first = f"; the first: {comparison.first_left_out}" if comparison.first_left_out else ""
+        yield f"  {comparison.left_out:,} rows were left out, of which one of the two has no rewards{first}"
