@@ -21,11 +21,13 @@ ORDER = {
         telemetry display errors
         machine: processor denormals gpu engine_cache plugins providers kernels
         graph: graph_file shapes engine session
-        bundle: hub spec certificate precisions manifest engines opening card
+        bundle: hub spec certificate reference_data precisions manifest engines opening card
         text: template_limits chat_template items rendering taps tokens fields rows
         scoring: scored source batching prefix runner pairwise answers
         reward_model
         data: strict_json formats lines outputs compression arrays inputs columns column_writers readers selection files shards journal output_formats tables jobs pieces
+        evaluate: results measures layouts answers judgebench processbench rewardbench rewardbench2 rm_bench benchmarks sources scoring statistics subject comparison evaluation run summary
+          charts report normalise
         ray
         checks: workers workload bench doctor verify
         server: options problem access address body turns isolation engine models schema call connection log metrics state vocabulary
@@ -33,7 +35,7 @@ ORDER = {
         client: address wire servers batches
         reward_client
         trainers: reward areal ms_swift openrlhf slime trl verifiers verl listing
-        cli: toplevel output progress engine_options options table warm bench doctor inspect push score_files score serve trainer verify app
+        cli: toplevel output progress engine_options options table warm bench doctor inspect normalize push score_files score evaluate serve trainer verify app
     """,
     "rewardrt_export": """
         source: foreign text_files weights adapter_config adapters chat_template directions layouts config multimodal padding tokenizer tokenizer_files
@@ -75,6 +77,7 @@ HOMES = {
     "huggingface_hub": "rewardrt.bundle.hub",
     "ray": "rewardrt.ray",
     "httpx2": "rewardrt.client.servers",
+    "matplotlib": "rewardrt.evaluate.charts",
 }
 
 

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from rewardrt.bundle.certificate import Certificate
 from rewardrt.bundle.precisions import current_name
+from rewardrt.bundle.reference_data import ReferenceData
 from rewardrt.bundle.spec import OPTIONAL, Spec, from_json, to_json
 from rewardrt.errors import BundleError
 from rewardrt.graph.graph_file import external_files
@@ -98,6 +99,8 @@ class Manifest:
     provenance: Provenance
     certificates: tuple[Certificate, ...]
     uncertified: bool = field(default=False, metadata={OPTIONAL: True})  # never compared with torch: no golden texts
+    # Where the spec's mean and std are of data of the user's own; None: of the checkpoint, or there are none.
+    normalised_on: ReferenceData | None = field(default=None, metadata={OPTIONAL: True})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rewardrt.cli.bench import bench
 from rewardrt.cli.doctor import doctor
 from rewardrt.cli.evaluate import evaluate
 from rewardrt.cli.inspect import inspect
+from rewardrt.cli.normalize import normalize
 from rewardrt.cli.push import push
 from rewardrt.cli.score import score
 from rewardrt.cli.serve import serve
@@ -65,5 +66,5 @@ def main() -> None:
     toplevel.run(app)
 
 
-for command in (bench, doctor, evaluate, inspect, push, score, serve, trainer, verify, warm):
+for command in (bench, doctor, evaluate, inspect, normalize, push, score, serve, trainer, verify, warm):
     app.add_command(command)

@@ -42,6 +42,7 @@ def describe_manifest(name: str, manifest: Any) -> str:
     if affine is not None:
         default = "default" if spec.normalise_by_default else "on request; raw is the default"
         normalise = f"(reward - {affine.mean:g}) / {affine.std:g}, {default}"
+    origin_of = _describe_reference(manifest.normalised_on) if manifest.normalised_on is not None else []
     steps = [_describe_source(rule)]
     steps += [_describe_steps(rule)] if rule.step_token else []
     steps += [f"strip {rule.strip_tail!r} at the end"] if rule.strip_tail else []
@@ -59,6 +60,7 @@ def describe_manifest(name: str, manifest: Any) -> str:
         *(f"  chosen     {name}: {choice}" for name, choice in origin.choices.items()),
         *named,
         f"  normalise  {normalise}",
+        *origin_of,
     ]
     for certificate in manifest.certificates:
         worst = max(certificate.single.max_std, certificate.batched.max_std)
@@ -81,6 +83,13 @@ def describe_manifest(name: str, manifest: Any) -> str:
         lines.append("  uncertified: never compared with torch (exported with --no-certify)")
     lines += [f"  {record.bytes:>13,}  {record.path}" for record in manifest.files]
     return "\n".join(map(visible, lines))
+
+
+def _describe_reference(data: Any) -> list[str]:
+    cut = f", {data.truncated:,} of them cut" if data.truncated else ""
+    measured = f"of {data.texts:,} rewards of {data.rows:,} rows{cut}; {data.precision} on {data.provider}"
+    files = [f"             {name}, SHA-256 {digest}" for name, digest in data.files.items()]
+    return [f"             measured {measured}, {data.created}", *files]
 
 
 def _describe_source(rule: Any) -> str:

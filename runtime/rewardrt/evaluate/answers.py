@@ -97,17 +97,17 @@ def measure_best(results: Results) -> Measures:
     return Measures(of_all(credit) | by_subset(results, credit) | parts, nothing, credit, tied(results))
 
 
-PAIRS = Layout("pairs", "pairs", (Need("chosen", "prompt"), Need("rejected", "prompt")), read_pair, measure_pairs)
+PAIRS = Layout("pairs", "Pairs", (Need("chosen", "prompt"), Need("rejected", "prompt")), read_pair, measure_pairs)
 LISTS = Layout(
     "chosen-rejected-lists",
-    "lists of chosen and rejected answers",
+    "Lists of chosen and rejected",
     (Need("prompt", "prompt"), Need("chosen", "texts"), Need("rejected", "texts")),
     read_lists,
     measure_best,
 )
 BEST_OF_N = Layout(
     "best-of-n",
-    "best of n",
+    "Best of n",
     (Need("responses", "texts"), Need("correct", "right")),
     read_best,
     measure_best,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rewardrt.bundle.certificate import Certificate
+from rewardrt.evaluate.comparison import Comparison
 from rewardrt.evaluate.measures import OVERALL, Key, Mean, Measures
 from rewardrt.evaluate.results import Flags, Floats, Results
 from rewardrt.evaluate.scoring import Failure, Scores, Shown
@@ -20,62 +20,14 @@ from rewardrt.evaluate.statistics import (
     Calibration,
     LengthControl,
     calibration,
-    interval,
     intervals,
-    kendall,
     length_control,
     margins_of,
-    paired_p,
-    resampled,
-    same_order,
 )
-from rewardrt.reward_model import RewardModel
+from rewardrt.evaluate.subject import Subject
 
 BINS = 40  # of a histogram
 SAMPLE = 1200  # answers that are drawn as points
-FLIPPED = 50  # rows that are listed
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What was evaluated: a bundle, the graph that ran and where."""
-
-    bundle: str
-    family: str
-    backbone: str
-    parameters: int
-    checkpoint: str
-    precision: str
-    runs_on: str
-    normalised: bool
-    max_length: int
-    labels: tuple[str, ...]
-    certificate: Certificate | None
-    uncertified: bool
-
-    @classmethod
-    def of(cls, model: RewardModel, normalize: bool | None) -> Subject:
-        """Describe a model."""
-        manifest, spec = model.bundle.manifest, model.spec
-        return cls(
-            bundle=model.bundle.path.resolve().name,
-            family=spec.family,
-            backbone=spec.backbone,
-            parameters=manifest.provenance.parameters,
-            checkpoint=manifest.provenance.checkpoint,
-            precision=model.precision,
-            runs_on=model.session.runs_on,
-            normalised=spec.normalise_by_default if normalize is None else normalize,
-            max_length=spec.max_length,
-            labels=tuple(spec.output.labels),
-            certificate=model.bundle.certificate(model.precision),
-            uncertified=manifest.uncertified,
-        )
-
-    @property
-    def graph(self) -> str:
-        """The graph and where it ran: `int8 on cpu`."""
-        return f"{self.precision} on {self.runs_on}"
 
 
 @dataclass(frozen=True)
@@ -101,43 +53,6 @@ class Histogram:
     edges: list[float]
     right: list[int]
     wrong: list[int]
-
-
-@dataclass(frozen=True)
-class Flip:
-    """A row that counts more or less with the other rewards: its place among the rows, and its credit with both."""
-
-    row: int
-    id: str
-    credit: float
-    other: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One set of rewards beside another, on the rows that have both.
-
-    `agreement` is the share of the pairs of answers to one prompt (of steps: of rows) that both judge alike, `tau`
-    Kendall's tau-b of all rewards, `difference` the score less the other's, with its interval, `p` of the paired test,
-    `better` and `worse` the rows that count more here, or there; `largest` is the largest difference of two rewards.
-    """
-
-    name: str
-    rows: int
-    agreement: float | None
-    tau: float | None
-    score: float | None
-    other: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float
-    better: int
-    worse: int
-    largest: float
-    flips: list[Flip]
-    left_out: int
-    first_left_out: str
 
 
 @dataclass(frozen=True)
@@ -213,7 +128,7 @@ def evaluate(scores: Scores, subject: Subject, *, by: str = "", resamples: int =
         by=by,
         numbers=_numbers(measures, results, resamples),
         rewards=_histogram(results.rewards, right),
-        margins=_histogram(margins, margins > 0) if len(margins) else None,
+        margins=_histogram(margins, margins > 0, around=True),
         points=[] if steps else _points(results),
         length=None if steps else length_control(results, scores.layout.measure),
         calibration=calibration(margins),
@@ -221,44 +136,6 @@ def evaluate(scores: Scores, subject: Subject, *, by: str = "", resamples: int =
         worst=scores.worst,
         failures=scores.failures,
         comparisons=[],
-    )
-
-
-def compare(scores: Scores, other: Results, name: str, *, resamples: int = RESAMPLES) -> Comparison:
-    """Compare the rewards of scored rows with others of the same rows; those that one of the two lacks are left out."""
-    both = np.intersect1d(scores.results.positions, other.positions)
-    first = scores.results.only(np.isin(scores.results.positions, both))
-    second = other.only(np.isin(other.positions, both))
-    measure, steps = scores.layout.measure, scores.layout.asks_for == "steps"
-    ours, theirs = measure(first), measure(second)
-    difference = np.nan_to_num(ours.credit) - np.nan_to_num(theirs.credit)
-    mine, yours = (resampled(each, first.units, resamples) for each in (ours, theirs))
-    between = interval(mine[OVERALL] - yours[OVERALL]) if mine else None
-    score, other_score = ours.values()[OVERALL], theirs.values()[OVERALL]
-    flipped = np.flatnonzero(difference)
-    most = flipped[np.argsort(-np.abs(difference[flipped]), kind="stable")][:FLIPPED]
-    left_out = scores.results.rows - len(both)
-    agreement = float((ours.credit == theirs.credit).mean()) if steps and len(both) else float("nan")
-    return Comparison(
-        name=name,
-        rows=len(both),
-        agreement=_known(agreement if steps else same_order(first, second)[0]),
-        tau=_known(kendall(first.rewards, second.rewards)),
-        score=_known(score),
-        other=_known(other_score),
-        difference=_known(score - other_score),
-        low=between[0] if between else None,
-        high=between[1] if between else None,
-        p=paired_p(ours.credit, theirs.credit, first.units),
-        better=int((difference > 0).sum()),
-        worse=int((difference < 0).sum()),
-        largest=float(np.abs(first.rewards - second.rewards).max(initial=0.0)),
-        flips=[
-            Flip(int(first.positions[row]), first.ids[row], float(ours.credit[row]), float(theirs.credit[row]))
-            for row in most
-        ],
-        left_out=left_out,
-        first_left_out=scores.not_compared[0].message if scores.not_compared else "",
     )
 
 
@@ -342,14 +219,20 @@ def _right_steps(results: Results) -> Flags:
     return np.asarray((label < 0) | (place < label))
 
 
-def _histogram(values: Floats, right: Flags) -> Histogram | None:
-    """Return a histogram of the middle 99%; what lies beyond is in the outermost bins."""
+def _histogram(values: Floats, right: Flags, *, around: bool = False) -> Histogram | None:
+    """Return a histogram of the middle 99%; what lies beyond is in the outermost bins.
+
+    Where values are `around` 0, it is an edge.
+    """
     if not len(values):
         return None
     low, high = np.quantile(values, [0.005, 0.995])
+    if around:
+        low, high = -max(-low, high), max(-low, high)
     if not high > low:
         low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, BINS + 1)
+    bins = min(BINS, 2 * max(3, int(np.sqrt(len(values)) / 2)))
+    edges = np.linspace(low, high, bins + 1)
     inside = np.clip(values, low, high)
     counts = [np.histogram(inside[which], edges)[0].tolist() for which in (right, ~right)]
     return Histogram(edges.tolist(), *counts)

@@ -6,13 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rewardrt.errors import RewardRTError, RowError
-
-if TYPE_CHECKING:
-    from rewardrt.evaluate.measures import Measures
-    from rewardrt.evaluate.results import Results
+from rewardrt.evaluate.measures import Measures
+from rewardrt.evaluate.results import Results
 
 LOOKED_AT = 20  # the first rows of a file, which tell its layout
 ID_CHARACTERS = 64

@@ -237,15 +237,15 @@ def margins_of(results: Results) -> Floats:
     return np.concatenate(found) if found else np.zeros(0)
 
 
-def calibration(margins: Floats, bins: int = 10) -> Calibration | None:
-    """Return how margins are calibrated; None where there are none."""
+def calibration(margins: Floats) -> Calibration | None:
+    """Return how margins are calibrated, in at most ten bins of at least 20 pairs; None where there are none."""
     if not len(margins):
         return None
     size = np.abs(margins)
     order = np.argsort(size, kind="stable")
     size, right = size[order], np.where(margins == 0, 0.5, margins > 0)[order]
     expected = 1 / (1 + np.exp(-size))
-    parts = np.array_split(np.arange(len(size)), min(bins, len(size)))
+    parts = np.array_split(np.arange(len(size)), max(1, min(10, len(size) // 20)))
     margin, promised, found = ([float(each[part].mean()) for part in parts] for each in (size, expected, right))
     distance = sum(len(part) * abs(e - r) for part, e, r in zip(parts, promised, found, strict=True))
     log_loss = float(np.logaddexp(0, -margins).mean())

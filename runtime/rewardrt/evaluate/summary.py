@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rewardrt.evaluate.evaluation import Comparison, Evaluation, Number, Subject
+from rewardrt.evaluate.comparison import Comparison
+from rewardrt.evaluate.evaluation import Evaluation, Number
+from rewardrt.evaluate.subject import Subject
 
 LINES = 60  # of one kind, in a terminal
 _KINDS = {"section": "sections", "subset": "subsets", "part": "parts", "by": "by"}
@@ -35,7 +37,8 @@ def _lines(evaluation: Evaluation, subject: Subject) -> Iterator[str]:
         shown[number.level] = shown.get(number.level, 0) + 1
         if shown[number.level] <= LINES:
             rows = "" if number.rows is None else f"{number.rows:>7,}{number.ties or 0:>7,}"
-            yield f"  {name:{width}}  {in_digits(number.value):>6}  {between(number.low, number.high):>16} {rows}".rstrip()
+            interval = between(number.low, number.high)
+            yield f"  {name:{width}}  {in_digits(number.value):>6}  {interval:>16} {rows}".rstrip()
     for level, count in shown.items():
         if count > LINES:
             yield f"  {count - LINES} more {_KINDS[level]}; --json and the report have them"
@@ -73,7 +76,8 @@ def notes(evaluation: Evaluation) -> Iterator[str]:
     length = evaluation.length
     if length is not None:
         yield (
-            f"length: {100 * length.slope:+.4f} reward for 100 tokens more; length-controlled score {length.score:.4f}; "
+            f"length: {100 * length.slope:+.4f} reward for 100 tokens more; length-controlled score "
+            f"{length.score:.4f}; "
             f"right answer longer {length.longer:.4f} ({length.rows_longer:,} rows), "
             f"shorter {length.shorter:.4f} ({length.rows_shorter:,})"
         )

@@ -136,7 +136,7 @@ class Answers:
         if not (self.spec.normalise_by_default if normalize is None else normalize):
             return None
         if self.spec.normalise is None:
-            raise RewardRTError("normalize: the checkpoint had no mean and std; only raw rewards are there")
+            raise RewardRTError("normalize: the bundle has no mean and std; `rewardrt normalize` measures them")
         return self.spec.normalise
 
 
