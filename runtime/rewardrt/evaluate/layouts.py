@@ -116,15 +116,15 @@ _WORDS = {
 
 
 def recognise(rows: Sequence[dict[str, Any]], layouts: Iterable[Layout], name: str) -> Layout:
-    """Return the first of the layouts that most of the rows have, of a file with this name.
+    """Return the first of the layouts that half of the rows of a file have, or else the one that most have.
 
-    Raises RewardRTError where they have none, with the nearest one and what it needs besides.
+    `name` is that of the file. Raises RewardRTError where no row has any, with the nearest and what it needs besides.
     """
     known = list(layouts)
-    fits = {layout.name: sum(not layout.lacks(row) for row in rows) for layout in known}
-    best = max(known, key=lambda layout: fits[layout.name])
-    if fits[best.name]:
-        return best
+    fits = [sum(not layout.lacks(row) for row in rows) for layout in known]
+    if any(fits):
+        half = (layout for layout, count in zip(known, fits, strict=True) if 2 * count >= len(rows))
+        return next(half, known[fits.index(max(fits))])
     if not rows:
         raise RewardRTError(
             f"{name}: none of its first {LOOKED_AT} rows is a JSON object; expected rows of a benchmark"
