@@ -77,7 +77,11 @@ def test_rm_bench_compares_three_styles_with_three(tmp_path: Path) -> None:
     # hard (i < j): (0,1) no, (0,2) no, (1,2) no; normal: (0,0) yes, (1,1) yes, (2,2) no; easy: (1,0) yes, (2,0) no, (2,1) no
     safe = {"id": 7, "prompt": "q", "chosen": ["5", "5", "5"], "rejected": ["1", "5", "0"], "domain": "safety-refuse"}
     # hard: (0,1) no (a tie), (0,2) yes, (1,2) yes; normal: yes, no, yes; easy: (1,0) yes, (2,0) yes, (2,1) no
-    response = safe | {"domain": "safety-response", "prompt": "r", "chosen": ["0", "0", "0"]}  # none but (0, 2): 0 > 0 no
+    response = safe | {
+        "domain": "safety-response",
+        "prompt": "r",
+        "chosen": ["0", "0", "0"],
+    }  # none but (0, 2): 0 > 0 no
     path = tmp_path / "total_dataset.json"
     path.write_text(json.dumps([chat, safe, response], indent=1))
     found = by_hand(SayingModel(), path)
@@ -278,7 +282,9 @@ def test_a_file_of_no_known_layout_names_the_nearest(tmp_path: Path) -> None:
 
 def test_steps_are_asked_of_models_that_reward_steps_and_answers_of_the_others(tmp_path: Path) -> None:
     (tmp_path / "gsm8k.json").write_text(json.dumps([solution("gsm8k-0", [0.9], -1)]))
-    with pytest.raises(RewardRTError, match="ProcessBench asks for rewards of steps, and saying .saying. gives those of"):
+    with pytest.raises(
+        RewardRTError, match="ProcessBench asks for rewards of steps, and saying .saying. gives those of"
+    ):
         by_hand(SayingModel(), tmp_path / "gsm8k.json")
     pairs = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "1", "rejected": "0"}])
     with pytest.raises(RewardRTError, match="Pairs asks for rewards of answers"):

@@ -70,7 +70,7 @@ def by_subset(evaluation: Evaluation) -> str | None:
             axes.plot(each.value, place, "o", color=_RIGHT, markersize=7 if each.level == "overall" else 4.5)
         axes.set_yticks(places, [_label(each) for each in shown])
         axes.set_ylim(-0.7, len(shown) - 0.3)
-        axes.set_xlim(0, 1.01)
+        axes.set_xlim(-0.02, 1.02)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("score, and its 95% interval")
 

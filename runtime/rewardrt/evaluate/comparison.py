@@ -80,7 +80,8 @@ def compare(scores: Scores, other: Results, name: str, *, resamples: int = RESAM
         p=paired_p(ours.credit, theirs.credit, first.units),
         better=int((difference > 0).sum()),
         worse=int((difference < 0).sum()),
-        largest=float(np.abs(first.rewards - second.rewards).max(initial=0.0)),
+        # As float32, of which rewards of before are decimals.
+        largest=float(np.abs(np.float32(first.rewards) - np.float32(second.rewards)).max(initial=0.0)),
         flips=[
             Flip(int(first.positions[row]), first.ids[row], float(ours.credit[row]), float(theirs.credit[row]))
             for row in most

@@ -250,8 +250,8 @@ section{border-top:1px solid var(--grid)}header+section{border-top:0}
 .counts{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem;margin:.4rem 0}
 .counts dt{font-size:.8rem;color:var(--muted)}.counts dd{margin:0;font-variant-numeric:tabular-nums}
 .notes{padding-left:1.2rem;margin:.6rem 0;font-size:.92rem}.notes li{overflow-wrap:anywhere}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:1.2rem;align-items:start}
-figure{margin:0}figcaption{font-weight:600;font-size:.95rem}
+.charts{columns:2 400px;column-gap:1.2rem}
+figure{margin:0 0 1.2rem;break-inside:avoid}figcaption{font-weight:600;font-size:.95rem}
 svg{display:block;width:100%;height:auto;max-width:560px}svg text{font-family:inherit!important}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;min-width:min(100%,20rem)}
@@ -266,5 +266,5 @@ h4.right{color:var(--right)}h4.wrong{color:var(--wrong)}
 @media (max-width:480px){th,td{padding-right:.55rem;font-size:.82rem}.score span{display:block;margin-left:0}}
 @media print{:root{--paper:#fff;--ink:#000;--muted:#444;--grid:#bbb;--right:#0b63a5;--wrong:#b4500b;--soft:#f4f4f4}
 body{font-size:11px}main{max-width:none;padding:0}figure,details,tr{break-inside:avoid}
-.charts{grid-template-columns:1fr 1fr}h2,h3{break-after:avoid}}
+h2,h3{break-after:avoid}}
 """
