@@ -283,7 +283,7 @@ def test_a_file_of_no_known_layout_names_the_nearest(tmp_path: Path) -> None:
 def test_steps_are_asked_of_models_that_reward_steps_and_answers_of_the_others(tmp_path: Path) -> None:
     (tmp_path / "gsm8k.json").write_text(json.dumps([solution("gsm8k-0", [0.9], -1)]))
     with pytest.raises(
-        RewardRTError, match="ProcessBench asks for rewards of steps, and saying .saying. gives those of"
+        RewardRTError, match=r"ProcessBench asks for rewards of steps, and saying .saying. gives those of"
     ):
         by_hand(SayingModel(), tmp_path / "gsm8k.json")
     pairs = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "1", "rejected": "0"}])
