@@ -57,9 +57,6 @@ def app() -> None:
     """
 
 
-app.add_command(warm)
-
-
 def main() -> None:
     """Run the command line; `toplevel` says how it ends."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each of its retries would be a line, and the error is ours
