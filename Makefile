@@ -101,7 +101,7 @@ $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard runt
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt hatch_build.py $(wildcard runtime/kernels/*)
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[cpu,serve,data,hub,client]' \
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[cpu,serve,data,hub,client,report]' \
 	  pytest pytest-xdist pytest-timeout hypothesis httpx onnx onnxscript hatchling
 	@touch $@
 
