@@ -100,7 +100,7 @@ def test_rewardbench_as_parquet(tmp_path: Path, reward: Any) -> None:
     assert evaluation["truncated_tokens"] > 0
     assert {number["name"]: number["rows"] for number in evaluation["numbers"]}["donotanswer"] == 24
     assert evaluation["card"].startswith(f"RewardBench: {expected['']:.4f} (95% ")
-    assert evaluation["card"].endswith(", 119 rows of 120, 1 ties, 1 texts cut; ck, fp32 on cpu, rewardrt 1")
+    assert evaluation["card"].endswith(", 119 rows of 120, ties 1, texts cut 1; ck, fp32 on cpu, rewardrt 1")
 
 
 def test_rewardbench_2_as_parquet(tmp_path: Path, reward: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from math import inf, tanh
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -225,6 +226,26 @@ def test_a_field_that_groups_rows_has_a_score_for_each_value(tmp_path: Path) -> 
     found = by_hand(SayingModel(), write_lines(tmp_path / "p.jsonl", rows), options=Options(by="made by"), by="made by")
     by = {number.name: (number.value, number.rows, number.ties) for number in found.numbers if number.level == "by"}
     assert by == {"(none)": (1.0, 1, 0), "a": (1 / 3, 6, 2), "b": (1 / 3, 6, 2)}
+
+
+def test_fields_keep_their_meaning_for_the_text_and_what_nothing_reads_is_said(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": "1", "rejected": "0", "context": "c", "tools": [{"a": 1}]}] * 2
+    asked: list[dict[str, object]] = []
+
+    class Watching(SayingModel):
+        def score_prepared(self, rows: object, *, normalize: bool | None = None) -> Any:
+            asked.extend(rows)  # type: ignore[arg-type]
+            return super().score_prepared(rows, normalize=normalize)  # type: ignore[arg-type]
+
+    found = by_hand(Watching(), write_lines(tmp_path / "p.jsonl", rows))
+    assert asked[0] == rows[0]
+    assert found.unread == {"context": 2}
+    renamed = [{"query": "p", "response_A": "1", "response_B": "0", "label": "A>B", "source": "s", "tools": [{"a": 1}]}]
+    judged = by_hand(
+        Watching(), write_lines(tmp_path / "j.jsonl", renamed), options=Options(columns={"question": "query"})
+    )
+    assert judged.benchmark == "judgebench"
+    assert asked[-1] == {"tools": [{"a": 1}], "prompt": "p", "responses": ["1", "0"]}
 
 
 def test_values_beyond_the_first_two_hundred_are_one_group(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> list[Evaluation]:
         chosen, rejected = random.normal(0.4, 1, 2)
         lengths = random.integers(20, 900, 2)
         pairs.append(
-            {"id": f"{at}{HOSTILE[:30]}", "prompt": f"{at} {HOSTILE}", "subset": f"s{at % 4}<b>", "old": [1.5, float(at % 3)],
+            {"id": f"{at}{HOSTILE[:30]}", "prompt": f"{at} {HOSTILE}", "subset": f"s{at % 4}<b>语\x1b[1m\ud800", "old": [1.5, float(at % 3)],
              "chosen": f"{chosen} {lengths[0]} {3 * (at == 7)}", "rejected": f"{rejected} {lengths[1]} 0"}
         )  # fmt: skip
     pairs.append({"prompt": HOSTILE, "chosen": "<i>what", "rejected": "0"})
@@ -80,6 +80,7 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> list[Evaluation]:
     first = evaluate(scores, SUBJECT, by="id", resamples=100)
     assert scores.earlier is not None
     first = with_comparison(first, compare(scores, scores.earlier, "old <other>", resamples=100))
+    assert scores.summary.unread == {}
     first = replace(first, objectives=[Objective(f"kind <{at}>", 0.5 + at / 20, 0.1, -0.2) for at in range(5)])
     return [first, evaluate(score(SayingModel(), write_lines(folder / "n.jsonl", several)), SUBJECT, resamples=100)]
 

@@ -13,7 +13,7 @@ from rewardrt.cli.engine_options import engine_log
 from rewardrt.cli.options import json_option, provider_option, threads_option
 from rewardrt.cli.output import show, show_json
 from rewardrt.cli.progress import Progress
-from rewardrt.cli.score import parse_columns
+from rewardrt.cli.score import read_columns
 from rewardrt.cli.toplevel import interruptible
 from rewardrt.data.files import Summary
 from rewardrt.data.readers import RowReader
@@ -27,6 +27,11 @@ from rewardrt.evaluate.statistics import RESAMPLES
 from rewardrt.evaluate.summary import describe
 from rewardrt.machine.providers import ProviderChoice
 from rewardrt.reward_model import RewardModel
+
+
+def _parse_columns(context: click.Context, option: click.Parameter, value: str) -> dict[str, str]:
+    needs = (need for layout in BENCHMARKS.values() for need in (*layout.needs, *layout.needs_one_of))
+    return read_columns(value, tuple(dict.fromkeys((*(need.name for need in needs), "domain"))))
 
 
 @click.command()
@@ -44,7 +49,7 @@ from rewardrt.reward_model import RewardModel
 )
 @click.option(
     "--columns",
-    callback=parse_columns,
+    callback=_parse_columns,
     default="",
     metavar="FIELD=NAME,...",
     help="What the files call fields: prompt=question,chosen=better.",

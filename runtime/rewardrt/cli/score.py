@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,22 @@ from rewardrt.scoring.scored import OUTPUT_FIELDS, Scored, fill_row
 from rewardrt.text.rows import INPUT_FIELDS, TEMPLATE_FIELDS
 
 
-def parse_columns(context: click.Context, option: click.Parameter, value: str) -> dict[str, str]:
-    """Return the names of `prompt=question,response=answer`, by those of the row contract."""
+def read_columns(value: str, names: Collection[str]) -> dict[str, str]:
+    """Return the names of `prompt=question,response=answer`, by ours, which are some of `names`."""
     found: dict[str, str] = {}
     for part in filter(None, value.split(",")):
         ours, _, theirs = part.partition("=")
-        if ours not in (*INPUT_FIELDS, *TEMPLATE_FIELDS, "steps", "instruction") or not theirs:
-            raise click.BadParameter(f"{part!r}: expected FIELD=NAME, with a field of the row contract")
+        if ours not in names or not theirs:
+            raise click.BadParameter(f"{part!r}: expected FIELD=NAME, with FIELD one of {', '.join(names)}")
         if theirs in OUTPUT_FIELDS or theirs in found.values():
             raise click.BadParameter(f"{part!r}: {theirs} is named twice, or a field that scoring adds; rename it")
         if ours != theirs:
             found[ours] = theirs
     return found
+
+
+def _parse_columns(context: click.Context, option: click.Parameter, value: str) -> dict[str, str]:
+    return read_columns(value, (*INPUT_FIELDS, *TEMPLATE_FIELDS, "steps", "instruction"))
 
 
 @click.command()
@@ -59,7 +63,7 @@ def parse_columns(context: click.Context, option: click.Parameter, value: str) -
 @click.option("--resume", is_flag=True, help="Go on with an --output that was not finished.")
 @click.option(
     "--columns",
-    callback=parse_columns,
+    callback=_parse_columns,
     default="",
     metavar="FIELD=NAME,...",
     help="What the input calls fields: prompt=question,response=answer.",

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from rewardrt.display import visible
 from rewardrt.errors import MissingExtraError
 from rewardrt.evaluate.evaluation import Evaluation, Number
 from rewardrt.evaluate.statistics import Calibration
@@ -21,7 +23,7 @@ WIDTH = 4.5  # inches of 72 units
 MOST_BARS = 40
 _INK, _MUTED, _GRID, _RIGHT, _WRONG = "#000101", "#000102", "#000103", "#000104", "#000105"  # none of them is seen
 _NAMES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _RIGHT: "right", _WRONG: "wrong"}
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
     "axes.titlesize": 10,
@@ -190,7 +192,8 @@ def _label(number: Number) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 26 else f"{name[:25]}…"
+    shown = visible(name)
+    return shown if len(shown) <= 26 else f"{shown[:25]}…"
 
 
 def _svg(name: str, draw: Callable[[Any], None], *, height: float = 3.1) -> str:
@@ -198,8 +201,8 @@ def _svg(name: str, draw: Callable[[Any], None], *, height: float = 3.1) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: Any = _STYLE | {"svg.hashsalt": name}  # the keys' type of newer releases names each
-    with mpl.rc_context(style):
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the page's letters are the reader's own
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure.add_subplot())
         buffer = io.StringIO()

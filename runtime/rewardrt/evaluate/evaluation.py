@@ -83,6 +83,7 @@ class Evaluation:
     truncated_texts: int
     truncated_tokens: int
     ties: int
+    unread: dict[str, int]  # fields of text that nothing read: in how many rows
     threshold: float | None
     by: str
     numbers: list[Number]
@@ -124,6 +125,7 @@ def evaluate(scores: Scores, subject: Subject, *, by: str = "", resamples: int =
         truncated_texts=int((results.truncated > 0).sum()),
         truncated_tokens=int(results.truncated.sum()),
         ties=int(measures.tied.sum()),
+        unread=dict(scores.summary.unread),
         threshold=results.threshold if steps else None,
         by=by,
         numbers=_numbers(measures, results, resamples),
@@ -152,8 +154,8 @@ def card_line(evaluation: Evaluation, subject: Subject, version: str) -> str:
         said += f" (95% {score.low:.4f} to {score.high:.4f})"
     said += f", {evaluation.scored:,} rows"
     said += f" of {evaluation.rows:,}" if evaluation.failed else ""
-    said += f", {evaluation.ties:,} ties" if evaluation.ties else ""
-    cut = f", {evaluation.truncated_texts:,} texts cut" if evaluation.truncated_texts else ""
+    said += f", ties {evaluation.ties:,}" if evaluation.ties else ""
+    cut = f", texts cut {evaluation.truncated_texts:,}" if evaluation.truncated_texts else ""
     return f"{said}{cut}; {subject.checkpoint}, {subject.graph}, rewardrt {version}"
 
 

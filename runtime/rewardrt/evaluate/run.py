@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rewardrt.bundle.manifest import MANIFEST, read_bundle
+from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.data.files import Summary
 from rewardrt.data.readers import RowReader
 from rewardrt.errors import RewardRTError
@@ -103,7 +104,11 @@ def graphs(plan: Plan) -> list[tuple[ProviderChoice, str]]:
     if plan.precision != ALL:
         return [(plan.provider, plan.precision)]
     bundle, obtained = read_bundle(plan.bundle), select_provider(plan.provider).provider
-    found: list[tuple[Provider, str]] = [(obtained, variant.precision) for variant in bundle.runnable(obtained)]
+    found: list[tuple[Provider, str]] = [
+        (obtained, variant.precision)
+        for variant in bundle.runnable(obtained)
+        if obtained in variant.made_for or not PRECISIONS[variant.precision].engine
+    ]
     if obtained != "cpu" and any(variant.precision == EXACT for variant in bundle.runnable("cpu")):
         found.append(("cpu", EXACT))
     return [*sorted(found, key=lambda graph: (graph[1] != EXACT, graph[0] != "cpu"))]

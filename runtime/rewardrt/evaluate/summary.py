@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rewardrt.evaluate.comparison import Comparison
@@ -19,7 +20,7 @@ def describe(evaluation: Evaluation, subject: Subject) -> str:
 
 def in_digits(value: float | None, digits: int = 4) -> str:
     """Return a number, or a dash for none."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def between(low: float | None, high: float | None) -> str:
@@ -71,15 +72,17 @@ def notes(evaluation: Evaluation) -> Iterator[str]:
             f"{evaluation.truncated_texts:,} of {evaluation.texts:,} texts were cut, by "
             f"{evaluation.truncated_tokens:,} tokens in all: their rewards are of what was left"
         )
+    for name, rows in evaluation.unread.items():
+        yield f"{rows:,} rows had the field `{name}`, which nothing read"
     if evaluation.prompts < 2:
         yield "one prompt: there is no interval"
     length = evaluation.length
     if length is not None:
         yield (
             f"length: {100 * length.slope:+.4f} reward for 100 tokens more; length-controlled score "
-            f"{length.score:.4f}; "
-            f"right answer longer {length.longer:.4f} ({length.rows_longer:,} rows), "
-            f"shorter {length.shorter:.4f} ({length.rows_shorter:,})"
+            f"{in_digits(length.score)}; "
+            f"right answer longer {in_digits(length.longer)} ({length.rows_longer:,} rows), "
+            f"shorter {in_digits(length.shorter)} ({length.rows_shorter:,})"
         )
     if evaluation.calibration is not None:
         yield (
