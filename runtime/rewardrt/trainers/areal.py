@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewardrt.text.rows import TEMPLATE_FIELDS
 from rewardrt.trainers.reward import TrainerReward
 
 
@@ -27,6 +26,5 @@ class Reward(TrainerReward):
     ) -> float:
         """Return the reward of one completion."""
         before = data["messages"] if data.get("messages") is not None else prompt
-        row = self.row(before, completions, {name: data.get(name) for name in TEMPLATE_FIELDS})
-        found: float = self.rewards([row])[0]
+        found: float = self.rewards([self.row(before, completions, data)])[0]
         return found

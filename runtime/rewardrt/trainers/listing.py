@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,4 +110,4 @@ def printed(trainer: Trainer, *, bundle: str | None = None, urls: Sequence[str] 
         raise RewardRTError(f"{trainer.name} takes rewards from a server only: run {serve}, and then {again}")
     use = "\n".join(f"    {line}" for line in trainer.use.splitlines())
     title = f'"""Rewards for {trainer.title}. Save this as rewards.py, where the trainer finds it.\n\n{use}\n"""\n\n'
-    return title + trainer.file.format(where=json.dumps(bundle or ",".join(urls)))
+    return title + trainer.file.format(where=repr(bundle or ",".join(urls)))

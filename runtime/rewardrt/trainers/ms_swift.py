@@ -12,47 +12,44 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewardrt.errors import RowError
-from rewardrt.text.rows import TEMPLATE_FIELDS
 from rewardrt.trainers.reward import TrainerReward, plain
 
 
 class _Rows(TrainerReward):
-    def rows(self, completions: Sequence[str], columns: dict[str, Any]) -> list[Any]:
+    leaves_out = True
+
+    def conversations(self, completions: Sequence[str], columns: dict[str, Any]) -> list[Any]:
         """Return the rows of completions."""
-        conversations = columns.get("messages")
-        if not isinstance(conversations, Sequence) or len(conversations) != len(completions):
+        found = columns.get("messages")
+        if not isinstance(found, Sequence) or len(found) != len(completions):
             return [RowError("expected a conversation for each completion in the column messages")] * len(completions)
-        fields = {name: columns[name] for name in TEMPLATE_FIELDS if isinstance(columns.get(name), Sequence)}
-        found = []
-        for index, (completion, conversation) in enumerate(zip(completions, conversations, strict=True)):
-            turns = plain(conversation)
-            if turns and turns[-1].get("role") == "assistant":
-                turns = turns[:-1]
-            found.append(self.row(turns, completion, {name: values[index] for name, values in fields.items()}))
-        return found
+        turns = [plain(each) or [] for each in found]
+        return self.rows([each[:-1] for each in turns], [each[-1:] for each in turns], columns)
 
 
-def orm(where: Any, *, failed: Any = None, **options: Any) -> type[TrainerReward]:
+def orm(where: Any, *, failed: Any = None, name: str = "rewardrt", **options: Any) -> type[TrainerReward]:
     """Return the class for `orms`; its options are those of `TrainerReward`."""
 
     class RewardRT(_Rows):
         def __init__(self, args: Any = None, **_: Any) -> None:
-            super().__init__(where, failed=failed, **options)
+            super().__init__(where, failed=failed, name=name, **options)
 
         def __call__(self, completions: Sequence[str], **columns: Any) -> list[float | None]:
-            return self.rewards(self.rows(completions, columns))
+            return self.rewards(self.conversations(completions, columns))
 
+    RewardRT.__name__ = name  # ms-swift's log knows a reward by its class
     return RewardRT
 
 
-def async_orm(where: Any, *, failed: Any = None, **options: Any) -> type[TrainerReward]:
+def async_orm(where: Any, *, failed: Any = None, name: str = "rewardrt", **options: Any) -> type[TrainerReward]:
     """Return the same with a coroutine: such rewards wait for their servers together."""
 
     class AsyncRewardRT(_Rows):
         def __init__(self, args: Any = None, **_: Any) -> None:
-            super().__init__(where, failed=failed, **options)
+            super().__init__(where, failed=failed, name=name, **options)
 
         async def __call__(self, completions: Sequence[str], **columns: Any) -> list[float | None]:
-            return await self.arewards(self.rows(completions, columns))
+            return await self.arewards(self.conversations(completions, columns))
 
+    AsyncRewardRT.__name__ = name
     return AsyncRewardRT

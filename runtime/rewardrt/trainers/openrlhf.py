@@ -2,7 +2,8 @@
 
 OpenRLHF calls it in threads, a sample each, with `queries` (prompt and answer as one text, special tokens and all),
 `prompts` and `labels`, and wants an object with `rewards`, `scores` and `extra_logs`. Of an error it writes a line to
-its log and goes on without a reward. Read from OpenRLHF 0.11.2: openrlhf/utils/agent.py.
+its log, and the sample goes on without a reward, on which the step then fails. Read from OpenRLHF 0.11.2:
+openrlhf/utils/agent.py.
 
 A server needs no file: `--reward.remote_url http://HOST:PORT/get_reward`.
 """

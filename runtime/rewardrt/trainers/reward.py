@@ -6,30 +6,35 @@ after it was made. So what is kept is where the rewards come from; in each proce
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import logging
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from rewardrt.bundle.spec import AggregateRule
-from rewardrt.errors import RewardRTError, RowError, TruncationWarning
+from rewardrt.bundle.manifest import MANIFEST
+from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule
+from rewardrt.errors import BundleError, RewardRTError, RowError, TruncationWarning
 from rewardrt.reward_client import RewardClient
 from rewardrt.reward_model import RewardModel
 from rewardrt.scoring.scored import Scored
 from rewardrt.scoring.source import Results, RewardSource
-from rewardrt.text.rows import TEMPLATE_FIELDS
+from rewardrt.text.rows import REFUSED_FIELDS, TEMPLATE_FIELDS
 
 SCHEMES = ("http://", "https://", "unix:")
-Turns = str | Sequence[Mapping[str, Any]]
+MEDIA_FIELDS = tuple(name for name, advice in REFUSED_FIELDS.items() if advice == "only text is scored")
 _LOG = logging.getLogger("rewardrt.trainers")
 
 
 class TrainerReward:
     """Rewards from a bundle or a server, under the options that all trainers' rewards have."""
+
+    leaves_out: ClassVar[bool] = False  # whether the trainer leaves out a text whose reward is None
 
     def __init__(
         self,
@@ -38,6 +43,8 @@ class TrainerReward:
         failed: float | Literal["raise"] | None = "raise",
         chat: bool = False,
         end: str = "",
+        columns: Collection[str] = TEMPLATE_FIELDS,
+        expect_sha256: str | None = None,
         normalize: bool | None = None,
         aggregate: AggregateRule | None = None,
         name: str = "rewardrt",
@@ -48,27 +55,46 @@ class TrainerReward:
         `where`     a bundle folder, or the address of a server (several are separated by commas); or a `RewardModel`
                     or `RewardClient` that is there already
         `failed`    the reward of a text that cannot be scored; "raise": its error ends the call. None is for trainers
-                    that leave such a text out
+                    that leave such a text out. A server that gives no answer is always an error
         `chat`      whether a prompt that is a string is a user's turn, for the bundle's chat template. Else prompt and
                     completion are one text already, which is scored as it is
         `end`       what the policy ends its answers with, such as <|im_end|>, where the trainer leaves it in the
                     completion: taken off of an answer that the bundle's chat template ends by itself
+        `columns`   which columns of the data set go to the chat template: some of `tools`, `documents` and
+                    `chat_template_kwargs`. Leave out one that means something else, or that the template does not read
+        `expect_sha256` the SHA-256 of the bundle's reward.json, which names those of all its files; another bundle is
+                    an error
         `normalize`, `aggregate`  as in `RewardModel.score_many`
         `name`      what the trainer's log calls the reward
         `options`   those of `RewardModel.load` or `RewardClient`
+
+        Raises RewardRTError for options that are none.
         """
+        if failed is None and not self.leaves_out:
+            raise RewardRTError('failed=None: this trainer wants a number for every text; give a number, or "raise"')
+        if not (failed is None or failed == "raise" or isinstance(failed, int | float)):
+            raise RewardRTError(f'failed: expected "raise", a number or None, found {failed!r}')
+        if wrong := set(columns) - set(TEMPLATE_FIELDS):
+            raise RewardRTError(f"columns: expected some of {', '.join(TEMPLATE_FIELDS)}, found {sorted(wrong)}")
         self.__name__ = name
         self.failed = failed
-        self._where: str | RewardSource = where if isinstance(where, RewardSource) else str(where)
-        self._options = options
-        self._chat, self._end = chat, end
+        self._where = _place(where)
+        self._options = _checked(self._where, options | ({"expect_sha256": expect_sha256} if expect_sha256 else {}))
+        self._chat, self._end, self._columns = chat, end, frozenset(columns)
         self._normalize, self._aggregate = normalize, aggregate
 
     def open(self) -> RewardSource:
         """Return the bundle or the client, opened once in each process. Raises RewardRTError."""
-        if isinstance(self._where, RewardSource):
-            return self._where
-        return _opened(self._where, self._options)
+        source = self._where if isinstance(self._where, RewardSource) else _opened(self._where, self._options)
+        kind = _kind(source)
+        if kind == "pairwise":
+            raise RewardRTError(
+                "this model compares answers, and gives no reward to one: no trainer's reward can use it"
+            )
+        if kind == "steps" and self._aggregate is None:
+            rules = " or ".join(map(repr, AGGREGATE_RULES))
+            raise RewardRTError(f"this model gives a reward to every step: make one of them, by aggregate={rules}")
+        return source
 
     def rewards(self, rows: Sequence[Mapping[str, Any] | RowError]) -> list[Any]:
         """Return the rewards of rows of one text each; an error that is given stands for its row."""
@@ -77,31 +103,56 @@ class TrainerReward:
 
     async def arewards(self, rows: Sequence[Mapping[str, Any] | RowError]) -> list[Any]:
         """Do what `rewards` does, while the event loop goes on."""
+        import asyncio  # a sixth of this package's import time, and not everybody's
+
         good = [dict(row) for row in rows if not isinstance(row, RowError)]
-        scored = await self.open().ascore_rows(good, normalize=self._normalize, aggregate=self._aggregate)
+        source = await asyncio.to_thread(self.open)
+        scored = await source.ascore_rows(good, normalize=self._normalize, aggregate=self._aggregate)
         return self._settled(rows, scored)
 
-    def row(self, prompt: Any, completion: Any, columns: Mapping[str, Any] | None = None) -> dict[str, Any] | RowError:
+    def row(self, prompt: Any, completion: Any, columns: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the row of a prompt and its completion, each a string or a list of messages.
 
-        Two strings are one text, unless `chat` is set. `columns` may have what a chat template reads: `tools`,
-        `documents` and `chat_template_kwargs`.
+        Two strings are one text, unless `chat` is set. `columns` are those of the data set, for this sample: what the
+        chat template reads is given to it, and images and the like are there for the row to be refused.
         """
         before, after = plain(prompt), plain(completion)
+        found = columns or {}
+        row: dict[str, Any] = {name: True for name in MEDIA_FIELDS if _filled(found.get(name))}
         if isinstance(before, str) and isinstance(after, str) and not self._chat:
-            return {"text": before + after}
+            return row | {"text": before + after}
+        for name in TEMPLATE_FIELDS:
+            if name in self._columns and _filled(value := found.get(name)):
+                row[name] = _decoded(plain(value))
         if isinstance(after, str):
-            after = [{"role": "assistant", "content": after.removesuffix(self._end)}]
+            name = "prompt" if isinstance(before, str) else "messages"
+            return row | {name: before, "response": after.removesuffix(self._end)}
+        if (
+            isinstance(after, list)
+            and after
+            and isinstance(after[-1], dict)
+            and isinstance(after[-1].get("content"), str)
+        ):
+            after[-1]["content"] = after[-1]["content"].removesuffix(self._end)
         if isinstance(before, str):
             before = [{"role": "user", "content": before}]
-        if not isinstance(before, list) or not isinstance(after, list):
-            found = f"{type(before).__name__} and {type(after).__name__}"
-            return RowError(f"expected a prompt and a completion that are strings or lists of messages, found {found}")
-        row: dict[str, Any] = {"messages": [*before, *after]}
-        for field in TEMPLATE_FIELDS:
-            value = plain((columns or {}).get(field))
-            row[field] = json.loads(value) if isinstance(value, str) and value else value or None
-        return row
+        if isinstance(before, list) and isinstance(after, list):
+            return row | {"messages": [*before, *after]}
+        return row | {"messages": before if isinstance(after, list) else after}  # its error says what is wrong with it
+
+    def rows(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
+    ) -> list[dict[str, Any] | RowError]:
+        """Return the rows of completions; `columns` are those of the data set, each a list of the same length."""
+        given = {name: columns[name] for name in (*TEMPLATE_FIELDS, *MEDIA_FIELDS) if columns.get(name) is not None}
+        for name, values in given.items():
+            if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or len(values) != len(prompts):
+                return [RowError(f"{name}: expected a list with a value for each completion")] * len(prompts)
+        pairs = enumerate(zip(prompts, completions, strict=True))
+        return [
+            self.row(prompt, completion, {name: values[index] for name, values in given.items()})
+            for index, (prompt, completion) in pairs
+        ]
 
     def _settled(self, rows: Sequence[Mapping[str, Any] | RowError], scored: Results) -> list[Any]:
         results = iter(scored)
@@ -138,6 +189,47 @@ def plain(value: Any) -> Any:
     return value
 
 
+def _filled(value: Any) -> bool:
+    """Whether a column has something: a value that is not null, and no empty list, object or string."""
+    return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
+
+
+def _decoded(value: Any) -> Any:
+    """Return what a string stands for, as columns of data sets hold objects; what is no JSON is left as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _place(where: str | Path | RewardSource) -> str | RewardSource:
+    """Return where rewards come from in words that other processes understand, in whatever folder they run."""
+    if isinstance(where, RewardSource) or "://" in str(where) or str(where).startswith(SCHEMES):
+        return where if isinstance(where, RewardSource) else str(where)
+    return os.path.abspath(where)
+
+
+def _checked(where: str | RewardSource, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options that opening will take, or raise RewardRTError."""
+    if isinstance(where, RewardSource):
+        known: set[str] = set()
+        said = f"{type(where).__name__} that is there already: give the options to it"
+    else:
+        makes: Any = RewardClient if where.startswith(SCHEMES) else RewardModel.load
+        known = {*inspect.signature(makes).parameters, "expect_sha256"} - {"bundle", "urls"}
+        said = f"{makes.__qualname__}, which has {', '.join(sorted(known))}"
+    if wrong := sorted(options.keys() - known):
+        raise RewardRTError(f"{', '.join(wrong)}: not an option of a reward, nor of the {said}")
+    return options
+
+
+def _kind(source: RewardSource) -> str:
+    """Return what a model reads: "single", "steps" or "pairwise"."""
+    if isinstance(source, RewardModel):
+        return source.spec.input
+    return str(source.describe()["input"]) if isinstance(source, RewardClient) else "single"
+
+
 _SOURCES: dict[str, RewardSource] = {}
 _LOCK = threading.Lock()
 
@@ -146,11 +238,19 @@ def _opened(where: str, options: Mapping[str, Any]) -> RewardSource:
     key = json.dumps([where, sorted(options.items())], default=repr)
     with _LOCK:
         if key not in _SOURCES:
-            if where.startswith(SCHEMES):
-                _SOURCES[key] = RewardClient(where.split(","), **options)
-            else:
-                _SOURCES[key] = RewardModel.load(where, **options)
+            _SOURCES[key] = _open(where, **options)
         return _SOURCES[key]
+
+
+def _open(where: str, *, expect_sha256: str | None = None, **options: Any) -> RewardSource:
+    if where.startswith(SCHEMES):
+        return RewardClient(where.split(","), expect_sha256=expect_sha256, **options)
+    model = RewardModel.load(where, **options)
+    if expect_sha256 is not None:
+        found = hashlib.sha256((model.bundle.path / MANIFEST).read_bytes()).hexdigest()
+        if found != expect_sha256:
+            raise BundleError(f"{where}: has the manifest SHA-256 {found}, expected {expect_sha256}")
+    return model
 
 
 def _forked() -> None:

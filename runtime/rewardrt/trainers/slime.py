@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewardrt.errors import RowError
-from rewardrt.text.rows import TEMPLATE_FIELDS
 from rewardrt.trainers.reward import TrainerReward
 
 
@@ -28,7 +26,6 @@ class Reward(TrainerReward):
             return await self.arewards([self.sample(each) for each in sample])
         return (await self.arewards([self.sample(sample)]))[0]
 
-    def sample(self, sample: Any) -> dict[str, Any] | RowError:
+    def sample(self, sample: Any) -> dict[str, Any]:
         """Return the row of a sample."""
-        metadata = sample.metadata if isinstance(sample.metadata, dict) else {}
-        return self.row(sample.prompt, sample.response, {name: metadata.get(name) for name in TEMPLATE_FIELDS})
+        return self.row(sample.prompt, sample.response, sample.metadata if isinstance(sample.metadata, dict) else None)

@@ -13,22 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rewardrt.errors import RowError
-from rewardrt.text.rows import TEMPLATE_FIELDS
 from rewardrt.trainers.reward import TrainerReward
 
 
 class _Rows(TrainerReward):
+    leaves_out = True
+
     def __init__(self, where: Any, *, failed: Any = None, **options: Any) -> None:
         super().__init__(where, failed=failed, **options)
-
-    def rows(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> list[Any]:
-        """Return the rows of completions; `columns` are those of the data set, by name."""
-        fields = {name: columns[name] for name in TEMPLATE_FIELDS if isinstance(columns.get(name), Sequence)}
-        each: list[dict[str, Any] | RowError] = []
-        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            each.append(self.row(prompt, completion, {name: values[index] for name, values in fields.items()}))
-        return each
 
 
 class Reward(_Rows):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rewardrt.errors import RowError
 from rewardrt.trainers.reward import TrainerReward
+
+TOOL_FIELDS = ("name", "description", "parameters")
 
 
 class Reward(TrainerReward):
@@ -21,9 +22,17 @@ class Reward(TrainerReward):
         found: float = (await self.arewards([self.conversation(trace)]))[0]
         return found
 
-    def conversation(self, trace: Any) -> dict[str, Any] | RowError:
+    def conversation(self, trace: Any) -> dict[str, Any]:
         """Return the row of a trace."""
-        return {"messages": [_message(message.model_dump(exclude_none=True)) for message in trace.messages]}
+        turns = [_message(message.model_dump(exclude_none=True)) for message in trace.messages]
+        tools = [_tool(tool) for tool in trace.tools]
+        return self.row(turns[:-1], turns[-1:], {"tools": tools})
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    """Return a tool in the form that chat templates read."""
+    given = tool.model_dump(exclude_none=True)
+    return {"type": "function", "function": {name: given[name] for name in given if name in TOOL_FIELDS}}
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""verl's custom reward function: `custom_reward_function.path=FILE custom_reward_function.name=NAME`.
+"""verl's custom reward function: `reward.custom_reward_function.path=FILE reward.custom_reward_function.name=NAME`.
 
-verl calls it with `data_source`, `solution_str`, `ground_truth` and `extra_info`, and wants a float; its batch manager
-gives the same in the plural and wants a list. A function runs in threads (manager `naive`) or is shipped to workers of
-Ray (`remote`), a coroutine function runs on verl's event loop. Read from verl 0.9.1: verl/workers/reward_manager and
-verl/experimental/reward_loop/reward_manager.
+verl calls it with `data_source`, `solution_str`, `ground_truth` and `extra_info`, and wants a float; its older manager
+`batch` gives the same in the plural and wants a list. A function runs in threads (manager `naive`) or is shipped to
+workers of Ray (`remote`), a coroutine function runs on verl's event loop. Read from verl 0.9.1:
+verl/trainer/ppo/reward.py, verl/experimental/reward_loop/reward_manager and verl/workers/reward_manager.
 
 The prompt is not among the arguments: put it into `extra_info`, as `prompt`, a string or a list of messages. The answer
 comes without special tokens.
@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewardrt.errors import RowError
-from rewardrt.text.rows import TEMPLATE_FIELDS
 from rewardrt.trainers.reward import TrainerReward, plain
 
 
@@ -32,7 +31,7 @@ class _Rows(TrainerReward):
         if not prompt:
             wanted = f"extra_info[{self._prompt_field!r}]"
             return RowError(f"expected the prompt in {wanted}, found none: verl passes none; add it to the data set")
-        return self.row(prompt, solution_str, {name: extra.get(name) for name in TEMPLATE_FIELDS})
+        return self.row(prompt, solution_str, extra)
 
 
 class Reward(_Rows):
@@ -47,9 +46,12 @@ class Reward(_Rows):
 
 
 class AsyncReward(_Rows):
-    """The same as a coroutine, for verl's reward loop: best with a server."""
+    """The same for verl's event loop, best with a server: `compute_score = AsyncReward("http://...").compute_score`.
 
-    async def __call__(
+    verl looks whether the function itself is a coroutine function, which an object with such a `__call__` is not.
+    """
+
+    async def compute_score(
         self, data_source: Any, solution_str: str, ground_truth: Any, extra_info: Any = None, **_: Any
     ) -> float:
         """Return the reward of one answer."""
@@ -58,7 +60,7 @@ class AsyncReward(_Rows):
 
 
 class BatchReward(_Rows):
-    """The reward function for the manager `batch`."""
+    """The reward function for the manager `batch` of verl's older trainers."""
 
     def __call__(
         self,
