@@ -1,0 +1,81 @@
+"""What the tests of trainers share: the bundle, its rewards as one process gives them, a server, the printed files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Set before torch, transformers or datasets are imported: no test asks a hub for anything, and the models are tiny.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0", "WANDB_MODE": "disabled"}
+
+import numpy as np
+import pytest
+
+from rewardrt import RewardModel
+from rewardrt.trainers.listing import find, printed
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from server_process import serving
+
+BUNDLE = ROOT / "tests" / "bundles" / "version-1"
+SHOWN = ("rewardrt", "onnxruntime", "torch", "transformers", "ray", "tensordict", "aiohttp")
+
+
+def pytest_report_header() -> str:
+    """Say which versions run; each file's own trainer says its own below."""
+    found = []
+    for name in SHOWN:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return f"python {sys.version.split()[0]}, " + ", ".join(found)
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Path:
+    return BUNDLE
+
+
+@pytest.fixture(scope="session")
+def offline() -> Callable[[list[dict[str, Any]]], list[float]]:
+    """The rewards of rows as one process gives them, each a float32 as Python's float."""
+    model = RewardModel.load(BUNDLE)
+    return lambda rows: [float(reward) for reward in model.score_many(rows)]
+
+
+@pytest.fixture(scope="session")
+def url() -> Iterator[str]:
+    with serving(BUNDLE) as running:
+        yield running.url
+
+
+@pytest.fixture(params=["bundle", "server"])
+def where(request: pytest.FixtureRequest) -> str:
+    """A bundle's folder, and the address of a server that has it."""
+    return str(BUNDLE) if request.param == "bundle" else str(request.getfixturevalue("url"))
+
+
+@pytest.fixture
+def rewards_file(tmp_path: Path, where: str) -> Callable[[str], Path]:
+    """What `rewardrt trainer NAME` prints for `where`, saved as rewards.py."""
+
+    def save(name: str) -> Path:
+        text = printed(find(name), urls=[where]) if where.startswith("http") else printed(find(name), bundle=where)
+        path = tmp_path / "rewards.py"
+        path.write_text(text)
+        return path
+
+    return save
+
+
+def bits(values: Any) -> list[int]:
+    """Return numbers as the bits of their float32."""
+    return np.asarray(values, dtype=np.float32).view(np.int32).ravel().tolist()
