@@ -11,13 +11,15 @@ ROWS ?= .demo/zoo.jsonl
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 RAY ?= .venv-ray
+TRAINER ?= .venv-trainer
+TRAINERS := $(patsubst trainer_tests/requirements/%.txt,%,$(wildcard trainer_tests/requirements/*.txt))
 # Bits, graphs, kernels, providers, templates and tokens; and an export of each kind of attention: causal, in windows, with
 # soft caps, of experts, of both directions.
 NEWEST_TESTS := $(patsubst %,tests/test_%.py,bundles_of_earlier_versions session graph_file kernels providers \
   chat_templates template_inputs tokens_and_batches hostile_bundles encoders) \
   tests/test_sequence_classification.py::test_every_backbone_scores_as_in_transformers
 
-.PHONY: demo test test-fast test-tensorrt test-backbones test-oldest test-newest test-ray coverage sanitize test-frameworks check format docs zoo kernel-table tensorrt-table bench bench-bundle smollm2
+.PHONY: demo test test-fast test-tensorrt test-backbones test-oldest test-newest test-ray test-trainers coverage sanitize test-frameworks check format docs zoo kernel-table tensorrt-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
@@ -47,6 +49,11 @@ test-newest: $(NEWEST)/installed  ## what depends on onnxruntime, tokenizers and
 
 test-ray: $(RAY)/installed  ## jobs and pipelines on a real Ray of this machine
 	$(RAY)/bin/python -m pytest ray_tests
+
+test-trainers: $(TRAINERS:%=test-trainer-%)  ## the reward functions in each trainer's own code; test-trainer-trl for one
+
+test-trainer-%: $(TRAINER)-%/installed
+	$(TRAINER)-$*/bin/python -m pytest -W default trainer_tests/test_$(subst -,_,$*).py
 
 sanitize: $(VENV)/installed  ## the tests of the C kernels, under gcc's address and undefined behaviour sanitizers
 	$(BIN)/python tests/sanitize.py
@@ -117,4 +124,14 @@ $(NEWEST)/installed: pyproject.toml constraints.txt constraints-newest.txt hatch
 	  > $(NEWEST)/constraints.txt
 	$(NEWEST)/bin/pip install -q -c $(NEWEST)/constraints.txt -e '.[export,cpu,serve,client]' \
 	  pytest pytest-xdist pytest-timeout hypothesis httpx hatchling
+	@touch $@
+
+# constraints.txt, but for what the trainer wants otherwise; "alone" is installed without what it depends on
+.PRECIOUS: $(TRAINER)-%/installed
+$(TRAINER)-%/installed: trainer_tests/requirements/%.txt pyproject.toml constraints.txt hatch_build.py
+	$(PYTHON) -m venv $(TRAINER)-$*
+	awk -F== 'NR == FNR { own[tolower($$1)] = 1; next } !(tolower($$1) in own)' $< constraints.txt > $(TRAINER)-$*/constraints.txt
+	$(TRAINER)-$*/bin/pip install -q -c $(TRAINER)-$*/constraints.txt -e '.[cpu,client,serve]' \
+	  pytest pytest-timeout httpx -r $<
+	sed -n 's/^# alone: //p' $< | xargs -r $(TRAINER)-$*/bin/pip install -q --no-deps
 	@touch $@

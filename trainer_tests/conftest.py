@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,12 +67,14 @@ def where(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def rewards_file(tmp_path: Path, where: str) -> Callable[[str], Path]:
-    """What `rewardrt trainer NAME` prints for `where`, saved as rewards.py."""
+    """The file that `rewardrt trainer NAME` prints, saved as rewards.py, with `where` in it."""
 
     def save(name: str) -> Path:
-        text = printed(find(name), urls=[where]) if where.startswith("http") else printed(find(name), bundle=where)
-        path = tmp_path / "rewards.py"
-        path.write_text(text)
+        path, found = tmp_path / "rewards.py", find(name)
+        if where.startswith("http") and not found.lines:  # else it prints lines for a server
+            path.write_text(printed(found, urls=[where]))
+        else:
+            path.write_text(printed(found, bundle=where))
         return path
 
     return save
@@ -79,3 +83,19 @@ def rewards_file(tmp_path: Path, where: str) -> Callable[[str], Path]:
 def bits(values: Any) -> list[int]:
     """Return numbers as the bits of their float32."""
     return np.asarray(values, dtype=np.float32).view(np.int32).ravel().tolist()
+
+
+def without_init(*packages: str) -> None:
+    """Let modules of packages be imported without the packages' own, which import what trains on GPUs."""
+    for name in packages:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.submodule_search_locations is not None
+        package = sys.modules[name] = types.ModuleType(name)
+        package.__path__ = list(spec.submodule_search_locations)
+
+
+def stand_in(name: str, *names: str) -> None:
+    """Put a module in the place of one that needs a GPU, with empty objects for what is imported from it."""
+    module = sys.modules[name] = types.ModuleType(name)
+    for each in names:
+        setattr(module, each, object())

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from conftest import bits
 from rewardrt.trainers.trl import AsyncReward, Reward
 
-pytestmark = pytest.mark.filterwarnings("default")  # TRL's and torch's own
 STANDARD = [{"prompt": prompt, "answer": index, "tools": "not what a template reads"} for index, prompt in enumerate("abcd")]
 CONVERSATIONS = [
     {
