@@ -80,7 +80,7 @@ TRAINERS: tuple[Trainer, ...] = (
     Trainer(
         "verifiers",
         "verifiers: a reward of a task",
-        '[taskset.task.rewards.rewardrt]\nfn = "rewards:reward"',
+        '[env.taskset.task.rewards.rewardrt]\nfn = "rewards.py:reward"',
         "from rewardrt.trainers.verifiers import Reward\n\nmodel = Reward({where})\n\n\n"
         "async def reward(trace):\n    return await model(trace)\n",
     ),
