@@ -36,7 +36,9 @@ def samples() -> list[Any]:
 
 def rewards(made: list[Any], names: list[str]) -> torch.Tensor:
     functions = [orms[name](args=None) for name in names]  # as its trainer does
-    return compute_rewards_per_func(made, functions, [None] * len(functions), torch.device("cpu"), trainer_state=object())
+    return compute_rewards_per_func(
+        made, functions, [None] * len(functions), torch.device("cpu"), trainer_state=object()
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,8 @@ def test_coroutines_together(where: str, tmp_path: Path, offline: Callable[..., 
     path = tmp_path / "rewards.py"
     path.write_text(
         "from swift.rewards import orms\n\nfrom rewardrt.trainers.ms_swift import async_orm, orm\n\n"
-        f"orms['one'] = async_orm({where!r}, name='one')\norms['two'] = async_orm({where!r}, name='two', normalize=True)\n"
+        f"orms['one'] = async_orm({where!r}, name='one')\n"
+        f"orms['two'] = async_orm({where!r}, name='two', normalize=True)\n"
         f"orms['three'] = orm({where!r}, name='three')\n"
     )
     import_external_file(str(path))

@@ -109,9 +109,7 @@ def test_a_text_that_cannot_be_scored_leaves_the_sample_without_a_reward(
     rewards = []
     for index, option in enumerate(["", ", failed=-5.0"]):
         path = tmp_path / f"rewards{index}.py"
-        path.write_text(
-            f"from rewardrt.trainers.openrlhf import Reward\n\nreward_func = Reward({where!r}{option})\n"
-        )
+        path.write_text(f"from rewardrt.trainers.openrlhf import Reward\n\nreward_func = Reward({where!r}{option})\n")
         rewards += [each["reward"] for each in execute(SingleTurnAgentExecutor(str(path)), spoiled, ["a"])]
     assert rewards[0] is None
     assert bits(rewards[1]) == bits([-5.0])

@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from conftest import bits
 from rewardrt.trainers.trl import AsyncReward, Reward
 
-STANDARD = [{"prompt": prompt, "answer": index, "tools": "not what a template reads"} for index, prompt in enumerate("abcd")]
+STANDARD = [
+    {"prompt": prompt, "answer": index, "tools": "not what a template reads"} for index, prompt in enumerate("abcd")
+]
 CONVERSATIONS = [
     {
         "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": prompt}],
@@ -164,7 +166,7 @@ class Spoiling(Reward):
 
     def __call__(self, prompts: Any, completions: Any, **columns: Any) -> Any:
         spoiled = [
-            completion if index % 2 else "\\udc80".encode().decode("unicode_escape")
+            completion if index % 2 else b"\\udc80".decode("unicode_escape")
             for index, completion in enumerate(completions)
         ]
         return super().__call__(prompts, spoiled, **columns)
@@ -185,9 +187,7 @@ def test_a_completion_that_cannot_be_scored_is_left_out(
     assert all(torch.isfinite(parameter).all() for parameter in made.model.parameters())
 
 
-def test_a_server_that_dies_ends_the_training_with_its_error(
-    bundle: Path, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_server_that_dies_ends_the_training_with_its_error(bundle: Path, tokenizer: Any, tmp_path: Path) -> None:
     from rewardrt import ServerError
     from server_process import serving
 

@@ -144,7 +144,8 @@ class TrainerReward:
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
     ) -> list[dict[str, Any] | RowError]:
         """Return the rows of completions; `columns` are those of the data set, each a list of the same length."""
-        given = {name: columns[name] for name in (*TEMPLATE_FIELDS, *MEDIA_FIELDS) if columns.get(name) is not None}
+        read = (*self._columns, *MEDIA_FIELDS)
+        given = {name: columns[name] for name in read if columns.get(name) is not None}
         for name, values in given.items():
             if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or len(values) != len(prompts):
                 return [RowError(f"{name}: expected a list with a value for each completion")] * len(prompts)

@@ -28,4 +28,6 @@ class Reward(TrainerReward):
 
     def sample(self, sample: Any) -> dict[str, Any]:
         """Return the row of a sample."""
-        return self.row(sample.prompt, sample.response, sample.metadata if isinstance(sample.metadata, dict) else None)
+        metadata = sample.metadata if isinstance(sample.metadata, dict) else {}
+        images = {"images": getattr(sample, "multimodal_inputs", None)}
+        return self.row(sample.prompt, sample.response, metadata | images)
