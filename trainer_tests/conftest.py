@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -27,18 +28,19 @@ sys.path.insert(0, str(ROOT / "tests"))
 from server_process import serving
 
 BUNDLE = ROOT / "tests" / "bundles" / "version-1"
-SHOWN = ("rewardrt", "onnxruntime", "torch", "transformers", "ray", "tensordict", "aiohttp")
+SHOWN = (
+    "trl", "openrlhf", "verl", "ms-swift", "areal", "llamafactory", "verifiers",
+    "rewardrt", "onnxruntime", "torch", "transformers", "ray", "tensordict", "aiohttp",
+)  # fmt: skip
 
 
-def pytest_report_header() -> str:
-    """Say which versions run; each file's own trainer says its own below."""
-    found = []
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which versions ran."""
+    found = [f"python {sys.version.split()[0]}"]
     for name in SHOWN:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return f"python {sys.version.split()[0]}, " + ", ".join(found)
+    terminalreporter.write_line(", ".join(found))
 
 
 @pytest.fixture(scope="session")
