@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,14 @@ SUBJECT = Subject("saying", "saying", "none", 0, "saying", "fp32", "cpu", False,
 
 
 class SayingModel:
-    """Answers are `1.5`, or `1.5 40` with 40 tokens, or `1.5 40 8` of which 8 were cut off; others fail."""
+    """Answers are `1.5`, or `1.5 40` with 40 tokens, or `1.5 40 8` of which 8 were cut off; others fail.
 
-    def __init__(self, *, steps: bool = False) -> None:
+    With `labels` it has two objectives: the reward, and what it lacks to 0.
+    """
+
+    def __init__(self, *, steps: bool = False, labels: tuple[str, ...] = ()) -> None:
         self.spec = SimpleNamespace(
-            input="steps" if steps else "single", family="saying", output=SimpleNamespace(labels=())
+            input="steps" if steps else "single", family="saying", output=SimpleNamespace(labels=labels)
         )
         self.bundle = SimpleNamespace(path=Path("saying"))
         self.answers = SimpleNamespace(prepare=list)
@@ -44,7 +48,7 @@ class SayingModel:
 
 def _said(answer: str) -> Scored:
     reward, tokens, cut = [*answer.split(), *["10", "0"]][:3] if " " not in answer else [*answer.split(), "0"][:3]
-    return Scored(float(reward), int(tokens) - int(cut), int(cut))
+    return Scored(float(reward), int(tokens) - int(cut), int(cut), (float(reward), -float(reward)))
 
 
 def score(model: Any, *files: Path, options: Options | None = None) -> Scores:
@@ -58,7 +62,8 @@ def numbers(evaluation: Evaluation) -> dict[str, float | None]:
 
 
 def by_hand(model: Any, *files: Path, options: Options | None = None, by: str = "") -> Evaluation:
-    return evaluate(score(model, *files, options=options), SUBJECT, by=by, resamples=100)
+    subject = replace(SUBJECT, labels=model.spec.output.labels)
+    return evaluate(score(model, *files, options=options), subject, by=by, resamples=100)
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

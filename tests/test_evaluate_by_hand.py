@@ -228,6 +228,16 @@ def test_a_field_that_groups_rows_has_a_score_for_each_value(tmp_path: Path) -> 
     assert by == {"(none)": (1.0, 1, 0), "a": (1 / 3, 6, 2), "b": (1 / 3, 6, 2)}
 
 
+def test_every_objective_has_the_score_that_it_would_have_as_the_reward(tmp_path: Path) -> None:
+    rows = [{"prompt": str(at), "chosen": str(at), "rejected": "3.5"} for at in range(10)]
+    rows.insert(4, {"prompt": "z", "chosen": "what", "rejected": "0"})
+    found = by_hand(SayingModel(labels=("good", "bad")), write_lines(tmp_path / "p.jsonl", rows))
+    good, bad = found.objectives
+    assert (good.name, good.score, good.right, good.wrong) == ("good", 0.6, 4.5, 3.5)
+    assert (bad.name, bad.score, bad.right, bad.wrong) == ("bad", 0.4, -4.5, -3.5)
+    assert by_hand(SayingModel(), tmp_path / "p.jsonl").objectives == []
+
+
 def test_fields_keep_their_meaning_for_the_text_and_what_nothing_reads_is_said(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "chosen": "1", "rejected": "0", "context": "c", "tools": [{"a": 1}]}] * 2
     asked: list[dict[str, object]] = []
