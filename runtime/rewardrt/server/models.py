@@ -48,6 +48,11 @@ class Served:
     files: Mapping[Path, tuple[int, int, int]]  # inode, size and time of change of each file when it was loaded
 
     @property
+    def max_length(self) -> int:
+        """How many tokens of a text are scored, if a request says nothing else."""
+        return min(self.model.spec.max_length, self.options.max_length or self.model.spec.max_length)
+
+    @property
     def changed_on_disk(self) -> bool:
         """Whether the folder holds something else than what was loaded."""
         return any(_stamp(path) != stamp for path, stamp in self.files.items())
@@ -65,7 +70,7 @@ class Served:
             "input": model.spec.input,
             "provider": model.provider,
             "precision": model.precision,
-            "max_length": model.spec.max_length,
+            "max_length": self.max_length,
             "objectives": list(model.spec.output.labels),
             "token_rewards": model.session.has_token_rewards,
             # The default of a model that reads one, "" where it has none; null for a model that reads none.

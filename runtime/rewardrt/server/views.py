@@ -66,15 +66,14 @@ def _ping(server: Server, path: Mapping[str, str]) -> ViewAnswer:
 def _info(server: Server, path: Mapping[str, str]) -> ViewAnswer:
     """Answer with the fields of text-embeddings-inference for the first model, and ours for each."""
     first, options = server.models.each[0], server.options
-    limit = min(first.model.spec.max_length, options.max_length or first.model.spec.max_length)
     return _json(
         {
             "model_id": first.name,
             "model_sha": first.sha256,
             "model_dtype": first.model.precision,
             "model_type": {"classifier": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
-            "max_concurrent_requests": max(1, options.max_queue_tokens // limit),
-            "max_input_length": limit,
+            "max_concurrent_requests": max(1, options.max_queue_tokens // first.max_length),
+            "max_input_length": first.max_length,
             "max_batch_tokens": TURN_TOKENS,
             "max_batch_requests": None,
             "max_client_batch_size": options.max_items,
@@ -105,7 +104,7 @@ def _described(server: Server, name: str) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "rewardrt",
         "root": served.name,
-        "max_model_len": served.model.spec.max_length,
+        "max_model_len": served.max_length,
     }
 
 
