@@ -19,11 +19,13 @@ from checkpoints_gated import (
     write_ldl,
     write_with_head,
 )
+from page_browser import ANSWERS, PROMPT, assert_accessible, chromium, fill, opened, score, shown, table
 from parity import assert_parity, hidden_states
 from rewardrt import RewardModel, RewardRTError, RowError
 from rewardrt.bundle.spec import Tap
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.pipeline import export
+from server_process import serving
 from texts import make_conversations
 
 PAD = 3
@@ -309,3 +311,22 @@ def test_ldl_without_one_of_its_files_or_with_a_pickle_that_runs_code_is_refused
     add_tensors(tmp_path / "rm", {"gating_layer.network.0.weight": torch.randn(48, 32)})
     with pytest.raises(RewardRTError, match=r"gating_layer.pt: holds tensors that the model's own files hold too"):
         read_checkpoint(tmp_path / "rm")
+
+
+def test_the_page_shows_every_objective_of_every_answer(armorm: Any) -> None:
+    bundle = armorm[0] / "bundle"
+    runtime = RewardModel.load(bundle, provider="cpu")
+    (scored,) = runtime.score_rows([{"prompt": PROMPT, "responses": ANSWERS}])
+    order = sorted(range(3), key=lambda index: -scored.answers[index].reward)
+    with serving(bundle) as server, chromium() as browser, opened(browser, server.url) as page:
+        fill(page)
+        score(page)
+        assert [reward for _, reward in shown(page)] == [
+            float(str(np.float32(scored.rewards[index]))) for index in order
+        ]
+        heads, *lines = table(page, "Objectives, of which the reward is made")
+        assert heads == ["", *(f"answer {index + 1}" for index in order)]
+        assert tuple(line[0] for line in lines) == runtime.spec.output.labels
+        found = np.float32([line[1:] for line in lines]).T
+        assert found.tolist() == [np.float32(scored.answers[index].objectives).tolist() for index in order]
+        assert_accessible(page)

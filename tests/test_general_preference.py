@@ -13,6 +13,7 @@ import torch
 
 from checkpoints import CHATML, add_tensors, edit_json, make_tokenizer, write_openrlhf
 from checkpoints_pairwise import write_general_preference
+from page_browser import ANSWERS, PROMPT, assert_accessible, chromium, fill, opened, score, shown, table, wait_for
 from rewardrt import RewardModel, RowError
 from rewardrt.data.files import score_file
 from rewardrt.data.lines import read_lines
@@ -20,6 +21,7 @@ from rewardrt.errors import CheckpointError
 from rewardrt_export.families import choose_family
 from rewardrt_export.pipeline import export
 from rewardrt_export.source.folder import read_source
+from server_process import serving
 from texts import make_texts
 
 TOLERANCE = 1e-4  # standard deviations of the comparisons
@@ -201,3 +203,21 @@ def test_a_gate_of_another_size_than_half_the_vector_is_refused(tmp_path: Path, 
     add_tensors(tmp_path / "rm", {"prompt_head.weight": torch.randn(halves, 32)})
     with pytest.raises(CheckpointError, match="4 outputs; expected an even number for a skew product, and half as"):
         export(tmp_path / "rm", tmp_path / "bundle")
+
+
+def test_the_page_shows_every_comparison(gated: Any) -> None:
+    ranked = RewardModel.load(gated[0]).rank(prompt=PROMPT, responses=ANSWERS)
+    with serving(gated[0]) as server, chromium() as browser, opened(browser, server.url) as page:
+        fill(page, [ANSWERS[0], ""])
+        page.get_by_role("button", name="Score").click()
+        wait_for(page, "#status.bad", "This model compares answers: write at least two.")
+        fill(page, ["", *ANSWERS])  # an empty one before them moves no comparison
+        score(page)
+        assert shown(page) == [(answer.response, float(str(np.float32(answer.reward)))) for answer in ranked]
+        names = [f"answer {answer.index + 2}" for answer in ranked]
+        heads, *lines = table(page, "By how much an answer (line) is better than another (column)")
+        assert heads == ["", *names]
+        assert [line[0] for line in lines] == names
+        expected = [[answer.comparisons[other.index] for other in ranked] for answer in ranked]
+        assert np.float32([line[1:] for line in lines]).tolist() == np.float32(expected).tolist()
+        assert_accessible(page)

@@ -25,6 +25,7 @@ from checkpoints_process import (
     write_trl_prm,
 )
 from commands import run
+from page_browser import assert_accessible, chromium, fill, opened, score, shown, wait_for
 from rewardrt import RewardModel, RewardRTError, RowError, Scored, TruncationWarning
 from rewardrt.bundle.spec import Spec, Tap, from_json, to_json
 from rewardrt.checks.verify import verify
@@ -36,6 +37,7 @@ from rewardrt.text.rows import parse_row
 from rewardrt_export.checkpoint import read_checkpoint
 from rewardrt_export.pipeline import export
 from saying_model import by_hand, numbers, score
+from server_process import serving
 from texts import make_texts
 
 TOLERANCE = 1e-4  # standard deviations of the rewards
@@ -564,3 +566,28 @@ def test_processbench_is_what_its_own_code_makes_of_the_step_rewards(tmp_path: P
     assert scores.results.rewards.tolist() == [
         reward for order in (0, 1) for each in steps[order::2] for reward in each
     ], "the rewards are those of score_rows, bit for bit"
+
+
+def test_the_page_shows_the_reward_of_each_step(qwen_folder: Path, qwen_model: RewardModel) -> None:
+    prompt = "What is 2 + 3?"
+    answers = ["2 + 3 is 5.\n\nSo it is 5.\n", "It is 7.\nSo it is 7.\nDone.", "It is <extra_0>."]
+    steps = [[step for step in answer.split("\n") if step] for answer in answers]
+    scored = qwen_model.score_rows([{"prompt": prompt, "steps": each} for each in steps[:2]], aggregate="min")
+    expected = [(float(str(np.float32(one.reward))), one) for one in scored if isinstance(one, Scored)]
+    order = sorted(range(2), key=lambda index: -expected[index][0])
+    with serving(qwen_folder / "bundle") as server, chromium() as browser, opened(browser, server.url) as page:
+        fill(page, answers, prompt)
+        score(page)
+        wait_for(page, "#ranking > li", "Not scored: step token '<extra_0>': expected one for each of the 1 steps")
+        page.get_by_role("button", name="Remove answer 3").click()
+        score(page)
+        assert [reward for _, reward in shown(page)] == [expected[index][0] for index in order]
+        for item, index in zip(page.locator("#ranking > li").all(), order, strict=True):
+            assert item.locator(".step > span:first-child").all_text_contents() == steps[index]
+            values = [
+                float(value) for value in item.locator(".step data").evaluate_all("all => all.map(each => each.value)")
+            ]
+            assert values == [float(str(np.float32(reward))) for reward in expected[index][1].steps]
+            least = item.locator(".step").filter(has_text="least")
+            assert float(least.locator("data").get_attribute("value")) == min(values)
+        assert_accessible(page)

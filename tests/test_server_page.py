@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def test_answers_are_ranked_raw_and_normalised_with_the_offline_rewards(page: An
     assert page.locator(".gap").all_inner_texts() == ["best", *gaps]
     tokens = offline.rank(prompt=PROMPT, responses=ANSWERS)[0].tokens
     assert f"{tokens} tokens read" in page.inner_text("#ranking > li:first-child")
-    assert f"3 answers scored in" in page.inner_text("#status")
+    assert "3 answers scored in" in page.inner_text("#status")
     assert "Best: answer 2." in page.inner_text("#status")
     picture(page, "server-page.png")
     page.get_by_label("normalised").check()
@@ -220,7 +221,9 @@ def test_no_key_and_a_wrong_key_are_told_apart_and_the_key_is_in_no_link(
         for wrong in ("open", "ключ"):
             page.keyboard.type(wrong)
             page.keyboard.press("Enter")
-            text = f"{guarded.url} refused this API key" if wrong == "open" else "A key has only letters, digits and signs"
+            text = (
+                f"{guarded.url} refused this API key" if wrong == "open" else "A key has only letters, digits and signs"
+            )
             wait_for(page, "#access-reason", text)
             assert page.get_by_label("API key").get_attribute("aria-invalid") == "true"
             assert page.evaluate("document.activeElement.id") == "key"
@@ -230,8 +233,6 @@ def test_no_key_and_a_wrong_key_are_told_apart_and_the_key_is_in_no_link(
         assert not page.locator("#access").is_visible()
         assert "reads up to 40 tokens" in page.inner_text("#about")
         page.get_by_role("button", name="Copy a link").click()
-        import base64
-
         held = json.loads(base64.urlsafe_b64decode(page.url.partition("#")[2] + "=="))
         assert KEY not in json.dumps(held)
         assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
@@ -272,21 +273,28 @@ def test_a_server_that_is_gone_is_named_and_asked_again(browser: Any, tiny_bundl
         (503, '{"error": {"message": "the queue is full; try again later"}}', "the queue is full; try again later"),
     ],
 )
-def test_a_failure_on_the_way_offers_to_try_again(page: Any, status: int, body: str, expected: str) -> None:
-    page.route("**/v1/reward", lambda route: route.fulfill(status=status, body=body))
-    # The browser reports the status as an error, which `opened` would take for one of the page's.
-    page.remove_listener("console", page._impl_obj.listeners("console")[0]) if False else None
-    fill(page)
-    page.get_by_role("button", name="Score").click()
-    wait_for(page, "#status.bad", expected)
-    assert page.get_by_role("button", name="Try again").is_visible()
+def test_a_failure_on_the_way_offers_to_try_again(
+    browser: Any, server: Running, status: int, body: str, expected: str
+) -> None:
+    with opened(browser, server.url, refusals=True) as page:
+        page.route("**/v1/reward", lambda route: route.fulfill(status=status, body=body))
+        page.locator("#about:not(:empty)").wait_for()
+        fill(page)
+        page.get_by_role("button", name="Score").click()
+        wait_for(page, "#status.bad", expected)
+        page.unroute("**/v1/reward")
+        page.get_by_role("button", name="Try again").click()
+        assert len(shown(page)) == 3
 
 
 def with_rewards(page: Any, rewards: list[Any]) -> None:
     """Let the page get these rewards, whatever it sends; a text is the error of a row."""
 
     def answer(route: Any) -> None:
-        rows = [{"error": each} if isinstance(each, str) else {"reward": each, "tokens": 9, "truncated": 0} for each in rewards]
+        rows = [
+            {"error": each} if isinstance(each, str) else {"reward": each, "tokens": 9, "truncated": 0}
+            for each in rewards
+        ]
         route.fulfill(json={"model": "tiny", "rows": rows, "tokens": 9})
 
     page.route("**/v1/reward", answer)
@@ -302,10 +310,9 @@ def with_rewards(page: Any, rewards: list[Any]) -> None:
     [
         ([-1.5, -4.0, -2.25], ["-1.5000", "-2.2500", "-4.0000"], ["best", "0.7500", "2.5000"], ["-4", "-1"]),
         ([-1.0, 2.0], ["2.0000", "-1.0000"], ["best", "3.0000"], ["-1", "0", "2"]),
-        ([3.1011004, 3.1011653], ["3.1011653", "3.1011004"], ["best", "0.0000649"], ["3.1011", "3.10118"]),
-        ([1e-20, 3e-20], ["0.000000000000000000030", "0.000000000000000000010"],
-         ["best", "0.000000000000000000020"], ["1e-20", "3e-20"]),
-        ([-3.4028235e38, 3.4028235e38], ["3.4028e+38", "-3.4028e+38"], ["best", "6.8056e+38"], ["-4e+38", "0", "4e+38"]),
+        ([3.1011004, 3.1011653], ["3.101165", "3.101100"], ["best", "0.000065"], ["3.1011", "3.1012"]),
+        ([1e-20, 3e-20], ["3.0000e-20", "1.0000e-20"], ["best", "2.0000e-20"], ["1e-20", "3e-20"]),
+        ([-3.4028235e38, 3.4028235e38], ["3.4028e+38", "-3.4028e+38"], ["best", "6.8056e+38"], ["-5e+38", "0", "5e+38"]),
         ([0.5, 0.5, 0.25], ["0.5000", "0.5000", "0.2500"], ["best", "best", "0.2500"], ["0.2", "0.5"]),
         ([-2.0, -2.0], ["-2.0000", "-2.0000"], ["best", "best"], ["-3", "-1"]),
         ([0.0, 0.0], ["0.0000", "0.0000"], ["best", "best"], ["-0.5", "0", "0.5"]),
@@ -324,11 +331,13 @@ def test_bars_have_one_axis_on_which_the_best_is_longest(
     values = [value for _, value in shown(page)[: len(texts)]] if len(texts) == len(rewards) else [2.0, 1.0]
     widths = page.evaluate("[...document.querySelectorAll('.bar')].map(bar => parseFloat(bar.style.width))")
     low, high = (float(axis[0]), float(axis[-1])) if axis else (0, 1)
-    assert widths == (pytest.approx([100 * (value - low) / (high - low) for value in values], abs=1e-6) if axis else [])
+    assert widths == (pytest.approx([100 * (value - low) / (high - low) for value in values], abs=1e-3) if axis else [])
     assert all(0 <= width <= 100 for width in widths) and widths == sorted(widths, reverse=True)
     unscored = len(rewards) - len(texts)
     assert page.get_by_text("no reward", exact=True).count() == unscored
-    assert page.get_by_text("Not scored: the reward is not finite").count() == sum(isinstance(each, str) for each in rewards)
+    assert page.get_by_text("Not scored: the reward is not finite").count() == sum(
+        isinstance(each, str) for each in rewards
+    )
     assert ("1 answer could not be scored." in page.inner_text("#status")) == bool(unscored)
     assert page.evaluate("document.documentElement.scrollWidth") == 1000
 
@@ -342,7 +351,9 @@ def test_equal_rewards_share_a_place(page: Any) -> None:
 def test_a_request_that_is_refused_as_a_whole_is_one_line(page: Any) -> None:
     page.route(
         "**/v1/reward",
-        lambda route: route.fulfill(json={"model": "tiny", "rows": [{"error": "the template refuses"}] * 3, "tokens": 0}),
+        lambda route: route.fulfill(
+            json={"model": "tiny", "rows": [{"error": "the template refuses"}] * 3, "tokens": 0}
+        ),
     )
     fill(page)
     page.get_by_role("button", name="Score").click()
@@ -384,7 +395,9 @@ def test_the_example_is_ranked_by_the_keyboard_alone(page: Any, offline: RewardM
     page.keyboard.press("Enter")
     ranked = shown(page)
     prompt = page.get_by_label("Turn 1: user").input_value()
-    assert ranked == ranking(offline, [page.get_by_label(f"Answer {i}", exact=True).input_value() for i in (1, 2, 3)], prompt=prompt)
+    assert ranked == ranking(
+        offline, [page.get_by_label(f"Answer {i}", exact=True).input_value() for i in (1, 2, 3)], prompt=prompt
+    )
     assert page.locator("#status").get_attribute("role") == "status"
     assert page.inner_text("#shortcut") == "Ctrl+Enter"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from rewardrt import RewardModel
 from rewardrt.errors import RewardRTError, TraceError
 from rewardrt.scoring import prefix
 from rewardrt_export.pipeline import export
+from page_browser import ANSWERS, PROMPT, assert_accessible, chromium, fill, opened, picture, score, shown, table
 from server_process import Running, serving
-from test_server_page import ANSWERS, PROMPT, fill, opened, shown
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 
@@ -79,21 +80,63 @@ def test_clients_get_them(server: Running, bundle: Path) -> None:
     assert np.float32(answer.json()["data"][0]["data"])[:, 0].tolist() == every
 
 
-def test_the_page_draws_them_over_the_answer(server: Running) -> None:
-    with opened(server) as page:
+def test_the_page_colours_the_answers_tokens_in_the_place_of_its_text(server: Running, bundle: Path) -> None:
+    model = RewardModel.load(bundle)
+    # Answers that are also in the template, in the prompt, and such as the template takes white space off.
+    answers = [*ANSWERS, "s", PROMPT, " two\nlines "]
+    with chromium() as browser, opened(browser, server.url) as page:
+        fill(page, answers)
+        score(page)
+        ranked = shown(page)
+        expected = [float(str(np.float32(answer.reward))) for answer in model.rank(prompt=PROMPT, responses=answers)]
+        assert [reward for _, reward in ranked] == expected
+        assert sorted(text for text, _ in ranked) == sorted(answers)  # and nothing of the template
+        edges = [text.split(" to ") for text in page.locator("#legend li").all_inner_texts()]
+        assert [low for low, _ in edges[1:]] == [high for _, high in edges[:-1]]
+        page.locator("details").first.click()
+        rows = table(page, "Reward after each token")
+        every = values_of(model, ranked[0][0])
+        answer_rows = rows[1:]
+        assert "".join(json.loads(text) for text, _ in answer_rows) == ranked[0][0]
+        numbers = [float(value) for _, value in answer_rows]
+        start = every.index(numbers[0])
+        assert every[start : start + len(numbers)] == numbers
+        classes = (
+            page.locator(".tokens").first.locator("span").evaluate_all("spans => spans.map(span => span.className[1])")
+        )
+        low, high = float(edges[0][0]), float(edges[-1][1])
+        assert np.abs(np.array(numbers) - [low + (high - low) * (int(each) + 0.5) / 5 for each in classes]).max() < (
+            0.6 * (high - low) / 5
+        )
+        assert_accessible(page)
+        picture(page, "server-page-tokens.png", "#result")
+        page.get_by_label("show the template's tokens").check()
+        whole = page.locator(".tokens").first.text_content()
+        assert (
+            whole.startswith("<|im_end|>\n<|im_start|>assistant\n") and ranked[0][0] in whole and whole.endswith("</s>")
+        )
+        page.locator("details").first.click()
+        assert table(page, "Reward after each token")[-1] == ['"</s>"', str(every[-1])] and every[-1] == expected[0]
+        page.emulate_media(color_scheme="dark")
+        assert_accessible(page)
+
+
+def test_the_page_strikes_out_what_was_not_read(bundle: Path) -> None:
+    with serving(bundle, "--max-length", "40") as server, chromium() as browser, opened(browser, server.url) as page:
         fill(page)
-        page.get_by_role("button", name="Score").click()
-        ranking = shown(page)
-        lines = page.query_selector_all("#ranking .tokens")
-        assert len(lines) == len(ANSWERS)
-        for (answer, _), line in zip(ranking, lines, strict=True):
-            assert line.text_content().startswith(answer[:5])
-            assert answer in line.text_content()
-            colours = [
-                node.evaluate("node => getComputedStyle(node).borderBottomColor")
-                for node in line.query_selector_all("span")
-            ]
-            assert len(set(colours)) > 1
+        score(page)
+        cut = page.locator("#ranking > li").filter(has_text="cut off, not read")
+        unread = cut.locator(".unread")
+        assert unread.count() == 2
+        for answer, rest in zip(cut.locator(".tokens").all(), unread.all(), strict=True):
+            assert answer.text_content() in ANSWERS
+            assert 0 < len(rest.text_content()) < len(answer.text_content())
+
+
+def values_of(model: RewardModel, answer: str) -> list[float]:
+    """The rewards after each token, as JSON has them."""
+    (text,) = model.answers.encode(model.answers.parse({"prompt": PROMPT, "response": answer}).items)
+    return [float(str(np.float32(value))) for value in model.token_rewards(text)]
 
 
 def test_a_model_that_reads_otherwise_is_refused(tmp_path: Path) -> None:
