@@ -69,7 +69,7 @@ def fill(page: Any, answers: Sequence[str] = ANSWERS, prompt: str = PROMPT) -> N
         page.get_by_label(f"Answer {index + 1}", exact=True).fill(answer)
 
 
-def score(page: Any) -> None:
+def press_score(page: Any) -> None:
     """Score what is written, and wait for the ranking."""
     page.get_by_role("button", name="Score").click()
     wait_for(page, "#status", "scored in")

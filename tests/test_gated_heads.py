@@ -19,7 +19,7 @@ from checkpoints_gated import (
     write_ldl,
     write_with_head,
 )
-from page_browser import ANSWERS, PROMPT, assert_accessible, chromium, fill, opened, score, shown, table
+from page_browser import ANSWERS, PROMPT, assert_accessible, chromium, fill, opened, press_score, shown, table
 from parity import assert_parity, hidden_states
 from rewardrt import RewardModel, RewardRTError, RowError
 from rewardrt.bundle.spec import Tap
@@ -320,7 +320,7 @@ def test_the_page_shows_every_objective_of_every_answer(armorm: Any) -> None:
     order = sorted(range(3), key=lambda index: -scored.answers[index].reward)
     with serving(bundle) as server, chromium() as browser, opened(browser, server.url) as page:
         fill(page)
-        score(page)
+        press_score(page)
         assert [reward for _, reward in shown(page)] == [
             float(str(np.float32(scored.rewards[index]))) for index in order
         ]

@@ -13,7 +13,7 @@ import torch
 
 from checkpoints import CHATML, add_tensors, edit_json, make_tokenizer, write_openrlhf
 from checkpoints_pairwise import write_general_preference
-from page_browser import ANSWERS, PROMPT, assert_accessible, chromium, fill, opened, score, shown, table, wait_for
+from page_browser import ANSWERS, PROMPT, assert_accessible, chromium, fill, opened, press_score, shown, table, wait_for
 from rewardrt import RewardModel, RowError
 from rewardrt.data.files import score_file
 from rewardrt.data.lines import read_lines
@@ -212,7 +212,7 @@ def test_the_page_shows_every_comparison(gated: Any) -> None:
         page.get_by_role("button", name="Score").click()
         wait_for(page, "#status.bad", "This model compares answers: write at least two.")
         fill(page, ["", *ANSWERS])  # an empty one before them moves no comparison
-        score(page)
+        press_score(page)
         assert shown(page) == [(answer.response, float(str(np.float32(answer.reward)))) for answer in ranked]
         names = [f"answer {answer.index + 2}" for answer in ranked]
         heads, *lines = table(page, "By how much an answer (line) is better than another (column)")

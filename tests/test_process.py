@@ -25,7 +25,7 @@ from checkpoints_process import (
     write_trl_prm,
 )
 from commands import run
-from page_browser import assert_accessible, chromium, fill, opened, score, shown, wait_for
+from page_browser import assert_accessible, chromium, fill, opened, press_score, shown, wait_for
 from rewardrt import RewardModel, RewardRTError, RowError, Scored, TruncationWarning
 from rewardrt.bundle.spec import Spec, Tap, from_json, to_json
 from rewardrt.checks.verify import verify
@@ -577,10 +577,10 @@ def test_the_page_shows_the_reward_of_each_step(qwen_folder: Path, qwen_model: R
     order = sorted(range(2), key=lambda index: -expected[index][0])
     with serving(qwen_folder / "bundle") as server, chromium() as browser, opened(browser, server.url) as page:
         fill(page, answers, prompt)
-        score(page)
+        press_score(page)
         wait_for(page, "#ranking > li", "Not scored: step token '<extra_0>': expected one for each of the 1 steps")
         page.get_by_role("button", name="Remove answer 3").click()
-        score(page)
+        press_score(page)
         assert [reward for _, reward in shown(page)] == [expected[index][0] for index in order]
         for item, index in zip(page.locator("#ranking > li").all(), order, strict=True):
             assert item.locator(".step > span:first-child").all_text_contents() == steps[index]

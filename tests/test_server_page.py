@@ -21,7 +21,7 @@ from page_browser import (
     fill,
     opened,
     picture,
-    score,
+    press_score,
     shown,
     wait_for,
 )
@@ -94,7 +94,7 @@ def test_answers_are_ranked_raw_and_normalised_with_the_offline_rewards(page: An
 
 def test_a_link_scores_itself_and_every_width_shows_everything(page: Any, offline: RewardModel) -> None:
     fill(page)
-    score(page)
+    press_score(page)
     link = page.url
     page.goto("about:blank")
     page.set_viewport_size({"width": 360, "height": 1150})
@@ -128,7 +128,7 @@ def test_an_empty_answer_is_not_scored_and_its_field_says_so(page: Any, offline:
     fill(page, [ANSWERS[0], " \n", ANSWERS[2]])
     note = page.locator("#answer-2-hint")
     assert not note.is_visible()
-    score(page)
+    press_score(page)
     assert shown(page) == ranking(offline, [ANSWERS[0], ANSWERS[2]])
     assert [row["response"] for row in bodies[0]["rows"]] == [ANSWERS[0], ANSWERS[2]]
     assert note.inner_text() == "Empty: not scored."
@@ -165,7 +165,7 @@ def test_a_turn_comes_with_the_one_that_makes_the_conversation_valid(page: Any, 
     texts = ["Be kind.", PROMPT, "Was it a good cake?", "It was my birthday's."]
     for label, text in zip(("System message", "Turn 1: user", "Turn 2: assistant", "Turn 3: user"), texts, strict=True):
         page.get_by_label(label, exact=True).fill(text)
-    score(page)
+    press_score(page)
     roles = ("system", "user", "assistant", "user")
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     assert shown(page) == ranking(offline, ANSWERS, prompt=messages)
@@ -173,13 +173,13 @@ def test_a_turn_comes_with_the_one_that_makes_the_conversation_valid(page: Any, 
     assert page.evaluate("document.activeElement.id") == "add-turn"
     page.get_by_role("button", name="Remove system message").click()
     assert page.get_by_label("Turn 1: user").input_value() == texts[3]
-    score(page)
+    press_score(page)
     assert shown(page) == ranking(offline, ANSWERS, prompt=texts[3])
 
 
 def test_an_old_ranking_is_dimmed_until_it_is_of_what_is_written(page: Any) -> None:
     fill(page)
-    score(page)
+    press_score(page)
     colour = "getComputedStyle(document.querySelector('.bar')).backgroundColor"
     fresh = page.evaluate(colour)
     changes = [
@@ -197,7 +197,7 @@ def test_an_old_ranking_is_dimmed_until_it_is_of_what_is_written(page: Any) -> N
         page.get_by_role("button", name="Remove turns 1 and 2")
     ).first.click()
     page.get_by_label("Turn 1: user").fill("What now?")
-    score(page)
+    press_score(page)
     assert page.inner_text("#old") == ""
     assert page.evaluate(colour) == fresh
     page.get_by_label("Turn 1: user").fill("What then?")
@@ -211,7 +211,7 @@ def test_no_key_and_a_wrong_key_are_told_apart_and_the_key_is_in_no_link(
 ) -> None:
     with opened(browser, server.url) as page:
         fill(page)
-        score(page)
+        press_score(page)
         fragment = page.url.partition("#")[2]
     with opened(browser, f"{guarded.url}/#{fragment}", refusals=True) as page:
         wait_for(page, "#access-reason", f"{guarded.url} wants an API key.")
@@ -243,7 +243,7 @@ def test_a_text_that_was_cut_says_so(browser: Any, guarded: Running, offline: Re
         page.get_by_label("API key").fill(KEY)
         page.keyboard.press("Enter")
         fill(page)
-        score(page)
+        press_score(page)
         (long,) = [answer for answer in offline.rank(prompt=PROMPT, responses=ANSWERS) if answer.index == 2]
         wait_for(page, "#ranking > li", f"40 tokens read, {long.tokens - 40} tokens at the end cut off, not read")
         assert page.locator(".cut").count() == 2
@@ -364,7 +364,7 @@ def test_a_request_that_is_refused_as_a_whole_is_one_line(page: Any) -> None:
 def test_a_long_answer_is_folded(page: Any) -> None:
     long = "It was mine. " * 120
     fill(page, [long, "Shout."])
-    score(page)
+    press_score(page)
     button = page.get_by_role("button", name="Show all")
     assert button.count() == 1
     text = page.locator(".answer").filter(has_text="It was mine.")
@@ -415,7 +415,7 @@ def test_axe_finds_nothing(page: Any) -> None:
     page.get_by_role("button", name="Score").click()
     assert_accessible(page)
     fill(page, [*ANSWERS, "", "It was mine. " * 120])
-    score(page)
+    press_score(page)
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         assert_accessible(page)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from checkpoints_encoders import write_encoder
+from page_browser import ANSWERS, PROMPT, assert_accessible, chromium, fill, opened, picture, press_score, shown, table
 from rewardrt import RewardModel
 from rewardrt.errors import RewardRTError, TraceError
 from rewardrt.scoring import prefix
 from rewardrt_export.pipeline import export
-from page_browser import ANSWERS, PROMPT, assert_accessible, chromium, fill, opened, picture, score, shown, table
 from server_process import Running, serving
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
@@ -86,7 +86,7 @@ def test_the_page_colours_the_answers_tokens_in_the_place_of_its_text(server: Ru
     answers = [*ANSWERS, "s", PROMPT, " two\nlines "]
     with chromium() as browser, opened(browser, server.url) as page:
         fill(page, answers)
-        score(page)
+        press_score(page)
         ranked = shown(page)
         expected = [float(str(np.float32(answer.reward))) for answer in model.rank(prompt=PROMPT, responses=answers)]
         assert [reward for _, reward in ranked] == expected
@@ -124,7 +124,7 @@ def test_the_page_colours_the_answers_tokens_in_the_place_of_its_text(server: Ru
 def test_the_page_strikes_out_what_was_not_read(bundle: Path) -> None:
     with serving(bundle, "--max-length", "40") as server, chromium() as browser, opened(browser, server.url) as page:
         fill(page)
-        score(page)
+        press_score(page)
         cut = page.locator("#ranking > li").filter(has_text="cut off, not read")
         unread = cut.locator(".unread")
         assert unread.count() == 2
