@@ -583,7 +583,7 @@ def test_the_page_shows_the_reward_of_each_step(qwen_folder: Path, qwen_model: R
         press_score(page)
         assert [reward for _, reward in shown(page)] == [expected[index][0] for index in order]
         for item, index in zip(page.locator("#ranking > li").all(), order, strict=True):
-            assert item.locator(".step > span:first-child").all_text_contents() == steps[index]
+            assert item.locator(".step > span:first-of-type").all_text_contents() == steps[index]
             values = [
                 float(value) for value in item.locator(".step data").evaluate_all("all => all.map(each => each.value)")
             ]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -120,6 +121,10 @@ def test_a_link_that_is_not_whole_or_damaged_is_not_scored(page: Any) -> None:
     page.goto(link + "!")  # in the same tab, as a link that is pasted
     wait_for(page, "#status", "The link is damaged: nothing was read from it.")
     assert page.get_by_label("Turn 1: user").input_value() == PROMPT
+    fill(page, ["word " * 40_000])
+    page.get_by_role("button", name="Copy a link").click()
+    wait_for(page, "#status.bad", "Too long for a link: it takes 200,000 bytes.")
+    assert page.url.partition("#")[2] == ""
     assert bodies == []
 
 
@@ -239,6 +244,14 @@ def test_no_key_and_a_wrong_key_are_told_apart_and_the_key_is_in_no_link(
 
 
 def test_a_text_that_was_cut_says_so(browser: Any, guarded: Running, offline: RewardModel) -> None:
+    info, listed = (
+        httpx.get(f"{guarded.url}/{path}", headers={"x-api-key": KEY}).json() for path in ("info", "v1/models")
+    )
+    assert (info["max_input_length"], info["models"][0]["max_length"], listed["data"][0]["max_model_len"]) == (
+        40,
+        40,
+        40,
+    )
     with opened(browser, guarded.url, refusals=True) as page:
         page.get_by_label("API key").fill(KEY)
         page.keyboard.press("Enter")
@@ -302,7 +315,7 @@ def with_rewards(page: Any, rewards: list[Any]) -> None:
     for index in range(page.locator("#answers textarea").count(), len(rewards), -1):
         page.get_by_role("button", name=f"Remove answer {index}").click()
     page.get_by_role("button", name="Score").click()
-    wait_for(page, "#status", " in ")
+    wait_for(page, "#status", "scored in")
 
 
 @pytest.mark.parametrize(
