@@ -85,8 +85,12 @@ def test_the_page_colours_the_answers_tokens_in_the_place_of_its_text(server: Ru
     # Answers that are also in the template, in the prompt, and such as the template takes white space off.
     answers = [*ANSWERS, "s", PROMPT, " two\nlines "]
     with chromium() as browser, opened(browser, server.url) as page:
+        fill(page)
+        press_score(page)
+        picture(page, "server-page-tokens.png", "#result")
         fill(page, answers)
         press_score(page)
+        page.locator("#ranking > li").nth(len(answers) - 1).wait_for()
         ranked = shown(page)
         expected = [float(str(np.float32(answer.reward))) for answer in model.rank(prompt=PROMPT, responses=answers)]
         assert [reward for _, reward in ranked] == expected
@@ -109,7 +113,6 @@ def test_the_page_colours_the_answers_tokens_in_the_place_of_its_text(server: Ru
             0.6 * (high - low) / 5
         )
         assert_accessible(page)
-        picture(page, "server-page-tokens.png", "#result")
         page.get_by_label("show the template's tokens").check()
         whole = page.locator(".tokens").first.text_content()
         assert (
