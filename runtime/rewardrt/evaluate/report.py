@@ -138,7 +138,7 @@ def _comparison(found: Comparison) -> str:
     if flips:
         listed = f"<details><summary>{len(flips)} rows that flip</summary>"
         listed += _table(("row", "id", "here", "there"), flips, left=2) + "</details>"
-    return f"<h3>Against {_text(found.name)}</h3>" + _table(("", ""), rows, left=1) + listed
+    return f"<h3>Against {_text(found.name)}</h3>" + _table(("", ""), rows, left=2) + listed
 
 
 def _objectives(evaluation: Evaluation) -> str:
@@ -206,7 +206,8 @@ def _table(head: Sequence[str], rows: Sequence[Iterable[str]], *, left: int) -> 
 
     def cells(values: Iterable[str], tag: str) -> str:
         return "".join(
-            f"<{tag}{'' if index < left else ' class=n'}>{_text(value)}</{tag}>" for index, value in enumerate(values)
+            f"<{tag}{' class=n' if index >= left else ' class=w' if index else ''}>{_text(value)}</{tag}>"
+            for index, value in enumerate(values)
         )
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows[:ROWS])
@@ -255,8 +256,8 @@ figure{margin:0 0 1.2rem;break-inside:avoid}figcaption{font-weight:600;font-size
 svg{display:block;width:100%;height:auto;max-width:560px}svg text{font-family:inherit!important}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;min-width:min(100%,20rem)}
-th,td{text-align:left;vertical-align:top;padding:.22rem .9rem .22rem 0;border-bottom:1px solid var(--grid);
-overflow-wrap:anywhere}
+th,td{text-align:left;vertical-align:top;padding:.22rem .9rem .22rem 0;border-bottom:1px solid var(--grid)}
+.w{overflow-wrap:anywhere;min-width:7.5rem}
 th{font-weight:600;color:var(--muted)}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 details{border-bottom:1px solid var(--grid);padding:.3rem 0}summary{cursor:pointer;overflow-wrap:anywhere}
 pre{margin:.2rem 0;padding:.5rem .6rem;background:var(--soft);border-left:3px solid var(--grid);white-space:pre-wrap;
