@@ -6,10 +6,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
+from rewardrt.data.inputs import InputFile
 from rewardrt.evaluate.comparison import Comparison
 from rewardrt.evaluate.measures import OVERALL, Key, Mean, Measures
 from rewardrt.evaluate.results import Flags, Floats, Results
@@ -72,7 +74,7 @@ class Evaluation:
     benchmark: str
     title: str
     asks_for: str
-    files: dict[str, str]  # names and SHA-256
+    files: dict[str, str]  # names, and SHA-256
     rows: int
     scored: int
     failed: int
@@ -114,7 +116,7 @@ def evaluate(scores: Scores, subject: Subject, *, by: str = "", resamples: int =
         benchmark=scores.layout.name,
         title=scores.layout.title,
         asks_for=scores.layout.asks_for,
-        files={file.name: sha256_of(file) for file in scores.files},
+        files=_hashes(scores.files),
         rows=scores.summary.rows,
         scored=results.rows,
         failed=scores.failed,
@@ -255,6 +257,13 @@ def _objectives(scores: Scores, labels: Sequence[str]) -> list[Objective]:
         score = scores.layout.measure(results.with_rewards(values)).values()[OVERALL]
         found.append(Objective(name, _known(score), _average(values[results.right]), _average(values[~results.right])))
     return found
+
+
+def _hashes(files: Sequence[InputFile]) -> dict[str, str]:
+    """Return the SHA-256 of files by their names without folders, where these tell them apart."""
+    names = [PurePath(file.name).name for file in files]
+    apart = len(set(names)) == len(names)
+    return {name if apart else file.name: sha256_of(file) for name, file in zip(names, files, strict=True)}
 
 
 def _average(values: Floats) -> float:

@@ -153,7 +153,7 @@ class Collector:
                 self._failed += 1
                 if len(self.failures) < FAILURES:
                     message = str(result) if line.error is not None else f"row {line.number}: {result}"
-                    self.failures.append(Failure(self.source.file.name, message))
+                    self.failures.append(Failure(self.source.name, message))
             else:
                 assert line.question is not None
                 self._keep(line, line.question, result)
@@ -182,12 +182,12 @@ class Collector:
         self._by.append(_group(self._by_names, line.by))
         if self._options.earlier:
             if isinstance(line.earlier, RowError):
-                self._not_compared.append(Failure(self.source.file.name, str(line.earlier)))
+                self._not_compared.append(Failure(self.source.name, str(line.earlier)))
             self._compared.append(not isinstance(line.earlier, RowError))
             self._earlier.extend(line.earlier if isinstance(line.earlier, tuple) else [math.nan] * len(rewards))
         gap = _gap(asked, rewards, self._options.threshold)
         if gap > 0 and (len(self._worst) < WORST or gap > self._worst[0][0]):
-            shown = _shown(gap, self.source.file.name, line.number, asked, rewards)
+            shown = _shown(gap, self.source.name, line.number, asked, rewards)
             heap = heapq.heappush if len(self._worst) < WORST else heapq.heappushpop
             heap(self._worst, (gap, -self._read, shown))
 

@@ -44,9 +44,14 @@ class Source:
     layout: Layout
 
     @property
+    def name(self) -> str:
+        """Its name without folders, which say nothing elsewhere."""
+        return PurePath(self.file.name).name
+
+    @property
     def stem(self) -> str:
         """Its name without folders and endings."""
-        name = PurePath(self.file.name).name
+        name = self.name
         while (end := next((end for end in _ENDINGS if name.endswith(end)), None)) is not None:
             name = name.removesuffix(end)
         return name
