@@ -1,6 +1,5 @@
-"""What it takes to score in many processes of one machine: `make bench-processes`, or
-
-    python benchmarks/processes.py BUNDLE [--processes 8] [--precision int8] [--method spawn fork]
+"""What it takes to score in many processes of one machine:
+    python benchmarks/processes.py BUNDLE [--processes 8] [--precision int8] [--share-weights] [--method spawn fork]
 
 A trainer may hold a reward function in each of its workers. Each process here loads the bundle, or is forked from one
 that did, and scores the same texts. Printed for each way of starting them, from /proc/PID/smaps_rollup, in MB (10^6):
@@ -73,14 +72,16 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--precision", default="int8")
+    parser.add_argument("--share-weights", action="store_true", help="as the option of RewardModel.load")
     parser.add_argument("--method", nargs="+", default=["spawn", "fork"], choices=["spawn", "fork", "forkserver"])
     given = parser.parse_args()
-    options = {"precision": given.precision, "provider": "cpu", "threads": 1}
+    options = {"precision": given.precision, "provider": "cpu", "threads": 1, "share_weights": given.share_weights}
     _, baseline = measure("spawn", 1, None)
     model = RewardModel.load(given.bundle, **options)
     variant = model.bundle.variant(given.precision)
     expected = hashlib.sha256(model.score_many(TEXTS).tobytes()).hexdigest()
-    print(f"{given.bundle}: {given.precision}, {given.processes} processes, {len(TEXTS)} texts each")
+    shared = ", weights shared" if given.share_weights else ""
+    print(f"{given.bundle}: {given.precision}{shared}, {given.processes} processes, {len(TEXTS)} texts each")
     print(f"weights {model.bundle.weights_bytes(variant) / 1e6:.0f} MB, baseline {baseline[0][1] * 1024 / 1e6:.0f} MB")
     print(f"{'method':<12}{'together':>10}{'own':>10}{'own above baseline':>20}  rewards")
     for method in given.method:

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from rewardrt import RewardModel
-from rewardrt.errors import BundleError
+from rewardrt.errors import BundleError, ProviderError
+from rewardrt.machine.kernels import describe
 
 pytestmark = pytest.mark.slow  # each claim starts processes that import all of scoring
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
@@ -330,3 +331,26 @@ print(json.dumps([seen, inside, denormals.CAN_BE_ZERO]))
 """)
     assert found[0] == [True] * 6
     assert found[1] is not found[2]
+
+
+SHARED = """
+model = RewardModel.load(BUNDLE, provider="cpu", precision="int8", threads=1, share_weights=True)
+again = pickle.loads(pickle.dumps(model))
+print(json.dumps([bits(model), model.score_many(ROWS[:1]).tobytes().hex(), bits(again)]))
+"""
+
+
+def test_weights_are_shared_in_int8_alone_and_rewards_keep_their_bits(model: RewardModel) -> None:
+    if "AVX-512 VNNI" in describe() or "compiled" in describe():
+        with pytest.raises(ProviderError, match="share_weights needs the products among RewardRT's own kernels"):
+            RewardModel.load(BUNDLE, provider="cpu", precision="int8", share_weights=True)
+        pytest.skip(f"no kernels here: {describe()}")
+    found, first, again = run(SHARED)
+    assert found == again and found.startswith(first)  # alone, beside others, and in a copy
+    shared = np.frombuffer(bytes.fromhex(found), dtype=np.float32)
+    plain = np.frombuffer(rewards(RewardModel.load(BUNDLE, provider="cpu", precision="int8")), dtype=np.float32)
+    assert np.abs(shared - plain).max() < 0.02 * plain.std()
+    copied = pickle.loads(pickle.dumps(RewardModel.load(BUNDLE, provider="cpu", precision="int8", share_weights=True)))
+    assert copied._opening.options.share_weights
+    with pytest.raises(BundleError, match="share_weights is for an int8 graph on a CPU; this is the fp32 graph on cpu"):
+        RewardModel.load(BUNDLE, provider="cpu", precision="fp32", share_weights=True)

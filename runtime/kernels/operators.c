@@ -443,13 +443,18 @@ enum { VNNI = 1, BF16 = 2, AMX = 4 };
 #define ASK_FOR_AMX 1 /* 0: products too where there is AMX, for `make sanitize` */
 #endif
 
+static int products_anyway; /* whether sessions that are set up from now on get them where there is AMX, too */
+
 static int features(void) {
     unsigned a, b, c, d;
     int found = 0;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) /* and the operating system does */
         return 0;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) found |= (c >> 11 & 1 ? VNNI : 0) | (d >> 25 & ASK_FOR_AMX ? AMX : 0);
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+        found |= c >> 11 & 1 ? VNNI : 0;
+        found |= d >> 25 & ASK_FOR_AMX & !products_anyway ? AMX : 0;
+    }
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) found |= a >> 5 & 1 ? BF16 : 0;
     return found & VNNI ? found : 0;
 }
@@ -466,6 +471,9 @@ static Status add(Api api, void *domain, const Operator *operators, size_t count
     for (size_t i = 0; i < count; i++) TRY(ADD_OPERATOR(api, domain, &operators[i].base));
     return NULL;
 }
+
+/* onnxruntime's products copy their weights; these read them where the file is mapped, for all processes at once. */
+EXPORTED void rewardrt_products_anyway(int wanted) { products_anyway = wanted; }
 
 EXPORTED Status RegisterCustomOps(void *options, const ApiBase *base) {
     const int found = features();

@@ -70,6 +70,7 @@ class RewardModel(RewardSource):
         prefix_reuse: bool = True,
         prefix_cache_mb: int = 0,
         check_hashes: bool = True,
+        share_weights: bool = False,
     ) -> RewardModel:
         """Load a bundle: a folder, or one of the Hugging Face Hub by its name, `hf://ORG/NAME` or with `@REVISION`.
 
@@ -84,12 +85,22 @@ class RewardModel(RewardSource):
         `padding`       whether texts of different lengths may share a batch; None: not on a CPU
         `prefix_reuse`  compute once what texts of one call begin with; it shows in no reward but by rounding on a GPU
         `prefix_cache_mb` memory for beginnings of texts that are kept between calls, in MiB; 0: none
+        `share_weights` read the weights of an int8 graph in the mapped file, which all processes of the machine share:
+                        for many processes of one model. Refused but on a CPU with AVX-512 VNNI
         `check_hashes`  read every file once and compare its SHA-256 with the manifest
 
         Raises BundleError or ProviderError; of a name on the Hub HubError, or MissingExtraError.
         """
         options = LoadOptions(
-            provider, precision, threads, batch_tokens, padding, prefix_reuse, prefix_cache_mb, check_hashes
+            provider,
+            precision,
+            threads,
+            batch_tokens,
+            padding,
+            prefix_reuse,
+            prefix_cache_mb,
+            check_hashes,
+            share_weights,
         )
         opened = open_bundle(bundle, check_hashes=check_hashes)
         return cls._load(opened, Opening.of(opened, options))
@@ -99,12 +110,22 @@ class RewardModel(RewardSource):
         selection = select_provider(warm_choice(bundle, opening.options.provider))
         variant = choose_variant(bundle, opening.options.precision, selection.provider)
         check_whole(bundle, variant, selection.provider)
+        if opening.options.share_weights and (variant.precision != "int8" or selection.provider != "cpu"):
+            found = f"the {variant.precision} graph on {selection.provider}"
+            raise BundleError(f"{bundle.name}: share_weights is for an int8 graph on a CPU; this is {found}")
         if variant.onnxruntime:
             check_onnxruntime(variant.onnxruntime, f"{bundle.name}: the {variant.precision} graph")
         bundle = with_graphs(bundle, [variant])
         opening = replace(opening, options=replace(opening.options, precision=variant.precision))
         graph, engine, threads = bundle.file(variant.graph), engine_request(bundle, variant), opening.options.threads
-        session = GraphSession.open(graph, selection, threads, unchanged=opening.read, engine=engine)
+        session = GraphSession.open(
+            graph,
+            selection,
+            threads,
+            share_weights=opening.options.share_weights,
+            unchanged=opening.read,
+            engine=engine,
+        )
         return cls(bundle, session, opening)
 
     @classmethod

@@ -33,6 +33,7 @@ class LoadOptions:
     prefix_reuse: bool = True
     prefix_cache_mb: int = 0
     check_hashes: bool = True
+    share_weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -159,10 +159,14 @@ class GraphSession:
         provider: ProviderChoice | Selection = "auto",
         threads: int | None = None,
         *,
+        share_weights: bool = False,
         unchanged: Callable[[], object] = lambda: None,
         engine: EngineRequest | None = None,
     ) -> GraphSession:
         """Load a graph by its path: onnxruntime maps the file of its weights, and copies what it packs for its kernels.
+
+        With `share_weights` the products of an int8 graph read their weights in the mapped file, which all processes of
+        the machine share.
 
         `provider` is asked for, or was selected already and is not tried again. `threads` are those of one call on the
         CPU; None leaves it to onnxruntime: one for each physical core, whatever share of them a container may use.
@@ -177,7 +181,7 @@ class GraphSession:
         if selection.provider == "tensorrt" and engine is not None:
             session, note = _open_engine(graph, engine, threads)
         else:
-            session = _open(graph, selection.provider, threads)
+            session = _open(graph, selection.provider, threads, share_weights=share_weights)
         absolute = Path(os.path.abspath(graph))  # a forked process may have moved to another folder
 
         def reopen() -> Any:
@@ -187,7 +191,7 @@ class GraphSession:
                     "survive a fork; load it after the fork, or start processes by spawn"
                 )
             unchanged()
-            return _open(absolute, selection.provider, threads)
+            return _open(absolute, selection.provider, threads, share_weights=share_weights)
 
         opened = cls(session, _read_contract(session, graph), selection.provider, note, threads, reopen)
         opened.profile = engine.profile if selection.provider == "tensorrt" and engine is not None else None
@@ -376,11 +380,11 @@ def _open_engine(graph: Path, engine: EngineRequest, threads: int | None) -> tup
         raise ProviderError(f"{graph}: {refusal(error)}") from error
 
 
-def _open(graph: Path, provider: Provider, threads: int | None) -> Any:
+def _open(graph: Path, provider: Provider, threads: int | None, *, share_weights: bool) -> Any:
     options, model = _options_and_model(graph, threads)
     try:
         if provider == "cpu":
-            register(options)
+            register(options, share_weights=share_weights)
         with denormals.unchanged():  # onnxruntime sets the thread that opens a process's first session
             return open_session(model, provider, options)
     except ProviderError:

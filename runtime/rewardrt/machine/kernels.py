@@ -6,6 +6,7 @@ A graph that has use for them runs without them too, by onnxruntime's own, and t
 from __future__ import annotations
 
 import ctypes
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,40 @@ from rewardrt.machine.providers import one_line
 LIBRARY = Path(__file__).with_name("librewardrt_kernels.so")
 
 
-def register(options: Any) -> None:
+_REGISTERING = threading.Lock()
+_NO_PRODUCTS = "share_weights needs the products among RewardRT's own kernels, which"
+
+
+def register(options: Any, *, share_weights: bool = False) -> None:
     """Let sessions with these `onnxruntime.SessionOptions` use the kernels; nothing where there are none.
 
-    Raises ProviderError if they are there and do not load.
+    With `share_weights` the products are ours on every processor that has them: they read weights where the file is
+    mapped, where onnxruntime's copy them. Raises ProviderError if the kernels are there and do not load, or if with
+    `share_weights` there are no products.
     """
     if not LIBRARY.is_file():
+        if share_weights:
+            raise ProviderError(f"{_NO_PRODUCTS} were not compiled; install rewardrt where there is a C compiler")
         return
     try:
-        options.register_custom_ops_library(str(LIBRARY))
+        with _REGISTERING:
+            library = ctypes.CDLL(str(LIBRARY))
+            library.rewardrt_products_anyway(int(share_weights))
+            shared = not share_weights or "products" in _names(library)
+            options.register_custom_ops_library(str(LIBRARY))
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ProviderError(
             f"{LIBRARY}: onnxruntime cannot load it ({one_line(error)}); "
             "install rewardrt again on this machine, or delete the file to do without"
         ) from error
+    if not shared:
+        raise ProviderError(f"{_NO_PRODUCTS} are for processors with AVX-512 VNNI; load without it, or use a server")
+
+
+def _names(library: ctypes.CDLL) -> str:
+    library.rewardrt_kernels.restype = ctypes.c_char_p
+    found: bytes = library.rewardrt_kernels()
+    return found.decode()
 
 
 def describe() -> str:
@@ -39,6 +60,4 @@ def describe() -> str:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return f"none: the library does not load ({one_line(error)})"
-    library.rewardrt_kernels.restype = ctypes.c_char_p
-    found: bytes = library.rewardrt_kernels()
-    return found.decode() or "none: they are for processors with AVX-512 VNNI"
+    return _names(library) or "none: they are for processors with AVX-512 VNNI"
