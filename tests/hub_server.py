@@ -217,7 +217,7 @@ def serving() -> Iterator[Hub]:
             yield hub
         finally:
             server.shutdown()
-            thread.join()
+            thread.join(30)
 
 
 def variables(hub: Hub, home: Path, **changes: str) -> dict[str, str]:

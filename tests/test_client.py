@@ -25,7 +25,7 @@ import pytest
 
 from rewardrt import RewardClient, RewardModel, RewardRTError, RowError, ServerError, TruncationWarning
 from server_process import Running, serving
-from waiting import until
+from waiting import started, until
 
 BUNDLE = Path(__file__).parent / "bundles" / "version-1"
 SHA256 = "5" * 64
@@ -577,16 +577,14 @@ def test_a_unix_socket_and_tls(offline: RewardModel, tmp_path: Path) -> None:
     expected = offline.score(text="a")
     command = [sys.executable, "-c", "from rewardrt.cli.app import main; main()", "serve", str(BUNDLE)]
     environment = {name: value for name, value in os.environ.items() if name != "REWARDRT_API_KEY"}
-    with subprocess.Popen([*command, "--uds", str(path)], stderr=subprocess.DEVNULL, env=environment) as process:
-        with RewardClient(f"unix:{path}", patience=60) as client:
-            assert client.score(text="a") == expected
-        process.terminate()
-        process.wait(30)
+    quietly: dict[str, Any] = {"stderr": subprocess.DEVNULL, "env": environment}
+    with started([*command, "--uds", str(path)], **quietly), RewardClient(f"unix:{path}", patience=60) as client:
+        assert client.score(text="a") == expected
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--tls-cert", str(cert), "--tls-key", str(key), "--port", str(port)]
-    with subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL, env=environment) as process:
+    with started([*command, *options], **quietly):
         url = f"https://127.0.0.1:{port}"
         with RewardClient(url, patience=60, tls_ca=cert) as client:
             assert client.score(text="a") == expected
@@ -595,5 +593,3 @@ def test_a_unix_socket_and_tls(offline: RewardModel, tmp_path: Path) -> None:
             pytest.raises(ServerError, match=r"TLS: self.signed certificate"),
         ):
             client.score(text="a")
-        process.terminate()
-        process.wait(30)

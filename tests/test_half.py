@@ -177,7 +177,7 @@ def test_auto_takes_what_was_made_for_the_provider_where_the_certificate_allows(
 def test_int8_on_a_gpu_is_refused_and_half_on_a_cpu_is_not(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (bundle, opening):
         monkeypatch.setattr(module, "read_processor", lambda: Processor("A CPU", ("avx_vnni",), 2, 2, None))
-    monkeypatch.setattr(reward_model, "read_bundle", lambda path, check_hashes: offered(made, "int8", rms=0.01))
+    monkeypatch.setattr(reward_model, "open_bundle", lambda path, check_hashes: offered(made, "int8", rms=0.01))
     monkeypatch.setattr(reward_model, "select_provider", lambda choice: Selection("cuda", None))
     with pytest.raises(ProviderError, match=r"the int8 graph is for CPUs; score with the provider 'cpu'$"):
         RewardModel.load(made.path, provider="auto")
