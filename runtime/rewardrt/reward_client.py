@@ -21,7 +21,6 @@ from rewardrt.bundle.spec import AggregateRule
 from rewardrt.client.address import address
 from rewardrt.errors import ServerError
 from rewardrt.scoring.source import Results, RewardSource
-from rewardrt.server.access import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from rewardrt.client.batches import Connection
@@ -71,6 +70,7 @@ class RewardClient(RewardSource):
         """
         from rewardrt.client.batches import Batching
         from rewardrt.client.servers import Access
+        from rewardrt.server.access import KEY_VARIABLE
 
         given = [urls] if isinstance(urls, str) else list(urls)
         if not given:
