@@ -29,7 +29,7 @@ class SayingModel:
         self.spec = SimpleNamespace(
             input="steps" if steps else "single", family="saying", output=SimpleNamespace(labels=labels)
         )
-        self.bundle = SimpleNamespace(path=Path("saying"))
+        self.bundle = SimpleNamespace(name="saying")
         self.answers = SimpleNamespace(prepare=list)
 
     def score_prepared(self, rows: Iterable[Any], *, normalize: bool | None = None) -> list[ScoredRow | RewardRTError]:

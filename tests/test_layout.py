@@ -18,7 +18,7 @@ FOLDERS = {"rewardrt": ROOT / "runtime" / "rewardrt", "rewardrt_export": ROOT / 
 # Modules, and packages with their modules, each left of everything that may import it. docs/architecture.md says why.
 ORDER = {
     "rewardrt": """
-        telemetry display errors
+        telemetry display errors forks
         machine: processor denormals gpu engine_cache plugins providers kernels
         graph: graph_file shapes engine session
         bundle: hub spec certificate reference_data precisions manifest engines opening card

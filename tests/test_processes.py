@@ -341,10 +341,11 @@ print(json.dumps([bits(model), model.score_many(ROWS[:1]).tobytes().hex(), bits(
 
 
 def test_weights_are_shared_in_int8_alone_and_rewards_keep_their_bits(model: RewardModel) -> None:
-    if "AVX-512 VNNI" in describe() or "compiled" in describe():
+    kernels = describe()
+    if "AVX-512 VNNI" in kernels or "compiled" in kernels:
         with pytest.raises(ProviderError, match="share_weights needs the products among RewardRT's own kernels"):
             RewardModel.load(BUNDLE, provider="cpu", precision="int8", share_weights=True)
-        pytest.skip(f"no kernels here: {describe()}")
+        pytest.skip(f"no kernels here: {kernels}")
     found, first, again = run(SHARED)
     assert found == again and found.startswith(first)  # alone, beside others, and in a copy
     shared = np.frombuffer(bytes.fromhex(found), dtype=np.float32)
@@ -352,5 +353,6 @@ def test_weights_are_shared_in_int8_alone_and_rewards_keep_their_bits(model: Rew
     assert np.abs(shared - plain).max() < 0.02 * plain.std()
     copied = pickle.loads(pickle.dumps(RewardModel.load(BUNDLE, provider="cpu", precision="int8", share_weights=True)))
     assert copied._opening.options.share_weights
+    assert describe() == kernels  # which are those of a model that shares nothing
     with pytest.raises(BundleError, match="share_weights is for an int8 graph on a CPU; this is the fp32 graph on cpu"):
         RewardModel.load(BUNDLE, provider="cpu", precision="fp32", share_weights=True)

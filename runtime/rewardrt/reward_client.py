@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rewardrt.bundle.spec import AggregateRule
 from rewardrt.client.address import address
 from rewardrt.errors import ServerError
+from rewardrt.forks import after_fork
 from rewardrt.scoring.source import Results, RewardSource
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ class RewardClient(RewardSource):
         name = "" if self._model is None else f", model={self._model!r}"
         return f"RewardClient({', '.join(map(repr, self._access.urls))}{name})"
 
+    @property
+    def input(self) -> str:
+        """What the server's model reads, which it is asked once. Raises ServerError."""
+        return str(self.describe()["input"])
+
     def score_rows(
         self,
         items: Iterable[dict[str, Any]],
@@ -189,5 +195,4 @@ def _forked() -> None:
         client._start()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_forked)
+after_fork(_forked)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rewardrt.bundle.engines import check_whole, engine_request, warm_choice
 from rewardrt.bundle.manifest import Bundle
-from rewardrt.bundle.opening import LoadOptions, Opening, choose_variant, open_bundle, with_graphs
+from rewardrt.bundle.opening import LoadOptions, Opening, check_shareable, choose_variant, open_bundle, with_graphs
 from rewardrt.bundle.precisions import range_advice
 from rewardrt.bundle.spec import AggregateRule, Spec
 from rewardrt.errors import BundleError, InferenceError
@@ -43,7 +43,7 @@ class RewardModel(RewardSource):
         self.spec: Spec = bundle.manifest.spec
         self.precision = options.precision
         if self.spec.input == "steps" and not session.has_token_rewards:
-            raise BundleError(f"{bundle.path}: the model rewards steps, and its graph has no output token_rewards")
+            raise BundleError(f"{bundle.name}: the model rewards steps, and its graph has no output token_rewards")
         self.answers = Answers(bundle)
         self.runner = Runner(
             session,
@@ -110,9 +110,8 @@ class RewardModel(RewardSource):
         selection = select_provider(warm_choice(bundle, opening.options.provider))
         variant = choose_variant(bundle, opening.options.precision, selection.provider)
         check_whole(bundle, variant, selection.provider)
-        if opening.options.share_weights and (variant.precision != "int8" or selection.provider != "cpu"):
-            found = f"the {variant.precision} graph on {selection.provider}"
-            raise BundleError(f"{bundle.name}: share_weights is for an int8 graph on a CPU; this is {found}")
+        if opening.options.share_weights:
+            check_shareable(bundle, variant, selection.provider)
         if variant.onnxruntime:
             check_onnxruntime(variant.onnxruntime, f"{bundle.name}: the {variant.precision} graph")
         bundle = with_graphs(bundle, [variant])
@@ -138,7 +137,7 @@ class RewardModel(RewardSource):
 
     def __repr__(self) -> str:
         return (
-            f"RewardModel({str(self.bundle.path)!r}, family={self.spec.family!r}, precision={self.precision!r}, "
+            f"RewardModel({self.bundle.name!r}, family={self.spec.family!r}, precision={self.precision!r}, "
             f"provider={self.provider!r}, max_length={self.spec.max_length})"
         )
 
@@ -146,6 +145,11 @@ class RewardModel(RewardSource):
     def session(self) -> GraphSession:
         """The graph that runs."""
         return self.runner.session
+
+    @property
+    def input(self) -> str:
+        """What the model reads: one text, the steps of one, or two answers."""
+        return self.spec.input
 
     @property
     def provider(self) -> Provider:

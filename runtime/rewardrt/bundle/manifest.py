@@ -122,6 +122,11 @@ class Bundle:
         return self.source or str(self.path)
 
     @property
+    def short_name(self) -> str:
+        """What the bundle is called on other machines: without this one's folders."""
+        return self.source or self.path.resolve().name
+
+    @property
     def address(self) -> str:
         """By what the bundle is opened from any folder, and one from the Hub on any machine."""
         return self.source or os.path.abspath(self.path)
@@ -236,6 +241,11 @@ def check_files(bundle: Bundle, names: Collection[str], *, check_hashes: bool = 
     for variant in bundle.manifest.variants:
         if variant.graph in names:
             _check_graph(bundle.path, variant)
+
+
+def manifest_sha256(folder: Path) -> str:
+    """Return the SHA-256 of a bundle's `reward.json`, in hex; it names those of all other files. Raises OSError."""
+    return _sha256(folder / MANIFEST)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

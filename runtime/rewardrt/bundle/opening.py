@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rewardrt.bundle import hub
 from rewardrt.bundle.manifest import MANIFEST, Bundle, Manifest, Variant, check_files, read_bundle, read_manifest
+from rewardrt.bundle.precisions import PRECISIONS, in_words
 from rewardrt.bundle.spec import to_json
 from rewardrt.errors import BundleError, HubError, ProviderError
 from rewardrt.machine.processor import read_processor
@@ -135,6 +136,15 @@ def choose_variant(bundle: Bundle, precision: str, provider: Provider) -> Varian
     if variant.needs and provider != "cpu":
         raise ProviderError(f"{bundle.name}: the {variant.precision} graph is for CPUs; score with the provider 'cpu'")
     return variant
+
+
+def check_shareable(bundle: Bundle, variant: Variant, provider: Provider) -> None:
+    """Raise BundleError for a graph whose weights cannot be read where the file is mapped."""
+    known = PRECISIONS.get(variant.precision)
+    if provider != "cpu" or known is None or not known.shareable:
+        kinds = in_words([each.name for each in PRECISIONS.values() if each.shareable])
+        found = f"the {variant.precision} graph on {provider}"
+        raise BundleError(f"{bundle.name}: share_weights is for an {kinds} graph on a CPU; this is {found}")
 
 
 def _digest(manifest: Manifest) -> str:

@@ -40,6 +40,7 @@ class Precision:
     held: float = 4.0
     of: str | None = None  # another precision, whose graph this one is made of, and whose file of weights it reads
     engine: bool = False  # for TensorRT, which can be asked whether it takes the graph
+    shareable: bool = False  # its products, by our kernels, read weights in the mapped file
     formerly: str | None = None  # its name in older bundles and commands, which is taken everywhere
 
 
@@ -85,6 +86,7 @@ PRECISIONS = {
             calibrated=True,
             needs=INTEGER_DOT,
             held=1.1,
+            shareable=True,
         ),
         Precision("weights8", "8 bits", "float32", "rounded in blocks of 32: a third of the memory", held=1.4),
         Precision(

@@ -190,7 +190,7 @@ def bench(
         for worker in workers:
             worker.close()
     return Report(
-        bundle.source or path.name, file.name, len(workload.rows), len(workload.texts), workload.tokens, rounds,
+        bundle.short_name, file.name, len(workload.rows), len(workload.texts), workload.tokens, rounds,
         selected, os.cpu_count(), tuple(figures),
     )  # fmt: skip
 

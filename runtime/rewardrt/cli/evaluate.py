@@ -10,7 +10,7 @@ import click
 
 from rewardrt.cli import toplevel
 from rewardrt.cli.engine_options import engine_log
-from rewardrt.cli.options import json_option, provider_option, threads_option
+from rewardrt.cli.options import json_option, normalize_option, provider_option, threads_option
 from rewardrt.cli.output import show, show_json
 from rewardrt.cli.progress import Progress
 from rewardrt.cli.score import read_columns
@@ -62,7 +62,7 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
     show_default=True,
     help="One of the bundle's graphs; all: each that runs here, compared with fp32 on the CPU.",
 )
-@click.option("--normalize/--raw", default=None, help="Normalised or raw rewards.  [default: as the bundle says, raw]")
+@normalize_option
 @click.option(
     "--threshold",
     type=float,
@@ -112,7 +112,7 @@ def evaluate(
         with engine_log():
             model = RewardModel.load(path, provider=provider, precision=precision, threads=threads)
         note = f" ({model.session.note})" if model.session.note else ""
-        toplevel.say(f"{path}: {model.precision} on {model.session.runs_on}{note}")
+        toplevel.say(f"{model.bundle.name}: {model.precision} on {model.session.runs_on}{note}")
         return model
 
     def watch(model: RewardModel, reader: RowReader) -> Callable[[Summary], None]:

@@ -30,4 +30,7 @@ precision_option = click.option(
     show_default=True,
     help="One of the bundle's graphs; auto: int8 on a CPU, half on a GPU, if its certificate allows; else the first.",
 )
+normalize_option = click.option(
+    "--normalize/--raw", default=None, help="Normalised or raw rewards.  [default: as the bundle says, raw]"
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: physical cores]")

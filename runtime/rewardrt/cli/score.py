@@ -12,7 +12,7 @@ import click
 from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule
 from rewardrt.cli import toplevel
 from rewardrt.cli.engine_options import engine_log
-from rewardrt.cli.options import json_option, precision_option, provider_option, threads_option
+from rewardrt.cli.options import json_option, normalize_option, precision_option, provider_option, threads_option
 from rewardrt.cli.output import show
 from rewardrt.cli.score_files import say_truncated, score_files, score_pieces
 from rewardrt.cli.table import objectives_lines, ranking_table
@@ -94,7 +94,7 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
 )
 @provider_option
 @precision_option
-@click.option("--normalize/--raw", default=None, help="Normalised or raw rewards.  [default: as the bundle says, raw]")
+@normalize_option
 @click.option("--objectives", is_flag=True, help="Add the values that the reward is made of, by name.")
 @click.option(
     "--aggregate",

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from rewardrt.bundle import hub
-from rewardrt.cli.options import precision_option, provider_option, threads_option
+from rewardrt.cli.options import normalize_option, precision_option, provider_option, threads_option
 from rewardrt.errors import MissingExtraError
 from rewardrt.machine.providers import ProviderChoice
 
@@ -31,7 +31,7 @@ from rewardrt.machine.providers import ProviderChoice
 @provider_option
 @precision_option
 @threads_option
-@click.option("--normalize/--raw", default=None, help="Normalised or raw rewards.  [default: as the bundle says, raw]")
+@normalize_option
 @click.option("--max-length", type=click.IntRange(min=1), help="Limit of a text in tokens.  [default: the model's]")
 @click.option(
     "--overflow",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rewardrt.errors import ServerError
 
+SCHEMES = ("http://", "https://", "unix:")
+
 
 def address(url: str) -> str:
     """Return a server's address without what does not matter, or raise ServerError."""

@@ -74,6 +74,15 @@ class Summary:
             self.pairs_right += result.chosen_reward > result.rejected_reward
             self.ties += result.chosen_reward == result.rejected_reward
 
+    def add(self, other: Summary) -> None:
+        """Count what was done with other rows as well."""
+        for name, value in vars(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+        self.shapes += [shape for shape in other.shapes if shape not in self.shapes]
+        for name, rows in other.unread.items():
+            self.unread[name] = self.unread.get(name, 0) + rows
+
 
 class Encoder(Protocol):
     """Makes bytes of scored rows, and counts them."""

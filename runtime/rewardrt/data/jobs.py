@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rewardrt.bundle.manifest import MANIFEST
+from rewardrt.bundle.manifest import manifest_sha256
 from rewardrt.bundle.spec import AggregateRule
 from rewardrt.data.columns import plain
 from rewardrt.data.files import WINDOW_ROWS, Encoder, JsonEncoder, Summary, score_file
@@ -77,7 +77,7 @@ class Job:
         """Return what has to be the same for an output to be gone on with."""
         options = asdict(self.options)
         return {
-            "bundle": hashlib.sha256((self.model.bundle.path / MANIFEST).read_bytes()).hexdigest(),
+            "bundle": manifest_sha256(self.model.bundle.path),
             "precision": self.model.precision,
             "provider": self.model.provider,
             "inputs": [[file.name, file.size, _digest(file)] for file in self.reader.files],

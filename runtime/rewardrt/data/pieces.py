@@ -223,7 +223,7 @@ class PiecesJob:
         self.left = []
         for piece in self.pieces:
             if f"_{piece.name}.json" in there:
-                self._add(Summary(**json.loads(self._folder.read(f"_{piece.name}.json"))))
+                self.summary.add(Summary(**json.loads(self._folder.read(f"_{piece.name}.json"))))
             else:
                 self.left.append(piece)
 
@@ -232,7 +232,7 @@ class PiecesJob:
     ) -> Summary:
         """Have what is left scored, by what gives a summary of each piece in any order, and say that all is there."""
         for summary in results(self.left):
-            self._add(summary)
+            self.summary.add(summary)
             progress(self.summary)
         if not self.work.joined:
             self._put(DONE, "")
@@ -245,14 +245,6 @@ class PiecesJob:
         """Yield what the pieces hold, in their order."""
         for piece in self.pieces:
             yield self._folder.read(f"part-{piece.name}{self.work.suffix()}")
-
-    def _add(self, other: Summary) -> None:
-        for name, value in asdict(other).items():
-            if isinstance(value, int):
-                setattr(self.summary, name, getattr(self.summary, name) + value)
-        self.summary.shapes += [shape for shape in other.shapes if shape not in self.summary.shapes]
-        for name, rows in other.unread.items():
-            self.summary.unread[name] = self.summary.unread.get(name, 0) + rows
 
     def _put(self, name: str, text: str) -> None:
         with tempfile.TemporaryDirectory(prefix="rewardrt-") as temporary:

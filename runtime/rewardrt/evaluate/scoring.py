@@ -98,10 +98,7 @@ def score_sources(
             encode=collector,
             progress=watch(reader) if watch is not None else None,
         )
-        for name in ("rows", "read", "scored", "failed", "texts", "tokens", "truncated_texts"):
-            setattr(summary, name, getattr(summary, name) + getattr(of_file, name))
-        for name, count in of_file.unread.items():
-            summary.unread[name] = summary.unread.get(name, 0) + count
+        summary.add(of_file)
     if not summary.scored:
         first = f"; the first: {collector.failures[0].message}" if collector.failures else ""
         raise RewardRTError(f"{sources[0].file.name}: none of {summary.rows} rows can be scored{first}")
@@ -113,7 +110,7 @@ def check_kind(model: RewardModel, layout: Layout) -> None:
     gives = "steps" if model.spec.input == "steps" else "answers"
     if gives != layout.asks_for:
         raise RewardRTError(
-            f"{layout.title} asks for rewards of {layout.asks_for}, and {model.bundle.path} ({model.spec.family}) "
+            f"{layout.title} asks for rewards of {layout.asks_for}, and {model.bundle.name} ({model.spec.family}) "
             f"gives those of {gives}; evaluate a model that gives them"
         )
 

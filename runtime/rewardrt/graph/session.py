@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rewardrt.errors import BundleError, InferenceError, ProviderError
+from rewardrt.forks import after_fork
 from rewardrt.graph.engine import EngineRequest, open_engine, refusal
 from rewardrt.graph.graph_file import resolve
 from rewardrt.graph.shapes import Profile
@@ -336,8 +337,7 @@ def _never_destroy(thing: object) -> None:
     increase(thing)
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_forked)
+after_fork(_forked)
 
 
 def _in_shapes(

@@ -35,8 +35,11 @@ def register(options: Any, *, share_weights: bool = False) -> None:
         with _REGISTERING:
             library = ctypes.CDLL(str(LIBRARY))
             library.rewardrt_products_anyway(int(share_weights))
-            shared = not share_weights or "products" in _names(library)
-            options.register_custom_ops_library(str(LIBRARY))
+            try:
+                shared = not share_weights or "products" in _names(library)
+                options.register_custom_ops_library(str(LIBRARY))
+            finally:
+                library.rewardrt_products_anyway(0)  # it is one library for all sessions, and for `describe`
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ProviderError(
             f"{LIBRARY}: onnxruntime cannot load it ({one_line(error)}); "

@@ -7,7 +7,6 @@ Knows the graph and batches; nothing of rows, words or bundles.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from rewardrt.bundle.spec import Spec
 from rewardrt.errors import InferenceError, RewardRTError
+from rewardrt.forks import after_fork
 from rewardrt.graph.session import GraphSession, KeyValues
 from rewardrt.scoring.batching import BATCH_TOKENS, make_batch, plan_batches
 from rewardrt.scoring.prefix import (
@@ -309,5 +309,4 @@ def _forked() -> None:
         runner.forked()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_forked)
+after_fork(_forked)

@@ -69,6 +69,11 @@ def _name(call: Any, plan: Any, name: str) -> None:
 class RewardSource(ABC):
     """What gives rewards."""
 
+    @property
+    @abstractmethod
+    def input(self) -> str:
+        """What the model reads: "single", "steps" or "pairwise", as `spec.input` says it."""
+
     @abstractmethod
     def score_rows(
         self,

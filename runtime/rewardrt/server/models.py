@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rewardrt.bundle.manifest import GOLDEN, MANIFEST
+from rewardrt.bundle.manifest import GOLDEN, MANIFEST, manifest_sha256
 from rewardrt.bundle.opening import locate
 from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.checks.verify import read_golden
@@ -200,7 +199,7 @@ def check_golden_text(model: RewardModel) -> None:
 
 def _manifest_sha256(path: Path) -> str:
     try:
-        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+        return manifest_sha256(path)
     except OSError:
         return ""  # read_bundle says what is wrong
 

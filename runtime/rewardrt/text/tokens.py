@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 
 from rewardrt.bundle.spec import Spec
 from rewardrt.errors import BundleError, RowError
+from rewardrt.forks import after_fork
 from rewardrt.text.items import utf8_bytes
 from rewardrt.text.rendering import PLACEHOLDER, RenderedText
 from rewardrt.text.taps import Ids, run_starts, tap_positions
@@ -360,8 +361,7 @@ def _forked() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_forked)
+after_fork(_forked)
 
 
 def _bytes_of(text: RenderedText) -> int:

@@ -6,7 +6,6 @@ after it was made. So what is kept is where the rewards come from; in each proce
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import logging
@@ -17,16 +16,17 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from rewardrt.bundle.manifest import MANIFEST
+from rewardrt.bundle.manifest import manifest_sha256
 from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule
+from rewardrt.client.address import SCHEMES
 from rewardrt.errors import BundleError, RewardRTError, RowError, TruncationWarning
+from rewardrt.forks import after_fork
 from rewardrt.reward_client import RewardClient
 from rewardrt.reward_model import RewardModel
 from rewardrt.scoring.scored import Scored
 from rewardrt.scoring.source import Results, RewardSource
 from rewardrt.text.rows import REFUSED_FIELDS, TEMPLATE_FIELDS
 
-SCHEMES = ("http://", "https://", "unix:")
 MEDIA_FIELDS = tuple(name for name, advice in REFUSED_FIELDS.items() if advice == "only text is scored")
 _LOG = logging.getLogger("rewardrt.trainers")
 
@@ -86,12 +86,11 @@ class TrainerReward:
     def open(self) -> RewardSource:
         """Return the bundle or the client, opened once in each process. Raises RewardRTError."""
         source = self._where if isinstance(self._where, RewardSource) else _opened(self._where, self._options)
-        kind = _kind(source)
-        if kind == "pairwise":
+        if source.input == "pairwise":
             raise RewardRTError(
                 "this model compares answers, and gives no reward to one: no trainer's reward can use it"
             )
-        if kind == "steps" and self._aggregate is None:
+        if source.input == "steps" and self._aggregate is None:
             rules = " or ".join(map(repr, AGGREGATE_RULES))
             raise RewardRTError(f"this model gives a reward to every step: make one of them, by aggregate={rules}")
         return source
@@ -224,13 +223,6 @@ def _checked(where: str | RewardSource, options: dict[str, Any]) -> dict[str, An
     return options
 
 
-def _kind(source: RewardSource) -> str:
-    """Return what a model reads: "single", "steps" or "pairwise"."""
-    if isinstance(source, RewardModel):
-        return source.spec.input
-    return str(source.describe()["input"]) if isinstance(source, RewardClient) else "single"
-
-
 _SOURCES: dict[str, RewardSource] = {}
 _LOCK = threading.Lock()
 
@@ -248,7 +240,7 @@ def _open(where: str, *, expect_sha256: str | None = None, **options: Any) -> Re
         return RewardClient(where.split(","), expect_sha256=expect_sha256, **options)
     model = RewardModel.load(where, **options)
     if expect_sha256 is not None:
-        found = hashlib.sha256((model.bundle.path / MANIFEST).read_bytes()).hexdigest()
+        found = manifest_sha256(model.bundle.path)
         if found != expect_sha256:
             raise BundleError(f"{where}: has the manifest SHA-256 {found}, expected {expect_sha256}")
     return model
@@ -260,5 +252,4 @@ def _forked() -> None:
     _LOCK = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_forked)
+after_fork(_forked)
