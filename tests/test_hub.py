@@ -128,6 +128,30 @@ def test_the_commands_take_names_and_say_the_commit(hub: Hub, tmp_path: Path, re
     assert np.array(found, dtype=np.float32).tobytes() == rewards
 
 
+def test_evaluate_and_normalize_take_names(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.add("org/rm", FILES)
+    pairs = [{"prompt": f"p{number}", "chosen": "yes " * number, "rejected": "no"} for number in range(1, 9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    options = ["pairs.jsonl", "--provider", "cpu", "--precision"]
+    plain = rewardrt(hub, tmp_path, "evaluate", "hf://org/rm", *options, "fp32", "--against", "hf://org/rm", "--json")
+    assert plain.returncode == 0, plain.stderr
+    found = json.loads(plain.stdout)
+    assert found["model"]["bundle"] == f"hf://org/rm@{commit}"
+    (compared,) = found["evaluations"][0]["comparisons"]
+    assert compared["name"].startswith(f"hf://org/rm@{commit}, ") and compared["rows"] == 8
+    assert f"hf://org/rm@{commit}: fp32 on cpu" in plain.stderr
+    every = rewardrt(hub, tmp_path, "evaluate", "hf://org/rm", *options, "all", "--json")
+    assert every.returncode == 0, every.stderr
+    names = [each["name"] for each in json.loads(every.stdout)["evaluations"][0]["comparisons"]]
+    assert "half on cpu" in names
+    hub.log.clear()
+    made = rewardrt(hub, tmp_path, "normalize", "hf://org/rm", *options, "fp32", "-o", "normal")
+    assert made.returncode == 0, made.stderr
+    # a bundle of its own is whole, whichever graph was measured with
+    assert {path.name for path in (tmp_path / "normal").iterdir()} == set(FILES)
+    assert rewardrt(hub, tmp_path, "score", "normal", "pairs.jsonl", "--normalize").returncode == 0
+
+
 def test_a_server_serves_a_name_under_its_last_part_and_a_reload_takes_what_is_there_then(
     hub: Hub, tmp_path: Path
 ) -> None:

@@ -172,7 +172,7 @@ def test_a_target_that_is_there_is_left_alone(tmp_path: Path, bare: Path, data: 
 
 
 def test_a_model_that_compares_answers_is_refused() -> None:
-    model: Any = SimpleNamespace(spec=SimpleNamespace(input="pairwise"), bundle=SimpleNamespace(path="b"))
+    model: Any = SimpleNamespace(spec=SimpleNamespace(input="pairwise"), bundle=SimpleNamespace(name="b"))
     with pytest.raises(RewardRTError, match="compares answers"):
         check(model)
 

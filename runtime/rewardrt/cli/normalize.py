@@ -48,7 +48,7 @@ def normalize(
     with engine_log():
         model = RewardModel.load(bundle, provider=provider, precision=precision, threads=threads)
     check(model)
-    toplevel.say(f"{bundle}: {model.precision} on {model.session.runs_on}")
+    toplevel.say(f"{model.bundle.name}: {model.precision} on {model.session.runs_on}")
     reader = RowReader(inputs)
     progress = Progress(reader.share, lambda: model.statistics)
     try:
@@ -60,7 +60,7 @@ def normalize(
     affine, data = measured.affine, measured.data
     shared = "its files are links to those of" if linked else "its files are copies of those of"
     show(f"{output}: (reward - {affine.mean:g}) / {affine.std:g}, of {data.texts:,} rewards of {data.rows:,} rows")
-    toplevel.say(f"{len(written.manifest.files)} files, {shared} {bundle}")
+    toplevel.say(f"{len(written.manifest.files)} files, {shared} {model.bundle.name}")
     if before is not None:
         toplevel.say(f"before: (reward - {before.mean:g}) / {before.std:g}")
     if data.truncated:

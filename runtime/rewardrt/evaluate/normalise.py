@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from rewardrt.bundle.manifest import FORMAT_VERSION, Bundle, read_bundle, write_manifest
+from rewardrt.bundle.opening import with_graphs
 from rewardrt.bundle.reference_data import ReferenceData
 from rewardrt.bundle.spec import Affine
 from rewardrt.data.files import Summary, score_file
@@ -89,7 +90,7 @@ def check(model: RewardModel) -> None:
     """Raise RewardRTError for a model whose rewards depend on what they are compared with."""
     if model.spec.input == "pairwise":
         raise RewardRTError(
-            f"{model.bundle.path}: compares answers; a reward is of a group of answers, and has no mean and std of data"
+            f"{model.bundle.name}: compares answers; a reward is of a group of answers, and has no mean and std of data"
         )
 
 
@@ -101,6 +102,7 @@ def write_normalised(bundle: Bundle, measured: Measured, target: Path) -> tuple[
     """
     if target.exists() or target.is_symlink():
         raise BundleError(f"{target}: exists already; choose another folder")
+    bundle = with_graphs(bundle, bundle.manifest.variants)  # of one on the Hub one graph is here
     manifest = replace(
         bundle.manifest,
         format_version=FORMAT_VERSION,

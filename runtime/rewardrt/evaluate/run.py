@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rewardrt.bundle.manifest import MANIFEST, read_bundle
+from rewardrt.bundle import hub
+from rewardrt.bundle.manifest import MANIFEST
+from rewardrt.bundle.opening import open_bundle
 from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.data.files import Summary
 from rewardrt.data.readers import RowReader
@@ -48,8 +50,10 @@ class Plan:
     @property
     def other(self) -> Path | None:
         """The other bundle."""
-        folder = None if self.against is None else Path(self.against)
-        return folder if folder is not None and (folder / MANIFEST).exists() else None
+        if self.against is None:
+            return None
+        folder = Path(self.against)
+        return folder if hub.parse(self.against) is not None or (folder / MANIFEST).exists() else None
 
     @property
     def earlier(self) -> tuple[str, ...]:
@@ -103,7 +107,7 @@ def graphs(plan: Plan) -> list[tuple[ProviderChoice, str]]:
     """
     if plan.precision != ALL:
         return [(plan.provider, plan.precision)]
-    bundle, obtained = read_bundle(plan.bundle), select_provider(plan.provider).provider
+    bundle, obtained = open_bundle(plan.bundle), select_provider(plan.provider).provider
     found: list[tuple[Provider, str]] = [
         (obtained, variant.precision)
         for variant in bundle.runnable(obtained)

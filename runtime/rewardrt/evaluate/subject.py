@@ -30,7 +30,7 @@ class Subject:
         """Describe a model."""
         manifest, spec = model.bundle.manifest, model.spec
         return cls(
-            bundle=model.bundle.path.resolve().name,
+            bundle=model.bundle.short_name,
             family=spec.family,
             backbone=spec.backbone,
             parameters=manifest.provenance.parameters,
