@@ -19,11 +19,33 @@ NEWEST_TESTS := $(patsubst %,tests/test_%.py,bundles_of_earlier_versions session
   chat_templates template_inputs tokens_and_batches hostile_bundles encoders) \
   tests/test_sequence_classification.py::test_every_backbone_scores_as_in_transformers
 
+STEP := ----- 
+, := ,
+# $(call install,FOLDER,ARGUMENTS OF PIP): make a virtual environment and fill it. What is downloaded is shown as it comes;
+# all that pip says is in FOLDER/pip.log, whose end is shown where it fails.
+define install
+@echo "$(STEP)making a virtual environment in $(1)"
+$(PYTHON) -m venv $(1)
+@echo "$(STEP)installing into it, by pip: minutes the first time, for torch alone is large; its log is $(1)/pip.log"
+@start=$$(date +%s); \
+{ $(1)/bin/pip install --disable-pip-version-check --progress-bar off $(2) 2>&1; echo "$$?" > $(1)/pip.status; } \
+| tee $(1)/pip.log \
+| awk '/^ *Downloading / { sub(".*/", "", $$2); print "  downloading " $$2 " " $$3 " " $$4; fflush() } \
+/^Installing collected packages/ { print "  installing " NF - 3 " packages"; fflush() }'; \
+status=$$(cat $(1)/pip.status); seconds=$$(( $$(date +%s) - start )); \
+if [ "$$status" = 0 ]; then echo "  done in $$seconds s"; \
+else grep -v WARNING $(1)/pip.log | tail -n 12 | sed 's/^/  /'; \
+echo "  pip failed after $$seconds s, as above; see $(1)/pip.log, and type the same make command again once it is mended"; exit 1; fi
+endef
+
 .PHONY: demo test test-fast test-tensorrt test-backbones test-oldest test-newest test-ray test-trainers coverage sanitize test-frameworks check format docs zoo kernel-table tensorrt-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
+	@echo "$(STEP)exporting the model in models/tiny to a bundle, .demo/tiny"
 	$(BIN)/rewardrt export models/tiny .demo/tiny --force
+	@echo "$(STEP)scoring the answers in examples/answers.jsonl, without torch"
 	$(BIN)/rewardrt score .demo/tiny examples/answers.jsonl --table
+	@echo 'next: `$(BIN)/rewardrt serve .demo/tiny`, and open http://127.0.0.1:5000/'
 
 test-fast: $(VENV)/installed  ## what neither exports nor is slow, in under 90 s
 	$(BIN)/python -m pytest --fast -n 2 --dist loadfile
@@ -102,8 +124,7 @@ smollm2: $(VENV)/installed  ## build and export the 135M reference model: make s
 	@echo 'REWARDRT_SMOLLM2_BUNDLE=$(abspath $(OUT)/bundle) lets `make test` hold it too'
 
 $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,dev,serve-test,tensorrt-test]'
+	$(call install,$(VENV),-c constraints.txt -e '.[export$(,)cpu$(,)dev$(,)serve-test$(,)tensorrt-test]')
 	@touch $@
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt hatch_build.py $(wildcard runtime/kernels/*)

@@ -252,7 +252,7 @@ def test_frequencies_that_depend_on_the_length_are_exact_up_to_where_they_do(kin
     changes = {"max_position_embeddings": 64} if kind == "dynamic" else {}
     model = write_sequence_classification(tmp_path / "rm", rope_parameters=LENGTH_DEPENDENT[kind], **changes)
     said: list[str] = []
-    bundle = export(tmp_path / "rm", tmp_path / "bundle", progress=said.append)
+    bundle = export(tmp_path / "rm", tmp_path / "bundle", progress=lambda step: said.append(str(step)))
     assert bundle.manifest.spec.max_length == 64
     if kind == "longrope":
         assert any("64 tokens; beyond them its rotary frequencies depend on the length" in line for line in said)

@@ -94,7 +94,7 @@ def test_the_ids_are_those_of_the_saved_tokenizer_json(name: str, tmp_path: Path
     )
     model = write_with_tokenizer(tmp_path / "rm", backend, name)
     lines: list[str] = []
-    bundle = export(tmp_path / "rm", tmp_path / "bundle", progress=lines.append)
+    bundle = export(tmp_path / "rm", tmp_path / "bundle", progress=lambda step: lines.append(str(step)))
     own = Tokenizer.from_file(str(tmp_path / "rm" / "tokenizer.json"))
     ids = [own.encode(text, add_special_tokens=False).ids for text in TEXTS]
     rebuilt = AutoTokenizer.from_pretrained(tmp_path / "rm")
@@ -273,7 +273,7 @@ def test_tokens_without_a_row_in_the_embedding_are_named_and_refused(tmp_path: P
     tokenizer.add_tokens([AddedToken("<extra>", special=True), AddedToken("<more>", special=True)])
     write_sequence_classification(tmp_path / "rm", tokenizer=tokenizer)  # 300 rows, 302 tokens
     lines: list[str] = []
-    bundle = export(tmp_path / "rm", tmp_path / "bundle", progress=lines.append)
+    bundle = export(tmp_path / "rm", tmp_path / "bundle", progress=lambda step: lines.append(str(step)))
     assert (
         "vocabulary: 2 tokens of the tokenizer have no row in the embedding of 300: '<extra>' (id 300) and others; "
         "a text that holds one is refused"

@@ -20,6 +20,7 @@ from rewardrt import RewardModel
 from rewardrt.errors import CheckpointError
 from rewardrt.text.tokens import EncodedText
 from rewardrt_export.pipeline import export
+from rewardrt_export.places import check_checkpoint, find_repository
 from rewardrt_export.source.repository import find_checkpoint, wanted_files
 
 # What is in repositories beside what an export reads.
@@ -129,7 +130,7 @@ def test_checkpoints_and_bases_are_read_by_name(tmp_path: Path) -> None:
         read = {*files} - {"model.safetensors", "README.md"}
         size = sum(len(files[name]) for name in read) / 1e6
         rm, base, adapter = (f"{name}@{commits[name]}" for name in commits)
-        assert found[0] == f"hf://{rm}: {len(read)} files, {size:,.1f} MB, from the Hub or its cache"
+        assert found[0] == f"downloading hf://{rm} or taking it from the cache ({len(read)} files, {size:,.1f} MB)"
         assert found[1] == f"# {rm}: OpenRLHF reward model"
         assert found[2] == f"{adapter} on {base} {tensors}"
         refused = str(tmp_path / "hf/hub/models--org--adapter/snapshots" / commits["org/adapter"])
@@ -142,8 +143,10 @@ def test_checkpoints_and_bases_are_read_by_name(tmp_path: Path) -> None:
             f"rewardrt score hf://org/bundle@{hub.repos['org/bundle'].refs['main']}",
             f"HubError hf://org/none: no such repository at {hub.url}, or it is private: set HF_TOKEN, or run `hf auth "
             "login`",
-            "CheckpointError here-is/a-slip: expected a checkpoint folder, found nothing; the Hub's is hf://here-is/a-slip",
-            "CheckpointError org/here: expected a checkpoint folder, found nothing",
+            "CheckpointError here-is/a-slip: expected a checkpoint folder, found nothing; to download it from the "
+            "Hugging Face Hub, name it hf://here-is/a-slip",
+            "CheckpointError org/here: expected a checkpoint folder, found nothing; to download it from the Hugging Face "
+            "Hub, name it hf://org/here",
         ]
         asked = {path.split("/resolve/")[1].partition("/")[2] for how, path, _ in hub.log if "/org/rm/resolve/" in path}
         assert asked == read
@@ -168,13 +171,13 @@ def test_a_bundle_says_the_repository_and_commit_of_a_folder_of_the_hubs_cache(t
     assert abs(found - expected) < 1e-5
 
 
-def test_a_folder_goes_before_the_hub_and_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "rm").mkdir(parents=True)
-    said: list[str] = []
-    assert find_checkpoint("org/rm", said.append) == Path("org/rm")
-    assert said == ["org/rm: taken from the folder here; the Hub's is hf://org/rm"]
-    assert find_checkpoint(tmp_path / "org" / "rm", said.append) == tmp_path / "org" / "rm"
-    assert len(said) == 1
+    assert find_repository("org/rm") is None and find_checkpoint("org/rm") == Path("org/rm")
+    assert find_checkpoint(tmp_path / "org" / "rm") == tmp_path / "org" / "rm"
+    assert str(find_repository("hf://org/rm")) == "hf://org/rm"
+    assert str(find_repository("another/rm@v2")) == "hf://another/rm@v2"
+    assert find_repository("org/rn") is None  # the folder org is here: a slip
     with pytest.raises(CheckpointError, match="org/rn: expected a checkpoint folder, found nothing"):
-        find_checkpoint("org/rn")
+        check_checkpoint(Path("org/rn"))

@@ -18,10 +18,10 @@ FOLDERS = {"rewardrt": ROOT / "runtime" / "rewardrt", "rewardrt_export": ROOT / 
 # Modules, and packages with their modules, each left of everything that may import it. docs/architecture.md says why.
 ORDER = {
     "rewardrt": """
-        telemetry display errors forks
+        telemetry display errors forks steps
         machine: processor denormals gpu engine_cache plugins providers kernels
         graph: graph_file shapes engine session
-        bundle: hub spec certificate reference_data precisions manifest engines opening card
+        bundle: hub spec certificate reference_data precisions folder manifest engines opening card
         text: template_limits chat_template items rendering taps tokens fields rows
         scoring: scored source batching prefix runner pairwise answers
         reward_model
@@ -35,9 +35,10 @@ ORDER = {
         client: address wire servers batches
         reward_client
         trainers: reward areal ms_swift openrlhf slime trl verifiers verl listing
-        cli: toplevel output progress engine_options options table warm bench doctor inspect normalize push score_files score evaluate serve trainer verify app
+        cli: fault toplevel output progress engine_options options table warm bench doctor inspect normalize push score_files score evaluate serve trainer verify app
     """,
     "rewardrt_export": """
+        places
         source: foreign text_files weights adapter_config adapters chat_template directions layouts config multimodal padding tokenizer tokenizer_files
           tokenizer_loader folder repository
         token_options

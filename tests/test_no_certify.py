@@ -89,7 +89,7 @@ def test_a_model_that_torch_has_no_memory_for_is_refused_before_it_is_traced(
     monkeypatch.setattr(memory, "available_memory", lambda: 1_000_000)
     steps: list[str] = []
     with pytest.raises(CertificateError, match=r"0\.0 GB are free; .* --no-certify") as error:
-        pipeline.export(TINY, tmp_path / "bundle", progress=steps.append)
+        pipeline.export(TINY, tmp_path / "bundle", progress=lambda step: steps.append(str(step)))
     assert "\n" not in str(error.value)
     assert steps == ["reading the checkpoint"]
     assert list(tmp_path.iterdir()) == []
@@ -101,7 +101,9 @@ def test_a_model_that_only_torch_has_no_memory_for_is_certified_layer_by_layer(
     parameters = sum(torch.Size(tensor.shape).numel() for tensor in read_tensors(TINY).values())
     monkeypatch.setattr(memory, "available_memory", lambda: 2 * parameters)  # int8 fits, float32 does not
     steps: list[str] = []
-    made = pipeline.export(TINY, tmp_path / "bundle", precisions=("int8",), progress=steps.append)
+    made = pipeline.export(
+        TINY, tmp_path / "bundle", precisions=("int8",), progress=lambda step: steps.append(str(step))
+    )
     assert "scoring the golden texts with torch, layer by layer" in steps
     whole = {row["ids"]: row["rewards"] for row in golden_rows(tiny_bundle)}
     found = golden_rows(made.path)

@@ -14,6 +14,7 @@ import pytest
 
 from rewardrt import RewardModel, Scored
 from rewardrt.scoring.answers import Prepared
+from rewardrt.server.access import UNAUTHORIZED
 from rewardrt.text.items import Conversation, RawText
 from rewardrt.text.rows import Row
 from server_process import Running, serving
@@ -339,8 +340,12 @@ def test_tei_tells_what_it_serves(server: Running) -> None:
 
 def test_every_path_refuses_a_wrong_key_in_its_own_words(server: Running) -> None:
     found = {path: httpx.post(server.url + path).json() for path in ("/classify", "/predict", "/v2/models/m/infer")}
+    said = f"{UNAUTHORIZED}; none was sent"
     assert found == {
-        "/classify": {"error": "Unauthorized"},
-        "/predict": {"error": "Unauthorized", "error_type": "Unauthorized"},
-        "/v2/models/m/infer": {"error": "Unauthorized"},
+        "/classify": {"error": "Unauthorized"},  # in vLLM's words alone
+        "/predict": {"error": said, "error_type": "Unauthorized"},
+        "/v2/models/m/infer": {"error": said},
     }
+    wrong = httpx.post(server.url + "/predict", headers={"x-api-key": "guess"}).json()
+    assert wrong["error"] == f"{UNAUTHORIZED}; another one was sent"
+    assert "error=\"Unauthorized: send this server's key as" in server.wait_for("another one was sent")

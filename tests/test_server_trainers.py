@@ -13,6 +13,7 @@ import pytest
 
 from rewardrt import RewardModel
 from rewardrt.scoring.answers import Prepared
+from rewardrt.server.access import UNAUTHORIZED
 from rewardrt.server.openapi import document
 from rewardrt.server.routes import ROUTES
 from rewardrt.text.items import TokenIds
@@ -342,11 +343,12 @@ def test_a_field_of_a_chat_that_is_not_understood_is_refused_by_name(server: Run
 
 
 def test_the_new_routes_want_the_key_and_are_in_the_document(tiny_bundle: Path) -> None:
+    said = f"{UNAUTHORIZED}; none was sent"
     refusals: dict[str, Any] = {
-        "/remote_rm": {"error": "Unauthorized"},
-        "/v1/score/evaluation": {"detail": "Unauthorized"},
+        "/remote_rm": {"error": said},
+        "/v1/score/evaluation": {"detail": said},
         "/v1/chat/completions": {"error": "Unauthorized"},
-        "/swift/v1/chat/completions": {"object": "error", "message": "Unauthorized"},
+        "/swift/v1/chat/completions": {"object": "error", "message": said},
     }
     paths = document()["paths"]
     with serving(tiny_bundle, "--api-key", "sesame") as running:

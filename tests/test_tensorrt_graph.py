@@ -98,7 +98,13 @@ def test_the_manifest_does_not_claim_an_engine_that_was_not_built(made: Bundle) 
 
 def test_an_export_says_that_the_engine_was_not_built_and_why(tmp_path: Path) -> None:
     lines: list[str] = []
-    export(TINY, tmp_path / "bundle", precisions=("tensorrt",), certified=False, progress=lines.append)
+    export(
+        TINY,
+        tmp_path / "bundle",
+        precisions=("tensorrt",),
+        certified=False,
+        progress=lambda step: lines.append(str(step)),
+    )
     assert "the tensorrt graph was not built: TensorRT-RTX is not installed" in lines
 
 

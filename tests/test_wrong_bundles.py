@@ -164,7 +164,8 @@ def test_a_wrong_bundle_is_refused_in_one_line(tmp_path: Path, tiny_bundle: Path
 @pytest.mark.parametrize("command", ["score", "verify", "inspect"])
 def test_every_command_refuses_what_is_no_folder_with_exit_status_2(tmp_path: Path, command: str) -> None:
     (tmp_path / "file").write_text("x")
-    for target, found in (("nothing", "nothing"), ("file", "a file")):
+    advice = "nothing; `rewardrt export CHECKPOINT BUNDLE` makes one"
+    for target, found in (("nothing", advice), ("file", "a file")):
         extra = ["--prompt", "a", "--response", "b"] if command == "score" else []
         result = run(command, tmp_path / target, *extra)
         assert result.returncode == 2

@@ -185,9 +185,11 @@ def test_the_command_prints_the_line_and_exits_2(tmp_path: Path, capfd: pytest.C
         sys.argv = old
     assert caught.value.code == 2
     lines = capfd.readouterr().err.splitlines()
-    assert lines[0] == "reading the checkpoint"
-    assert lines[1].startswith("error: no reward head: ")
-    assert len(lines) == 2
+    times, steps = zip(*(line.partition(" s] ")[::2] for line in lines[:2]), strict=True)
+    assert steps == ("loading torch and transformers", "reading the checkpoint")
+    assert all(float(time.removeprefix("[")) >= 0 for time in times)
+    assert lines[2].startswith("error: no reward head: ")
+    assert len(lines) == 3
     assert not (tmp_path / "bundle").exists()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,11 @@ import click
 
 from rewardrt.bundle.precisions import PRECISIONS, in_words
 from rewardrt.bundle.spec import POOLING_RULES, PoolingRule
+from rewardrt.cli import toplevel
+from rewardrt.cli.options import example
 from rewardrt.errors import MissingExtraError
+from rewardrt.steps import Step
+from rewardrt_export.places import check_checkpoint, check_target, find_repository
 from rewardrt_export.token_options import LOGIT_FUNCTIONS, LogitFunction, TokenOptions, encodable
 
 if TYPE_CHECKING:
@@ -47,7 +53,12 @@ _PRECISIONS = "\b\nPrecisions:\n" + "\n".join(
 )
 
 
-@click.command(epilog=_PRECISIONS)
+_EXAMPLES = example(
+    "rewardrt export CHECKPOINT bundle", "rewardrt export CHECKPOINT bundle --precision fp32 --precision int8"
+)
+
+
+@click.command(short_help="Make a bundle of a trained reward model.", epilog=f"{_PRECISIONS}\n\n{_EXAMPLES}")
 @click.argument("checkpoint")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--base", help="The base model, if CHECKPOINT leaves it out: a folder or ORG/NAME.")
@@ -140,10 +151,8 @@ def export(
         raise click.UsageError("--golden names texts to certify on; leave it or --no-certify out")
     if tokens and family not in (None, "token-logit"):
         raise click.UsageError("--tokens says what is read, and so does --family; give one")
-
-    def progress(stage: str) -> None:
-        click.echo(stage, err=True)
-
+    sources = [name for name in (checkpoint, base) if name is not None]
+    check_checkpoint(*(Path(name) for name in sources if find_repository(name) is None))
     if explain:
         if bundle is not None or spec_file is not None:
             raise click.UsageError(
@@ -154,47 +163,60 @@ def export(
         from rewardrt_export.source.repository import find_checkpoint
 
         options = TokenOptions(tokens, function, template, close, instruction)
-        folder = find_checkpoint(checkpoint, progress)
-        below = find_checkpoint(base, progress) if base is not None else None
-        source = read_source(folder, below, pad_token=pad_token, chat_template=chat_template, tokenizer=tokenizer)
+        folder, *below = (find_checkpoint(name, lambda step: toplevel.say(str(step))) for name in sources)
+        source = read_source(folder, *below, pad_token=pad_token, chat_template=chat_template, tokenizer=tokenizer)
         click.echo(explain_source(source, family, options), nl=False)
         return
     if bundle is None:
         raise click.UsageError("give the folder to write the BUNDLE to (or --explain to write none)")
+    check_target(bundle, force=force)
     from rewardrt.bundle.spec import to_json
     from rewardrt.cli.inspect import describe_manifest
-    from rewardrt_export import pipeline
+    from rewardrt.cli.progress import Steps, duration
 
-    written = pipeline.export(
-        checkpoint,
-        bundle,
-        base=base,
-        family=family,
-        spec_file=spec_file,
-        pooling=pooling,
-        pad_token=pad_token,
-        chat_template=chat_template,
-        max_length=max_length,
-        weights=weights,
-        normalise=normalize,
-        tokenizer=tokenizer,
-        token_options=TokenOptions(tokens, function, template, close, instruction),
-        precisions=precisions or ("fp32",),
-        token_rewards=token_rewards,
-        golden=golden,
-        calibrate=calibrate,
-        certified=certified,
-        force=force,
-        progress=progress,
-    )
+    with toplevel.sigterm_interrupts(), Steps() as steps:
+        steps(Step("loading torch and transformers"))
+        from rewardrt_export import pipeline
+
+        written = pipeline.export(
+            checkpoint,
+            bundle,
+            base=base,
+            family=family,
+            spec_file=spec_file,
+            pooling=pooling,
+            pad_token=pad_token,
+            chat_template=chat_template,
+            max_length=max_length,
+            weights=weights,
+            normalise=normalize,
+            tokenizer=tokenizer,
+            token_options=TokenOptions(tokens, function, template, close, instruction),
+            precisions=precisions or ("fp32",),
+            token_rewards=token_rewards,
+            golden=golden,
+            calibrate=calibrate,
+            certified=certified,
+            force=force,
+            progress=steps,
+        )
     manifest: Any = written.manifest
     if as_json:
         click.echo(json.dumps(to_json(manifest), indent=2, ensure_ascii=False))
     else:
         click.echo(describe_manifest(str(bundle), manifest))
+    sys.stdout.flush()  # before what comes after it on a terminal
+    named = shlex.quote(str(bundle))
+    toplevel.say(
+        f"exported in {duration(steps.seconds)}; next: `rewardrt score {named} ROWS.jsonl --table`, "
+        f"or `rewardrt serve {named}`"
+    )
 
 
-@click.command()
+@click.command(
+    short_help="List the reward-model families.",
+    epilog=example("rewardrt families", "rewardrt export CHECKPOINT bundle --family NAME"),
+)
 @click.option("--markdown", is_flag=True, help="Print docs/families.md.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def families(markdown: bool, as_json: bool) -> None:
@@ -206,3 +228,7 @@ def families(markdown: bool, as_json: bool) -> None:
         click.echo(json.dumps(as_rows(FAMILIES.values()), indent=2, ensure_ascii=False))
     else:
         click.echo((as_markdown if markdown else as_text)(FAMILIES.values()))
+        if sys.stdout.isatty():
+            toplevel.say(
+                "next: `rewardrt export CHECKPOINT BUNDLE`, with --family NAME where the files do not tell the family"
+            )

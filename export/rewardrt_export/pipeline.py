@@ -7,10 +7,9 @@ import dataclasses
 import datetime
 import errno
 import importlib.metadata
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,7 +20,6 @@ from rewardrt.bundle.manifest import (
     CHAT_TEMPLATE,
     FORMAT_VERSION,
     GOLDEN,
-    MANIFEST,
     TOKENIZER,
     Bundle,
     Manifest,
@@ -36,12 +34,14 @@ from rewardrt.bundle.spec import PoolingRule
 from rewardrt.checks.verify import write_golden
 from rewardrt.errors import ExportError
 from rewardrt.graph.shapes import Profile
+from rewardrt.steps import Progress, Step, begin, silent
 from rewardrt_export.certificate.certify import GoldenSet, certify, measure_fidelity, score_golden
 from rewardrt_export.certificate.encode import encode_probes, encode_texts
 from rewardrt_export.certificate.memory import check_memory
 from rewardrt_export.certificate.reference import score_with_torch, spread
 from rewardrt_export.checkpoint import Checkpoint, read_checkpoint
 from rewardrt_export.model.backbone import meta_backbone
+from rewardrt_export.places import check_target
 from rewardrt_export.precisions.calibrate import KEPT_TOKENS, Calibration, cut
 from rewardrt_export.precisions.table import chosen_precisions
 from rewardrt_export.precisions.writing import build_engine, write_graphs
@@ -53,7 +53,6 @@ from rewardrt_export.tracing.experts import EXPERTS
 from rewardrt_export.tracing.lower import lower
 from rewardrt_export.tracing.trace import trace
 
-Progress = Callable[[str], None]
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 VERSIONED = ("torch", "transformers", "tokenizers", "onnx-ir", "onnxscript", "onnxruntime")
 
@@ -79,7 +78,7 @@ def export(
     calibrate: Path | None = None,
     certified: bool = True,
     force: bool = False,
-    progress: Progress = lambda stage: None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Export the reward model `source` to the bundle folder `target`, and certify it.
 
@@ -96,23 +95,23 @@ def export(
     reward after every token, where a model reads one answer at one token. Without `certified` the torch model scores
     nothing, except the texts of `calibrate`: the bundle has no golden texts and says that it is uncertified. Where the
     torch model in float32 does not fit in memory, it scores layer by layer, fewer texts, and int8 is not calibrated.
+    `progress` is called with each step (`rewardrt.steps.Step`) as it begins, and with each text, weight or activation
+    of those that count them; `str(step)` is a line for people.
 
     Raises a RewardRTError and leaves nothing behind when anything fails. An existing `target` is replaced only with
-    `force`, and only once the new bundle is whole.
+    `force`, and only once the new bundle is whole. A KeyboardInterrupt says what was left behind.
     """
     precisions = chosen_precisions(precisions)
     calibrated = any(PRECISIONS[name].calibrated for name in precisions)
     if golden is not None and not certified:
         raise ExportError("golden texts are to certify on, and this export is not to be certified; leave one out")
     target = Path(target)
-    with contextlib.suppress(OSError):  # a name that the file system does not take: said when it is made
-        _check_target(target, force)  # before anything is downloaded
-    folder = find_checkpoint(source, progress)
-    below = find_checkpoint(base, progress) if base is not None else None
-    progress("reading the checkpoint")
+    check_target(target, force=force)  # before anything is downloaded
+    found, *below = (find_checkpoint(name, progress) for name in (source, base) if name is not None)
+    progress(Step("reading the checkpoint"))
     checkpoint = read_checkpoint(
-        folder,
-        base=below,
+        found,
+        base=below[0] if below else None,
         family=family,
         spec_file=spec_file,
         pooling=pooling,
@@ -130,20 +129,23 @@ def export(
             "with padding; export it in another precision"
         )
     for name, choice in checkpoint.source.choices.items():
-        progress(f"{name}: {choice}")
+        progress(Step(f"{name}: {choice}", note=True))
     own_texts = calibrated and calibrate is not None
     by_layer = (certified or own_texts) and not check_memory(
         checkpoint, precisions if certified else (), calibrates=own_texts
     )
     with _workplace(target, force) as folder:
-        progress(f"tracing {checkpoint.source.architecture} ({checkpoint.spec.backbone})")
+        progress(Step(f"tracing {checkpoint.source.architecture} ({checkpoint.spec.backbone})"))
         graph = _make_graph(checkpoint, token_rewards)
         _write_text_files(checkpoint, folder)
         calibration = Calibration() if calibrated and (certified or own_texts) and not by_layer else None
         golden_set = GoldenSet()
         if certified:
-            progress(f"scoring the golden texts with torch{', layer by layer' if by_layer else ''}")
-            golden_set = score_golden(checkpoint, folder, golden, None if own_texts else calibration, by_layer=by_layer)
+            count = begin(
+                progress, f"scoring the golden texts with torch{', layer by layer' if by_layer else ''}", "text"
+            )
+            seen_here = None if own_texts else calibration
+            golden_set = score_golden(checkpoint, folder, golden, seen_here, by_layer=by_layer, count=count)
             if calibration is not None:
                 calibration.reward_std = golden_set.reward_std
         else:
@@ -151,10 +153,10 @@ def export(
             encode_texts(checkpoint, folder, None)
             encode_probes(checkpoint, folder, ())
         if calibration is not None and own_texts:
-            progress(f"calibrating on {calibrate}")
+            count = begin(progress, f"calibrating on {calibrate}", "text")
             seen = [cut(text) for text in encode_texts(checkpoint, folder, calibrate)[1]]
             every = -(-sum(text.needed for text in seen) // KEPT_TOKENS)  # of so many texts, one: no more are kept
-            seen_rewards = score_with_torch(checkpoint, seen[::every], calibration=calibration)
+            seen_rewards = score_with_torch(checkpoint, seen[::every], calibration=calibration, count=count)
             calibration.reward_std = spread(seen_rewards)
         variants = write_graphs(graph, precisions, calibration, folder, progress)
         variants = [build_engine(each, folder, Profile.of(checkpoint.spec.max_length), progress) for each in variants]
@@ -165,11 +167,12 @@ def export(
         write_manifest(folder, manifest)
         certificates = []
         for precision in precisions if certified else ():
-            progress(f"certifying the {precision} graph against torch")
             fidelity = None
             if PRECISIONS[precision].rounds:
-                fidelity = measure_fidelity(checkpoint, folder, precision, golden_set, by_layer=by_layer)
-            certificates.append(certify(checkpoint, folder, precision, fidelity, by_layer=by_layer))
+                count = begin(progress, f"measuring what the {precision} graph rounds off", "text")
+                fidelity = measure_fidelity(checkpoint, folder, precision, golden_set, by_layer=by_layer, count=count)
+            count = begin(progress, f"certifying the {precision} graph against torch", "text")
+            certificates.append(certify(checkpoint, folder, precision, fidelity, by_layer=by_layer, count=count))
         write_manifest(folder, dataclasses.replace(manifest, certificates=tuple(certificates)))
         return _move(folder, target)
 
@@ -227,35 +230,32 @@ def _provenance(checkpoint: Checkpoint) -> Provenance:
 
 @contextlib.contextmanager
 def _workplace(target: Path, force: bool) -> Iterator[Path]:
-    """Give a fresh folder beside the target, gone at the end unless it was moved into place."""
-    try:
-        _check_target(target, force)
-    except OSError as error:  # a name that the file system does not take
-        raise ExportError(f"{target}: cannot be written ({error.strerror})") from error
+    """Give a fresh folder beside the target, gone at the end unless it was moved into place.
+
+    It lies in a folder of its own, which what it replaces is moved to, and which goes at the end whatever happens.
+    """
+    check_target(target, force=force)
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise ExportError(f"{target}: cannot be written ({error.strerror})") from error
-    folder.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; a bundle is to be read by others
     try:
-        yield folder
+        try:
+            folder = place / "bundle"  # mkdtemp makes private folders; a bundle is to be read by others
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):  # not empty: the bundle is in it
+                    parent.rmdir()
     except OSError as error:
         raise ExportError(_say_os_error(error, target)) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):  # not empty: the bundle is in it
-                parent.rmdir()
-
-
-def _check_target(target: Path, force: bool) -> None:
-    if target.exists() or target.is_symlink():
-        if not force:
-            raise ExportError(f"{target}: exists already; choose another folder, or replace it with --force")
-        if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
-            raise ExportError(f"{target}: is not a bundle; --force replaces bundles only")
+    except KeyboardInterrupt as end:  # also a second one, while the folder was removed
+        left = f"{place} was left behind: delete it" if place.exists() else "nothing was left behind"
+        raise type(end)(left) from None
 
 
 def _say_os_error(error: OSError, target: Path) -> str:
@@ -268,14 +268,15 @@ def _say_os_error(error: OSError, target: Path) -> str:
     return f"the export was stopped by the system: {reason}{f' ({error.filename})' if error.filename else ''}"
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _move(folder: Path, target: Path) -> Bundle:
-    if target.exists():
-        shutil.rmtree(target)
-    folder.rename(target)
+    """Put the new bundle into its place; where that fails or is interrupted, the old one is there again."""
+    replaced = folder.with_name("replaced")
+    try:
+        if target.exists():
+            target.rename(replaced)
+        folder.rename(target)
+    except BaseException:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        raise
     return read_bundle(target, check_hashes=False)

@@ -16,6 +16,7 @@ from rewardrt.bundle.manifest import GOLDEN
 from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.checks.verify import GoldenText, pair_order_agreement, read_golden, verify
 from rewardrt.errors import CertificateError, InferenceError
+from rewardrt.steps import Count, uncounted
 from rewardrt.text.tokens import EncodedText
 from rewardrt_export.certificate import memory
 from rewardrt_export.certificate.encode import certified_lengths, encode_probes, encode_texts, uncertified_lengths
@@ -72,6 +73,7 @@ def score_golden(
     calibration: Calibration | None = None,
     *,
     by_layer: bool = False,
+    count: Count = uncounted,
 ) -> GoldenSet:
     """Tokenize the golden texts with what is in the bundle's folder, and score them with torch; probes apart.
 
@@ -87,7 +89,9 @@ def score_golden(
     probes, encoded_probes = encode_probes(checkpoint, bundle, () if by_layer else certified_lengths(checkpoint))
     few = slice(None, PROBES_BY_LAYER if by_layer else None)
     candidates, encoded = candidates + probes[few], encoded + encoded_probes[few]
-    rewards = score_with_torch(checkpoint, encoded, calibration=calibration, observed=split.seen, by_layer=by_layer)
+    rewards = score_with_torch(
+        checkpoint, encoded, calibration=calibration, observed=split.seen, by_layer=by_layer, count=count
+    )
     _compare_with_class(checkpoint, encoded, rewards)
     texts = [
         GoldenText(
@@ -125,6 +129,7 @@ def measure_fidelity(
     golden: GoldenSet,
     *,
     by_layer: bool = False,
+    count: Count = uncounted,
 ) -> Fidelity:
     """Compare a graph that rounds, and torch in bfloat16, with torch in float32 on golden texts.
 
@@ -141,7 +146,7 @@ def measure_fidelity(
         found += values[: len(text.rewards)].tolist()  # objectives come after the reward, and torch gave none
     rounded = np.array(found)
     del model  # two of them need not fit
-    other = score_with_torch(checkpoint, texts, dtype=torch.bfloat16, by_layer=by_layer)
+    other = score_with_torch(checkpoint, texts, dtype=torch.bfloat16, by_layer=by_layer, count=count)
     bfloat16 = np.array([value for each in other for value in each])
     std = golden.reward_std
     return Fidelity(
@@ -160,12 +165,13 @@ def certify(
     fidelity: Fidelity | None = None,
     *,
     by_layer: bool = False,
+    count: Count = uncounted,
 ) -> Certificate:
     """Score the golden texts through the public runtime with one of the graphs, and say how far off torch it is.
 
     Raises CertificateError when that is over the precision's tolerance, or not a number.
     """
-    found = verify(RewardModel.load(bundle, provider="cpu", precision=precision, check_hashes=False))
+    found = verify(RewardModel.load(bundle, provider="cpu", precision=precision, check_hashes=False), count=count)
     if failed := [problem for problem in found.problems if problem.startswith("the graph failed on")]:
         name = checkpoint.source.architecture
         raise CertificateError(

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rewardrt.bundle.spec import Spec
 from rewardrt.errors import CertificateError
+from rewardrt.steps import Count, uncounted
 from rewardrt.text.tokens import EncodedText
 from rewardrt_export.checkpoint import Checkpoint
 from rewardrt_export.model.backbone import load, meta_backbone
@@ -39,6 +40,7 @@ def score_with_torch(
     calibration: Calibration | None = None,
     observed: Collection[int] | None = None,
     by_layer: bool = False,
+    count: Count = uncounted,
 ) -> list[tuple[float, ...]]:
     """Return the raw rewards of each text: one, one for each of its steps, or the vector that it is compared by.
 
@@ -54,6 +56,7 @@ def score_with_torch(
     head.requires_grad_(False)
     rewards = []
     for index, text in enumerate(texts):
+        count(index + 1, len(texts))
         score = partial(_score_text, model, head, checkpoint.spec, text)
         if watching is not None and (observed is None or index in observed):
             values = watching.score(score, derive=len(text.ids) <= LONGEST)

@@ -26,6 +26,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.tape import Tape
 
 from rewardrt.errors import ExportError
+from rewardrt.steps import Count, uncounted
 from rewardrt_export.precisions.calibrate import Calibration
 from rewardrt_export.precisions.functions import CHANNELS, DOMAIN, PANEL, pack
 from rewardrt_export.precisions.fuse import fuse
@@ -37,7 +38,7 @@ from rewardrt_export.precisions.smoothing import UNSMOOTHED, Plan
 BLOCK = 32  # rows of a weight that share a step size, where only weights are rounded
 
 
-def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Model:
+def quantize(model: ir.Model, calibration: Calibration | None = None, count: Count = uncounted) -> ir.Model:
     """Replace the backbone's products with weights, in place; with a calibration, those that its texts went through.
 
     Weights are rounded as `calibration` says, or else to the nearest, when the model is saved. Products of one
@@ -47,7 +48,7 @@ def quantize(model: ir.Model, calibration: Calibration | None = None) -> ir.Mode
     multiplied, K a multiple of CHANNELS, and choose no experts, are int8 in panels, with float32 step sizes of their
     columns; the graph calls operators of DOMAIN and has the functions of all of them.
     """
-    plan = None if calibration is None else Plan(calibration)
+    plan = None if calibration is None else Plan(calibration, count)
     readers: dict[ir.Value, list[ir.Node]] = {}
     exact = choosing(model.graph)
     for node in model.graph:

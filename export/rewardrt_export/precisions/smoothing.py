@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rewardrt.steps import Count, uncounted
 from rewardrt_export.precisions.calibrate import Calibration, Seen
 from rewardrt_export.precisions.functions import MIXED, hadamard
 from rewardrt_export.precisions.rounding import Factor, Floats, make_factor
@@ -89,10 +90,13 @@ class Plan:
     planes.
     """
 
-    def __init__(self, calibration: Calibration) -> None:
-        """Learn the scales: seconds to minutes."""
+    def __init__(self, calibration: Calibration, count: Count = uncounted) -> None:
+        """Learn the scales: seconds to minutes. Counted are the activations."""
         ladders = {owner: _ladder(calibration, owner) for owner in calibration.owners}
-        taken = {owner: next(ladder) for owner, ladder in ladders.items()}
+        taken: dict[str, _Rung] = {}
+        for number, (owner, ladder) in enumerate(ladders.items(), 1):
+            count(number, len(ladders))
+            taken[owner] = next(ladder)
         goal = (GOAL * calibration.reward_std) ** 2
         while sum(rung.damage for rung in taken.values()) > goal:
             cheap = [owner for owner, rung in taken.items() if rung.smoothing.mixable]

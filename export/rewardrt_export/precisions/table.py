@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from rewardrt.bundle.precisions import PRECISIONS, current_name
 from rewardrt.errors import ExportError
+from rewardrt.steps import Count
 from rewardrt_export.precisions.calibrate import Calibration
 from rewardrt_export.precisions.half import halve
 from rewardrt_export.precisions.quantize import quantize, quantize_weights
@@ -15,15 +16,16 @@ from rewardrt_export.precisions.storage import store
 from rewardrt_export.precisions.tensorrt import for_tensorrt
 
 # Each turns the float32 graph, whose weights are lazy, into its own; the graph is its own, to be changed.
-LOWERINGS: dict[str, Callable[[ir.Model, Calibration | None], ir.Model]] = {
-    "fp32": lambda graph, calibration: graph,
-    "weights-bf16": lambda graph, calibration: store(graph, ir.DataType.BFLOAT16),
-    "weights-fp16": lambda graph, calibration: store(graph, ir.DataType.FLOAT16),
-    "half": lambda graph, calibration: halve(graph),
-    "tensorrt": lambda graph, calibration: for_tensorrt(graph),
+# What takes long counts its parts.
+LOWERINGS: dict[str, Callable[[ir.Model, Calibration | None, Count], ir.Model]] = {
+    "fp32": lambda graph, calibration, count: graph,
+    "weights-bf16": lambda graph, calibration, count: store(graph, ir.DataType.BFLOAT16),
+    "weights-fp16": lambda graph, calibration, count: store(graph, ir.DataType.FLOAT16),
+    "half": lambda graph, calibration, count: halve(graph),
+    "tensorrt": lambda graph, calibration, count: for_tensorrt(graph),
     "int8": quantize,
-    "weights8": lambda graph, calibration: quantize_weights(graph, bits=8),
-    "weights4": lambda graph, calibration: quantize_weights(graph, bits=4),
+    "weights8": lambda graph, calibration, count: quantize_weights(graph, bits=8),
+    "weights4": lambda graph, calibration, count: quantize_weights(graph, bits=4),
 }
 
 

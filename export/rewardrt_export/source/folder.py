@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rewardrt.errors import CheckpointError
+from rewardrt_export.places import check_checkpoint
 from rewardrt_export.source.adapter_config import Adapter, find_adapter
 from rewardrt_export.source.adapters import merge_adapter
 from rewardrt_export.source.chat_template import read_chat_template
@@ -140,10 +141,7 @@ def read_source(
     of two readings of the tokenizer is taken where they differ. Raises CheckpointError naming the file that is missing
     or damaged.
     """
-    for place in (folder, base):
-        if place is not None and not place.is_dir():
-            found = "a file" if place.exists() else "nothing"
-            raise CheckpointError(f"{place}: expected a checkpoint folder, found {found}")
+    check_checkpoint(folder, base)
     adapter = find_adapter(folder, base)
     if adapter is not None:
         return _read_adapter_source(adapter, pad_token, chat_template, tokenizer)

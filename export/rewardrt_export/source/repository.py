@@ -5,13 +5,15 @@ The rules for which files are read are those of a folder, applied to the reposit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rewardrt.bundle import hub
 from rewardrt.bundle.manifest import MANIFEST
 from rewardrt.errors import CheckpointError, HubError
+from rewardrt.steps import Progress, Step, silent
+from rewardrt_export.places import find_repository
 from rewardrt_export.source.adapter_config import ADAPTER_CONFIG
 from rewardrt_export.source.adapters import ADAPTER_FILES
 from rewardrt_export.source.chat_template import FOLDER, JINJA, PROCESSOR_FILES
@@ -32,23 +34,13 @@ _TEXT = (CONFIG_FILE, ADAPTER_CONFIG, *SETTINGS, *VOCABULARIES, JINJA, *PROCESSO
 _BELOW = (f"{FOLDER}/*.jinja", LOGIT_SCORE)  # in folders of the checkpoint's
 
 
-def find_checkpoint(name: str | Path, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Return the folder of a checkpoint: the one of this name, or what is downloaded of `ORG/NAME[@REVISION]`.
+def find_checkpoint(name: str | Path, progress: Progress = silent) -> Path:
+    """Return the folder of a checkpoint: the one of this name, or where `ORG/NAME[@REVISION]` was downloaded to.
 
-    A folder goes first, and one that may be meant for the Hub's is said to be taken. `hf://ORG/NAME` is always the
-    Hub's. A name is not asked of the Hub where a folder ORG is here: then it is a slip. Raises CheckpointError,
-    HubError, or MissingExtraError.
+    Raises CheckpointError, HubError, or MissingExtraError.
     """
-    repository = hub.parse(name)
-    if repository is None:
-        folder, repository = Path(name), hub.named(str(name))
-        if repository is None or folder.exists() or folder.parent.exists():
-            if repository is not None and folder.is_dir():
-                say(f"{name}: taken from the folder here; the Hub's is {repository}")
-            elif repository is not None and not folder.exists():
-                raise CheckpointError(f"{name}: expected a checkpoint folder, found nothing; the Hub's is {repository}")
-            return folder
-    return _download(repository, say)
+    repository = find_repository(name)
+    return Path(name) if repository is None else _download(repository, progress)
 
 
 def wanted_files(files: Collection[str]) -> list[str]:
@@ -68,7 +60,7 @@ def _first(names: Iterable[str], files: Collection[str]) -> list[str]:
     return [name for name in names if name in files][:1]
 
 
-def _download(asked: hub.Repository, say: Callable[[str], None]) -> Path:
+def _download(asked: hub.Repository, progress: Progress) -> Path:
     repository, files = hub.list_files(asked)
     wanted = wanted_files(files)
     _check_listing(repository, files, wanted)
@@ -78,7 +70,7 @@ def _download(asked: hub.Repository, say: Callable[[str], None]) -> Path:
         wanted = [*wanted, *sorted(name for name in named if name in files and "/" not in name)]
     wanted = list(dict.fromkeys(wanted))
     size = sum(files[name] for name in wanted)
-    say(f"{repository}: {len(wanted)} files, {size / 1e6:,.1f} MB, from the Hub or its cache")
+    progress(Step(f"downloading {repository} or taking it from the cache ({len(wanted)} files, {size / 1e6:,.1f} MB)"))
     found = {name: _fetch(repository, name) for name in wanted}
     name, path = found.popitem()
     return path.parents[name.count("/")]

@@ -17,6 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from rewardrt.bundle.certificate import Certificate
+from rewardrt.bundle.folder import MANIFEST as MANIFEST  # noqa: PLC0414 - for those that read it here
+from rewardrt.bundle.folder import find_manifest
 from rewardrt.bundle.precisions import current_name
 from rewardrt.bundle.reference_data import ReferenceData
 from rewardrt.bundle.spec import OPTIONAL, Spec, from_json, to_json
@@ -26,7 +28,6 @@ from rewardrt.machine.processor import read_processor
 
 FORMAT_VERSION = 2  # written; one is added whenever a field comes that an older runtime may not overlook
 OLDEST_FORMAT_VERSION = 1  # read; fields that came later are OPTIONAL, with the default that was true before them
-MANIFEST = "reward.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GOLDEN = "golden.jsonl"
@@ -195,9 +196,6 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
     then files may not be links out of the folder either, which nothing would vouch for.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise BundleError(f"{folder}: expected a bundle folder, found {found}")
     bundle = Bundle(folder, read_manifest(folder))
     check_files(bundle, bundle.listed, check_hashes=check_hashes)
     return bundle
@@ -208,7 +206,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Nothing but `reward.json` is looked at. Raises BundleError.
     """
-    path = folder / MANIFEST
+    path = find_manifest(folder)
     manifest = _read_manifest(path)
     for record in manifest.files:
         _check_name(path, record.path)
@@ -261,8 +259,6 @@ def record_file(folder: Path, name: str) -> FileRecord:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    if not path.exists() and not path.is_symlink():
-        raise BundleError(f"{path}: no such file; {path.parent} is not a bundle")
     try:
         size = _file_size(path)
         if size > MANIFEST_BYTES:

@@ -186,6 +186,10 @@ def bench(
             figures.append(
                 _figures(worker, candidates[worker.name][0], bundle, workload, results[worker.name], first, rounds)
             )
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.kill()
+        raise
     finally:
         for worker in workers:
             worker.close()

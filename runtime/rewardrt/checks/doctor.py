@@ -174,6 +174,8 @@ def _advice(missing: list[str], providers: tuple[ProviderReport, ...], processor
                 f"onnxruntime is for CUDA, which does not start: {reasons['cuda']} "
                 f"(the wheel for the CPU alone is smaller: `{reinstall_command('cpu')}`)"
             )
+    if (slow := kernels.advice(processor.instruction_sets or ())) is not None:
+        advice.append(slow)
     if processor.cpu_limit is not None and processor.cpu_limit < processor.usable_cores:
         threads = max(1, int(processor.cpu_limit))
         advice.append(

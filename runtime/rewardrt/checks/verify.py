@@ -24,6 +24,7 @@ from rewardrt.machine.providers import Provider
 from rewardrt.reward_model import RewardModel
 from rewardrt.scoring.answers import Values
 from rewardrt.scoring.pairwise import text_of
+from rewardrt.steps import Count, uncounted
 from rewardrt.text.items import Item
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import EncodedText
@@ -76,10 +77,11 @@ class Verification:
         return not self.problems
 
 
-def verify(model: RewardModel) -> Verification:
+def verify(model: RewardModel, *, count: Count = uncounted) -> Verification:
     """Score the bundle's golden texts on this machine, alone and batched, and compare with torch's rewards.
 
-    Raises BundleError for an uncertified bundle and a golden.jsonl that cannot be read; differences are in the result.
+    `count` is called with each text that is scored alone. Raises BundleError for an uncertified bundle and a
+    golden.jsonl that cannot be read; differences are in the result.
     """
     if model.bundle.manifest.uncertified:
         raise BundleError(
@@ -95,7 +97,11 @@ def verify(model: RewardModel) -> Verification:
         raise BundleError(f"{model.bundle.name}: every golden text has the same reward; nothing can be verified")
     encoded = [text.encoded for text in texts]
     failures: list[str] = []
-    single = _rewards([model.runner.run([each])[0] for each in encoded], texts, failures)
+    alone = []
+    for number, each in enumerate(encoded, 1):
+        count(number, len(encoded))
+        alone += model.runner.run([each])
+    single = _rewards(alone, texts, failures)
     # Padded batches are how an accelerator is fed: checked on a CPU too, although it takes texts as they are.
     batched = _rewards(model.runner.run(encoded, padding=True, batch_tokens=PADDED_TOKENS), texts, failures)
     tolerance = PRECISIONS[model.precision].tolerance_std

@@ -41,9 +41,11 @@ class Worker:
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
+        # A session of its own: Ctrl+C is for whoever started it, who ends it.
         self._process = subprocess.Popen(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
-        )
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment,
+            start_new_session=True,
+        )  # fmt: skip
         self.loaded: dict[str, Any] | None = None
 
     def wait(self) -> dict[str, Any]:
@@ -70,6 +72,10 @@ class Worker:
         """Return the most memory that was resident since the model was loaded; None where the system does not tell."""
         peak = self.ask({"memory": True})["peak_bytes"]
         return None if peak is None else int(peak)
+
+    def kill(self) -> None:
+        """Let the process not finish what it is at; `close` follows."""
+        self._process.kill()
 
     def close(self) -> None:
         """End the process."""

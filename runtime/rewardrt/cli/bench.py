@@ -9,12 +9,14 @@ from pathlib import Path
 import click
 
 from rewardrt.cli import toplevel
-from rewardrt.cli.options import provider_option, threads_option
+from rewardrt.cli.options import example, provider_option, threads_option
 from rewardrt.cli.output import json_bytes, show
 from rewardrt.machine.providers import ProviderChoice
 
 
-@click.command()
+@click.command(
+    short_help="Measure speed and memory on your rows.", epilog=example("rewardrt bench bundle rows.jsonl --rows 200")
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path), metavar="INPUT.jsonl")
 @click.option("--rows", type=click.IntRange(min=1), help="Only the first rows of the file.  [default: all]")

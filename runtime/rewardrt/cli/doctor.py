@@ -6,11 +6,11 @@ import sys
 
 import click
 
-from rewardrt.cli.options import json_option
+from rewardrt.cli.options import example, json_option
 from rewardrt.cli.output import show, show_json
 
 
-@click.command()
+@click.command(short_help="Show what works on this machine.", epilog=example("rewardrt doctor"))
 @json_option
 def doctor(as_json: bool) -> None:
     """Show what is installed, which providers really start here, and what to do about the rest."""

@@ -10,7 +10,7 @@ import click
 
 from rewardrt.cli import toplevel
 from rewardrt.cli.engine_options import engine_log
-from rewardrt.cli.options import json_option, normalize_option, provider_option, threads_option
+from rewardrt.cli.options import example, json_option, normalize_option, provider_option, threads_option
 from rewardrt.cli.output import show, show_json
 from rewardrt.cli.progress import Progress
 from rewardrt.cli.score import read_columns
@@ -34,7 +34,10 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
     return read_columns(value, tuple(dict.fromkeys((*(need.name for need in needs), "domain"))))
 
 
-@click.command()
+@click.command(
+    short_help="Measure accuracy on benchmarks or your pairs.",
+    epilog=example("rewardrt evaluate bundle pairs.jsonl", "rewardrt evaluate bundle pairs.jsonl --report report"),
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Write a page and its data to DIR.")

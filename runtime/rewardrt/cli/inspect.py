@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from rewardrt.cli.options import json_option
+from rewardrt.cli.options import example, json_option
 from rewardrt.cli.output import show, show_json
 from rewardrt.display import visible
 
 
-@click.command()
+@click.command(short_help="Show what is in a bundle.", epilog=example("rewardrt inspect bundle"))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @json_option
 def inspect(bundle: Path, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import click
 
 from rewardrt.cli import toplevel
 from rewardrt.cli.engine_options import engine_log
-from rewardrt.cli.options import precision_option, provider_option, threads_option
+from rewardrt.cli.options import example, precision_option, provider_option, threads_option
 from rewardrt.cli.output import show
 from rewardrt.cli.progress import Progress
 from rewardrt.cli.toplevel import interruptible
@@ -20,7 +20,10 @@ from rewardrt.machine.providers import ProviderChoice
 from rewardrt.reward_model import RewardModel
 
 
-@click.command()
+@click.command(
+    short_help="Measure the mean and std of your rewards.",
+    epilog=example("rewardrt normalize bundle rows.jsonl -o normalized"),
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("file")
 @click.option(

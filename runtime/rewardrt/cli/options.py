@@ -9,6 +9,12 @@ import click
 from rewardrt.cli.engine_options import engine_cache_option
 from rewardrt.machine.providers import PROVIDER_CHOICES
 
+
+def example(*lines: str) -> str:
+    """Return the end of a command's help: command lines that a newcomer can type."""
+    return "\b\n" + "\n".join([f"Example{'s' if len(lines) > 1 else ''}:", *(f"  {line}" for line in lines)])
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 _provider_option = click.option(
     "--provider",

@@ -7,10 +7,13 @@ from pathlib import Path
 import click
 
 from rewardrt.cli import toplevel
+from rewardrt.cli.options import example
 from rewardrt.cli.output import show
 
 
-@click.command()
+@click.command(
+    short_help="Upload a bundle to the Hugging Face Hub.", epilog=example("rewardrt push bundle ORG/NAME --private")
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="ORG/NAME", required=False)
 @click.option("--private", is_flag=True, help="Make the repository private; one that is there has to be.")

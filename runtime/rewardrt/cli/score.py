@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,15 @@ import click
 from rewardrt.bundle.spec import AGGREGATE_RULES, AggregateRule
 from rewardrt.cli import toplevel
 from rewardrt.cli.engine_options import engine_log
-from rewardrt.cli.options import json_option, normalize_option, precision_option, provider_option, threads_option
-from rewardrt.cli.output import show
+from rewardrt.cli.options import (
+    example,
+    json_option,
+    normalize_option,
+    precision_option,
+    provider_option,
+    threads_option,
+)
+from rewardrt.cli.output import show, width_of
 from rewardrt.cli.score_files import say_truncated, score_files, score_pieces
 from rewardrt.cli.table import objectives_lines, ranking_table
 from rewardrt.data.inputs import absolute, find_inputs, is_uri
@@ -50,7 +58,14 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
     return read_columns(value, (*INPUT_FIELDS, *TEMPLATE_FIELDS, "steps", "instruction"))
 
 
-@click.command()
+@click.command(
+    short_help="Score a file of rows, or one answer.",
+    epilog=example(
+        "rewardrt score bundle rows.jsonl --table",
+        "rewardrt score bundle rows.jsonl -o scored.jsonl",
+        'rewardrt score bundle --prompt "A colour?" --response Blue.',
+    ),
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("sources", metavar="[INPUT... | -]", nargs=-1)
 @click.option("-o", "--output", help="Write rows to this file instead of standard output.")
@@ -230,7 +245,8 @@ def _score_prompt(
         with open_output(output) as file:
             file.write(to_line(filled))
     elif isinstance(scored, Scored):
-        show("\n".join([f"{filled['reward']:.4f}", *([objectives_lines(filled["objectives"])] if labels else [])]))
+        values = [objectives_lines(filled["objectives"], width_of(sys.stdout))] if labels else []
+        show("\n".join([f"{filled['reward']:.4f}", *values]))
     else:
-        show(ranking_table(filled))
+        show(ranking_table(filled, width_of(sys.stdout)))
     say_truncated(sum(answer.truncated > 0 for answer in scored.answers), len(scored.answers), model.spec.max_length)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from rewardrt.cli import toplevel
-from rewardrt.cli.output import for_people
+from rewardrt.cli.output import for_people, width_of
 from rewardrt.cli.progress import Progress
 from rewardrt.cli.table import describe_row
 from rewardrt.cli.toplevel import interruptible
@@ -121,11 +121,19 @@ def _stream(job: Job, output: str | None, format_name: str, table: bool, progres
     def show_rows(data: bytes) -> None:
         for line in data.splitlines():
             row = json.loads(line)
-            file.write(for_people(describe_row(row, job.model, objectives=bool(job.options.labels))))
+            described = describe_row(row, job.model, objectives=bool(job.options.labels), width=width_of(sys.stdout))
+            file.write(for_people(described))
 
     with open_output(output) as file:
         encoder = job.encoder(format_name)
-        write = show_rows if table else file.write
+        plain = show_rows if table else file.write
+
+        def write_aside(data: bytes) -> None:
+            with progress.aside():
+                plain(data)
+                file.flush()
+
+        write = write_aside if sys.stdout.isatty() else plain  # the bar is on the same terminal
 
         def flushed(summary: Summary) -> None:
             file.flush()

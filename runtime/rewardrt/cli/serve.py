@@ -9,12 +9,15 @@ from typing import Any
 import click
 
 from rewardrt.bundle import hub
-from rewardrt.cli.options import normalize_option, precision_option, provider_option, threads_option
+from rewardrt.cli.options import example, normalize_option, precision_option, provider_option, threads_option
 from rewardrt.errors import MissingExtraError
 from rewardrt.machine.providers import ProviderChoice
 
 
-@click.command()
+@click.command(
+    short_help="Give rewards over HTTP.",
+    epilog=example("rewardrt serve bundle", "rewardrt serve bundle --port 8000 --api-key-file keys.txt"),
+)
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--bundle", "more", multiple=True, metavar="NAME=PATH", help="A further bundle, chosen by `model`.")
 @click.option("--served-name", "names", multiple=True, help="What clients call BUNDLE.  [default: its own name]")

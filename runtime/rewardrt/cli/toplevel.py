@@ -6,7 +6,7 @@
 | an error of ours, or of the command line | one line | 2 |
 | the machine: a full disk, no permission, a closed stream, out of memory, a broken installation | one line | 2 |
 | the reader of the output has gone, as `head` does | nothing | 1 |
-| Ctrl+C; SIGTERM where a job can be gone on with | one line | 130; 143 |
+| Ctrl+C; SIGTERM where a job can be gone on with, or leaves something to be removed | one line | 130; 143 |
 | anything else: a fault of RewardRT | one line, and one to report it with | 3 |
 
 There is no traceback. The line to report holds versions, the error and the places in the code, and none of the texts
@@ -16,34 +16,27 @@ that were scored, nor paths of the machine.
 from __future__ import annotations
 
 import atexit
-import builtins
 import errno
-import importlib.metadata
 import io
 import os
-import platform
 import queue
-import re
 import signal
 import sys
 import threading
-import traceback
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
 import click
 
+from rewardrt.cli.fault import PACKAGES, report, where_to_report
 from rewardrt.display import visible, visible_lines
 from rewardrt.errors import RewardRTError
 
 _Result = TypeVar("_Result")
 
-PACKAGES = ("rewardrt", "rewardrt_export")
 OUR_THREADS = "rewardrt-"  # what the names of all threads begin with that RewardRT starts
-FRAMES = 4  # of our own code in a report, the last ones
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -63,14 +56,28 @@ _REASONS = {
 
 def run(command: click.Command) -> NoReturn:
     """Run a command line in this process, and exit."""
-    _prepare_streams()
-    before, had_pyarrow = set(threading.enumerate()), "pyarrow" in sys.modules
-    status = 0
+    before, had_pyarrow, status = set(threading.enumerate()), "pyarrow" in sys.modules, 0
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
     try:
+        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupt)
+        _prepare_streams()
         status = _invoke(command)
         sys.stdout.flush()
+        if interrupted.is_set():
+            raise KeyboardInterrupt
     except BaseException as error:  # nothing may get past this rule, a panic of a library's own base class neither
-        status = _end(error)
+        # A library that was being imported may have made an error of its own of Ctrl+C.
+        made_of_it = interrupted.is_set() and not isinstance(error, KeyboardInterrupt | BrokenPipeError)
+        status = _end(KeyboardInterrupt() if made_of_it else error)
+    if in_main and signal.getsignal(signal.SIGINT) is interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _discard_unwritten()
     ours = {each.name for each in set(threading.enumerate()) - before if each.daemon}
     # pyarrow's own threads abort the process too, if an error stopped it while it read.
@@ -111,12 +118,7 @@ def interruptible(work: Callable[[], _Result], tick: Callable[[], None]) -> _Res
         except BaseException as error:  # raised below, where it is waited for
             done.put((False, error))
 
-    def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
-
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if in_main else None
-    try:
+    with sigterm_interrupts():
         threading.Thread(target=run, name=f"{OUR_THREADS}score", daemon=True).start()
         while True:
             try:
@@ -124,12 +126,25 @@ def interruptible(work: Callable[[], _Result], tick: Callable[[], None]) -> _Res
                 break
             except queue.Empty:
                 tick()
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
     if not good:
         raise found
     return cast(_Result, found)
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM raise Terminated in a job that leaves something to be gone on with, or to be removed."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if in_main else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def say(message: str) -> None:
@@ -157,15 +172,18 @@ def _end(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return 1
     if isinstance(error, KeyboardInterrupt | click.Abort):
+        status = 143 if isinstance(error, Terminated) else 130
+        if threading.current_thread() is threading.main_thread():  # another Ctrl+C: it is said, and Python still ends
+            signal.signal(signal.SIGINT, lambda number, frame: os._exit(status))
         say(": ".join(["error: interrupted", *filter(None, [str(error)])]))
-        return 143 if isinstance(error, Terminated) else 130
+        return status
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         say(error.format_message())
         return 2
     if (reason := _reason(error)) is not None:
         say(f"error: {visible(reason)}")
         return 2
-    say(f"error: a fault of RewardRT itself ({type(error).__name__}), not of what it was given; {_where_to_report()}")
+    say(f"error: a fault of RewardRT itself ({type(error).__name__}), not of what it was given; {where_to_report()}")
     say(f"report: {visible(report(error))}")
     return 3
 
@@ -190,68 +208,6 @@ def _reason(error: BaseException) -> str | None:
         reason = _REASONS.get(error.errno, "the system refuses it")
         return f"{named}{reason} ({error.strerror})"
     return None
-
-
-def report(error: BaseException) -> str:
-    """Return the one line that a fault of ours is reported with."""
-    versions = [f"rewardrt {_version('rewardrt')}", f"Python {platform.python_version()}"]
-    versions += [f"{platform.system()} {platform.machine()}"]
-    versions += [f"{name} {found}" for name in _onnxruntimes() if (found := _version(name))]
-    frames = [_place(frame) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [place for place in frames if place.startswith(tuple(f"{package}/" for package in PACKAGES))][-FRAMES:]
-    raised = frames[-1:] if frames and frames[-1] not in own else []
-    message = _without_content(str(error), _names_in_code(error.__traceback__))
-    return f"{', '.join(versions)}; {type(error).__name__}: {message}; at {' > '.join([*own, *raised]) or 'nowhere'}"
-
-
-def _where_to_report() -> str:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        for entry in importlib.metadata.metadata("rewardrt").get_all("Project-URL") or ():
-            label, _, address = entry.partition(",")
-            if label.strip().lower() in ("issues", "bug tracker", "tracker"):
-                return f"please report it at {address.strip()} with the next line"
-    return "please report it to RewardRT's developers with the next line"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _onnxruntimes() -> tuple[str, ...]:
-    return ("onnxruntime", "onnxruntime-gpu")
-
-
-def _place(frame: traceback.FrameSummary) -> str:
-    """Return file and line, named from the package on: the folders above it are the user's business."""
-    parts = Path(frame.filename).parts
-    roots = [index for index, part in enumerate(parts) if part in PACKAGES or part == "site-packages"]
-    if roots:
-        start = roots[-1] + (parts[roots[-1]] == "site-packages")
-        return f"{'/'.join(parts[start:])}:{frame.lineno}"
-    return f"{parts[-1] if parts else '?'}:{frame.lineno}"
-
-
-def _names_in_code(trace: TracebackType | None) -> set[str]:
-    """Return the names and words that stand in the code that ran: in a message, these are no user's text."""
-    names = {*dir(builtins), "NoneType"}
-    for frame, _ in traceback.walk_tb(trace):
-        code = frame.f_code
-        names |= {*code.co_names, *code.co_varnames, *(value for value in code.co_consts if isinstance(value, str))}
-    return names
-
-
-def _without_content(message: str, known: set[str]) -> str:
-    """Return an error's message without what is quoted in it, unless it is a name of the code, and without paths."""
-    message = " ".join(message.split())
-    quoted = re.findall(r"'([^']*)'|\"([^\"]*)\"", message)
-    marks = sum(message.count(mark) for mark in "'\"")
-    if marks != 2 * len(quoted) or any((first or second) not in known for first, second in quoted):
-        message = re.split(r"['\"]", message, maxsplit=1)[0] + "..."
-    message = re.sub(r"\S*[/\\]\S*", "...", message)
-    return message if len(message) <= 200 else f"{message[:200]}..."
 
 
 class _ClosedBytes(io.RawIOBase):

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import click
 
+from rewardrt.cli.options import example
 from rewardrt.cli.output import show
-from rewardrt.errors import BundleError
 
 
-@click.command()
+@click.command(
+    short_help="Print what gives a trainer its rewards.",
+    epilog=example(
+        "rewardrt trainer",
+        "rewardrt trainer trl --bundle bundle > rewards.py",
+        "rewardrt trainer verl --url http://127.0.0.1:5000 > rewards.py",
+    ),
+)
 @click.argument("name", required=False)
 @click.option("--bundle", help="A bundle, which each process of the trainer opens.")
 @click.option("--url", "urls", multiple=True, help="A server's address (rewardrt serve); several for several servers.")
@@ -19,7 +26,7 @@ def trainer(name: str | None, bundle: str | None, urls: tuple[str, ...]) -> None
 
     Save the file as rewards.py. A server's key is read from the variable REWARDRT_API_KEY.
     """
-    from rewardrt.bundle.manifest import MANIFEST
+    from rewardrt.bundle.folder import find_manifest
     from rewardrt.client.address import address
     from rewardrt.trainers.listing import TRAINERS, find, printed
 
@@ -33,7 +40,6 @@ def trainer(name: str | None, bundle: str | None, urls: tuple[str, ...]) -> None
         show(printed(found, urls=[address(url) for url in urls]).rstrip("\n"))
         return
     if not bundle.startswith("hf://"):
-        if not (Path(bundle) / MANIFEST).is_file():
-            raise BundleError(f"{bundle}: expected a bundle folder, with {MANIFEST} in it")
+        find_manifest(Path(bundle))
         bundle = str(Path(bundle).resolve())  # a trainer may run in another folder
     show(printed(found, bundle=bundle).rstrip("\n"))

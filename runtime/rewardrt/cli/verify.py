@@ -8,12 +8,14 @@ from pathlib import Path
 
 import click
 
-from rewardrt.cli.options import json_option, precision_option, provider_option, threads_option
+from rewardrt.cli.options import example, json_option, precision_option, provider_option, threads_option
 from rewardrt.cli.output import show, show_json
+from rewardrt.cli.progress import Steps
 from rewardrt.machine.providers import ProviderChoice
+from rewardrt.steps import Step, begin
 
 
-@click.command()
+@click.command(short_help="Compare a bundle with torch's rewards.", epilog=example("rewardrt verify bundle"))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @provider_option
 @precision_option
@@ -28,8 +30,10 @@ def verify(bundle: Path, provider: ProviderChoice, precision: str, threads: int 
     from rewardrt.checks.verify import verify as run
     from rewardrt.reward_model import RewardModel
 
-    model = RewardModel.load(bundle, provider=provider, precision=precision, threads=threads)
-    found = run(model)
+    with Steps(lasting=False) as steps:
+        steps(Step(f"loading {bundle}"))
+        model = RewardModel.load(bundle, provider=provider, precision=precision, threads=threads)
+        found = run(model, count=begin(steps, "scoring the golden texts", "text"))
     if as_json:
         show_json(dataclasses.asdict(found) | {"passed": found.passed})
     else:

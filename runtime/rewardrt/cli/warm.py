@@ -9,12 +9,13 @@ import click
 
 from rewardrt.cli import toplevel
 from rewardrt.cli.engine_options import engine_cache_option, engine_log
+from rewardrt.cli.options import example
 from rewardrt.errors import ProviderError
 from rewardrt.machine.providers import PROVIDER_CHOICES, ProviderChoice
 from rewardrt.scoring.batching import BATCH_TOKENS
 
 
-@click.command()
+@click.command(short_help="Build a TensorRT engine ahead of use.", epilog=example("rewardrt warm bundle"))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--provider", type=click.Choice(PROVIDER_CHOICES), default="tensorrt", show_default=True)
 @engine_cache_option

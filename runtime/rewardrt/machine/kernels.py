@@ -6,13 +6,28 @@ A graph that has use for them runs without them too, by onnxruntime's own, and t
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
+import shlex
+import shutil
+import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rewardrt.errors import ProviderError
 from rewardrt.machine.providers import one_line
 
+# The package managers of Linux, and what they install a C compiler with.
+COMPILERS = {
+    "apt-get": "sudo apt-get install gcc libc6-dev",
+    "dnf": "sudo dnf install gcc",
+    "yum": "sudo yum install gcc",
+    "zypper": "sudo zypper install gcc",
+    "pacman": "sudo pacman -S gcc",
+    "apk": "sudo apk add gcc musl-dev",
+}
 LIBRARY = Path(__file__).with_name("librewardrt_kernels.so")
 
 
@@ -58,9 +73,28 @@ def _names(library: ctypes.CDLL) -> str:
 def describe() -> str:
     """Say which kernels run on this machine, or why none do."""
     if not LIBRARY.is_file():
-        return "none: they were not compiled; install rewardrt from its source where there is a C compiler"
+        return "none: they were not compiled" if _written_for_here() else "none: they are for x86-64 Linux"
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return f"none: the library does not load ({one_line(error)})"
     return _names(library) or "none: they are for processors with AVX-512 VNNI"
+
+
+def advice(instruction_sets: Sequence[str]) -> str | None:
+    """Say what it costs that the kernels were not compiled for a processor that could run them, and what mends it."""
+    if LIBRARY.is_file() or not _written_for_here() or "avx512_vnni" not in instruction_sets:
+        return None
+    compiler = ""
+    if shutil.which(shlex.split(os.environ.get("CC", "cc"))[0]) is None:  # as hatch_build.py looks for it
+        found = next((command for name, command in COMPILERS.items() if shutil.which(name) is not None), None)
+        compiler = f"install a C compiler{f', `{found}`' if found is not None else ''}, and "
+    return (
+        "the int8 kernels were not compiled, and int8 takes about twice the time (256 tokens of a 135M model 151 ms "
+        f"instead of 80 ms on two cores): {compiler}install rewardrt from its source again, "
+        "`pip install --force-reinstall --no-deps FOLDER`"
+    )
+
+
+def _written_for_here() -> bool:
+    return sys.platform == "linux" and platform.machine() == "x86_64"

@@ -15,6 +15,7 @@ from rewardrt.server.problem import Problem
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "REWARDRT_API_KEY"
+UNAUTHORIZED = "Unauthorized: send this server's key as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 KEY_FILE_BYTES = 65_536
 # What a form of any page can send without asking first; everything else a browser asks for before it posts.
 FORM_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
@@ -37,7 +38,8 @@ class Access:
         given = bearer[7:].strip() if bearer[:7].lower() == "bearer " else headers.get("x-api-key", "")
         found = [hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key) for key in self._keys]
         if not any(found):
-            raise Problem("unauthorized", "Unauthorized")
+            sent = "another one was sent" if given else "none was sent"
+            raise Problem("unauthorized", f"{UNAUTHORIZED}; {sent}")
         return found.index(True)
 
     def check_names(self, method: str, headers: Mapping[str, str]) -> None:

@@ -115,6 +115,8 @@ class _Process(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second signal ends the wait."""
         if self._shared.draining:
+            if time.monotonic() < self._deadline:
+                log("ending now: what still waits is answered with 503")
             self._deadline = time.monotonic()
             return
         self._deadline = time.monotonic() + self._shared.options.drain_seconds
@@ -169,7 +171,8 @@ class _Process(uvicorn.Server):
                 log("error: an engine is dead and cannot be started again; the server ends")
                 self.handle_exit(signal.SIGTERM, None)
             await self._tick()
-        log(f"shutting down: {shared.in_flight} requests to answer")
+        again = "; another Ctrl+C or SIGTERM ends it now" if shared.in_flight else ""
+        log(f"shutting down: {shared.in_flight} requests to answer{again}")
         end = min(self._deadline, time.monotonic() + UNFINISHED_SECONDS)
         while (shared.in_flight or time.monotonic() < end) and time.monotonic() < self._deadline:
             if not shared.in_flight and not self._has_unfinished():
