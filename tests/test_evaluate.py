@@ -311,7 +311,7 @@ def test_rows_that_are_all_ties_are_said_to_be(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"prompt": "p", "chosen": "a", "rejected": "a"}) + "\n" for _ in range(3)))
     done = run("evaluate", BUNDLE, path, "--provider", "cpu", "--precision", "fp32")
     assert done.returncode == 0
-    assert "every row is a tie: the model gives the best right and the best wrong answer one reward" in done.stdout
+    assert "every row is a tie: the best right and the best wrong answer get the same reward" in done.stdout
     assert "one prompt: there is no interval" in done.stdout
     assert done.stdout.splitlines()[2].split() == ["score", "0.0000", "-", "3", "3"]
 

@@ -93,7 +93,7 @@ def rewards(evaluation: Evaluation) -> str | None:
             axes.stairs(share, found.edges, color=color, alpha=0.18, fill=True)
         axes.legend(loc="best")
         axes.set_xlabel("reward")
-        axes.set_ylabel("share of them")
+        axes.set_ylabel(f"share of {'steps' if evaluation.asks_for == 'steps' else 'answers'}")
 
     return _svg("rewards", draw)
 
@@ -106,11 +106,13 @@ def margins(evaluation: Evaluation) -> str | None:
 
     def draw(axes: Any) -> None:
         total = max(1, sum(found.right) + sum(found.wrong))
-        axes.stairs(np.array(found.right) / total, found.edges, color=_RIGHT, fill=True, alpha=0.75, label="above")
-        axes.stairs(np.array(found.wrong) / total, found.edges, color=_WRONG, fill=True, alpha=0.75, label="not above")
+        axes.stairs(
+            np.array(found.right) / total, found.edges, color=_RIGHT, fill=True, alpha=0.75, label="right answer higher"
+        )
+        axes.stairs(np.array(found.wrong) / total, found.edges, color=_WRONG, fill=True, alpha=0.75, label="not higher")
         axes.axvline(0, color=_INK, linewidth=1)
-        axes.legend(loc="best", title="the right answer is")
-        axes.set_xlabel("reward of the right answer less that of the wrong one")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=2)  # above the bars
+        axes.set_xlabel("margin: reward of the right answer - of the wrong one")
         axes.set_ylabel("share of pairs")
 
     return _svg("margins", draw)
@@ -148,13 +150,13 @@ def calibration(evaluation: Evaluation) -> str | None:
         return None
 
     def draw(axes: Any, found: Calibration = found) -> None:
-        axes.plot([0.5, 1], [0.5, 1], "--", color=_MUTED, linewidth=1, label="as promised")
+        axes.plot([0.5, 1], [0.5, 1], "--", color=_MUTED, linewidth=1, label="perfectly calibrated")
         axes.plot(found.expected, found.right, "o-", color=_RIGHT, linewidth=1.6, markersize=4.5, label="measured")
         axes.set_xlim(0.49, 1.01)
         axes.set_ylim(min(0.45, *found.right) - 0.03, 1.03)
         axes.legend(loc="best")
-        axes.set_xlabel("promised: sigmoid of the margin")
-        axes.set_ylabel("right")
+        axes.set_xlabel("predicted share right: sigmoid(margin)")
+        axes.set_ylabel("observed share right")
 
     return _svg("calibration", draw)
 

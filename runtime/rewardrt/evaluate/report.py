@@ -226,12 +226,13 @@ def _lines(value: str) -> str:
     return html.escape(visible_lines(value.replace("\r\n", "\n").replace("\t", "    ")))
 
 
-_METHOD = f"""<h3>How the numbers are made</h3><p>Intervals are of the bootstrap over prompts: the middle 95% of samples
-that draw as many prompts as there are, each with all its rows. A tie, where the best right and the best wrong answer
-have one reward, counts as the benchmark's own code counts it, and is shown by itself. The length-controlled score is of
-rewards without the part that tokens explain among equally right answers to one prompt. Calibration compares the share
-of pairs of answers whose higher reward is right with the sigmoid of the margin. The p of a comparison is of a test that
-exchanges the two models within prompts. All data of this page is in {DATA} beside it.</p>"""
+_METHOD = f"""<h3>How the numbers are made</h3><p>Intervals are 95% bootstrap intervals over prompts: each sample draws
+as many prompts as there are, with replacement, and keeps all rows of a prompt. A tie is a row whose best right and best
+wrong answer get the same reward. Ties count as in the benchmark's own code, and their number is shown. The
+length-controlled score is computed after the linear effect of length on the reward was removed; the effect is estimated
+among equally right answers to the same prompt. Calibration compares sigmoid(margin) with the observed share of pairs
+whose right answer has the higher reward. The p-value of a comparison comes from a permutation test that swaps the two
+models within prompts. The file {DATA} in the same folder has all data of this page.</p>"""
 
 _STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1d2329;--muted:#59636e;--grid:#d8dde3;--right:#0b63a5;--wrong:#b4500b;

@@ -58,35 +58,35 @@ def notes(evaluation: Evaluation) -> Iterator[str]:
     """Yield a sentence for each thing that has to be known of the numbers."""
     if evaluation.failed:
         first = f"; the first: {evaluation.failures[0].message}" if evaluation.failures else ""
-        yield f"{evaluation.failed:,} of {evaluation.rows:,} rows could not be scored, and count nowhere{first}"
+        yield f"{evaluation.failed:,} of {evaluation.rows:,} rows could not be scored and are not counted{first}"
     decided = evaluation.scored - evaluation.undecided
     if evaluation.undecided:
         yield (
-            f"{evaluation.undecided:,} rows have answers of one kind only, right or wrong, "
-            "and count in none of the scores but those of all prompts"
+            f"{evaluation.undecided:,} rows have only right or only wrong answers; "
+            "they count only in the scores of all prompts"
         )
     if evaluation.ties and evaluation.ties == decided:
-        yield "every row is a tie: the model gives the best right and the best wrong answer one reward"
+        yield "every row is a tie: the best right and the best wrong answer get the same reward"
     if evaluation.truncated_texts:
         yield (
             f"{evaluation.truncated_texts:,} of {evaluation.texts:,} texts were cut, by "
-            f"{evaluation.truncated_tokens:,} tokens in all: their rewards are of what was left"
+            f"{evaluation.truncated_tokens:,} tokens in all: their rewards are those of the shortened texts"
         )
     for name, rows in evaluation.unread.items():
         yield f"{rows:,} rows had the field `{name}`, which nothing read"
     if evaluation.prompts < 2:
-        yield "one prompt: there is no interval"
+        yield "only one prompt: no interval can be computed"
     length = evaluation.length
     if length is not None:
         yield (
-            f"length: {100 * length.slope:+.4f} reward for 100 tokens more; length-controlled score "
+            f"length: 100 more tokens change the reward by {100 * length.slope:+.4f}; length-controlled score "
             f"{in_digits(length.score)}; "
-            f"right answer longer {in_digits(length.longer)} ({length.rows_longer:,} rows), "
-            f"shorter {in_digits(length.shorter)} ({length.rows_shorter:,})"
+            f"score {in_digits(length.longer)} where the right answer is longer ({length.rows_longer:,} rows), "
+            f"{in_digits(length.shorter)} where it is shorter ({length.rows_shorter:,})"
         )
     if evaluation.calibration is not None:
         yield (
-            f"calibration: error {evaluation.calibration.error:.4f} of sigmoid(margin), "
+            f"calibration: sigmoid(margin) is off by {evaluation.calibration.error:.4f} on average, "
             f"log loss {evaluation.calibration.log_loss:.4f}, {evaluation.calibration.pairs:,} pairs of answers"
         )
 
