@@ -312,7 +312,7 @@ def test_rows_that_are_all_ties_are_said_to_be(tmp_path: Path) -> None:
     done = run("evaluate", BUNDLE, path, "--provider", "cpu", "--precision", "fp32")
     assert done.returncode == 0
     assert "every row is a tie: the best right and the best wrong answer get the same reward" in done.stdout
-    assert "one prompt: there is no interval" in done.stdout
+    assert "only one prompt: no interval can be computed" in done.stdout
     assert done.stdout.splitlines()[2].split() == ["score", "0.0000", "-", "3", "3"]
 
 
