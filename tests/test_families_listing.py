@@ -16,9 +16,12 @@ def test_the_page_in_docs_is_what_the_command_prints() -> None:
 
 def test_every_family_is_listed_with_its_checkpoints_tap_head_eos_rule_and_output() -> None:
     listed = run("families").stdout
+    narrow = run("families", columns=60).stdout
+    assert max(map(len, listed.splitlines())) <= 110 and max(map(len, narrow.splitlines())) <= 60
+    assert narrow.split() == listed.split()
     rows = {row["name"]: row for row in json.loads(run("families", "--json").stdout)}
     assert list(rows) == list(FAMILIES)
     for family in FAMILIES.values():
-        assert f"{family.name}: {family.title}" in listed
+        assert f"{family.name}: {family.title}" in " ".join(listed.split())
         row = rows[family.name]
         assert all(row[word] for word in ("examples", "tap", "head", "eos", "output", "maths")), family.name

@@ -15,6 +15,7 @@ from rewardrt.bundle.precisions import PRECISIONS, in_words
 from rewardrt.bundle.spec import POOLING_RULES, PoolingRule
 from rewardrt.cli import toplevel
 from rewardrt.cli.options import example
+from rewardrt.cli.output import width_of
 from rewardrt.errors import MissingExtraError
 from rewardrt.steps import Step
 from rewardrt_export.places import check_checkpoint, check_target, find_repository
@@ -226,8 +227,10 @@ def families(markdown: bool, as_json: bool) -> None:
 
     if as_json:
         click.echo(json.dumps(as_rows(FAMILIES.values()), indent=2, ensure_ascii=False))
+    elif markdown:
+        click.echo(as_markdown(FAMILIES.values()))
     else:
-        click.echo((as_markdown if markdown else as_text)(FAMILIES.values()))
+        click.echo(as_text(FAMILIES.values(), min(width_of(sys.stdout), 110)))
         if sys.stdout.isatty():
             toplevel.say(
                 "next: `rewardrt export CHECKPOINT BUNDLE`, with --family NAME where the files do not tell the family"

@@ -29,13 +29,13 @@ def as_rows(families: Iterable[Family]) -> list[dict[str, object]]:
     ]
 
 
-def as_text(families: Iterable[Family]) -> str:
-    """Return the listing for a terminal."""
+def as_text(families: Iterable[Family], width: int) -> str:
+    """Return the listing for a terminal of `width` columns."""
     blocks = []
     for family in families:
-        lines = [f"{family.name}: {family.title}"]
+        lines = textwrap.wrap(f"{family.name}: {family.title}", width, subsequent_indent="  ")
         for word, said in (("used by", ", ".join(family.examples)), *((word, getattr(family, word)) for word in WORDS)):
-            wrapped = textwrap.wrap(said, 96, break_long_words=False, break_on_hyphens=False) or [""]
+            wrapped = textwrap.wrap(said, width - 11, break_long_words=False, break_on_hyphens=False) or [""]
             lines += [f"  {word if index == 0 else '':8s} {line}" for index, line in enumerate(wrapped)]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
