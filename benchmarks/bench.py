@@ -173,7 +173,7 @@ def measure_identity(crew: Crew, workloads: list[Workload], results: dict[str, d
         alone = [worker.score([text]).outputs[0] for text in texts]
         found.append({"system": system.name, "claim": "alone and in a batch", "same": alone == straight})
         two = worker.score(texts, callers=2).outputs
-        found.append({"system": system.name, "claim": "1 or 2 threads that call", "same": two == straight})
+        found.append({"system": system.name, "claim": "1 or 2 calling threads", "same": two == straight})
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -80,8 +81,10 @@ def list_targets(results: Results) -> list[Target]:
     """Return every line of what must be shown."""
     ours = next(name for name in FASTEST if rate(results, "harmless", name) is not None)
     lines = [
-        _ratios(results, f"{ours} + prefix reuse / torch bf16 in file order", ours, ("file",), (4, 5, 12)),
-        _ratios(results, f"{ours} + prefix reuse / best torch bf16 loop", ours, (), (2, 2, 6)),
+        _ratios(
+            results, f"speed of {ours} with prefix reuse over torch bf16 in file order", ours, ("file",), (4, 5, 12)
+        ),
+        _ratios(results, f"speed of {ours} with prefix reuse over the fastest torch bf16 loop", ours, (), (2, 2, 6)),
         _against_peers(results, ours),
         _int8_fidelity(results),
         _fp32_against_torch(results),
@@ -92,7 +95,9 @@ def list_targets(results: Results) -> list[Target]:
     same = [entry["same"] for entry in results["identity"]]
     wrong = [f"{entry['system']}: {entry['claim']}" for entry in results["identity"] if not entry["same"]]
     measured = f"{sum(same)} of {len(same)} checks" + (f"; not {', '.join(wrong)}" if wrong else "")
-    lines.append(Target("same text, same bits: reuse, batch, order, threads", "all", measured, all(same)))
+    lines.append(
+        Target("same text, same bits: with prefix reuse, in any batch, order and thread", "all", measured, all(same))
+    )
     return lines
 
 
@@ -110,7 +115,7 @@ def _ratios(results: Results, name: str, ours: str, loops: tuple[str, ...], targ
 
 
 def _against_peers(results: Results, ours: str) -> Target:
-    name = f"{ours} / every other system with {COUNTS:.0%} agreement, each workload"
+    name = f"speed of {ours} over every other system with {COUNTS:.0%} agreement, on each workload"
     lowest: tuple[float, str] | None = None
     for workload in [each["name"] for each in results["workloads"] if each["name"] != "held out"]:
         mine = rate(results, workload, ours)
@@ -130,7 +135,7 @@ def _against_peers(results: Results, ours: str) -> Target:
 
 
 def _int8_fidelity(results: Results) -> Target:
-    name, wanted = "int8 against fp32 on held-out pairs: agreement, rms", "torch bf16's; 0.03 std"
+    name, wanted = "int8 compared with fp32 on held-out pairs: agreement, rms", "that of torch bf16; 0.03 std"
 
     def of(system: str) -> dict[str, Any] | None:
         loop = best_loop(results, system)
@@ -149,7 +154,7 @@ def _int8_fidelity(results: Results) -> Target:
 
 
 def _fp32_against_torch(results: Results) -> Target:
-    name = "fp32 / torch fp32, best loop, without prefix reuse: harmless, en"
+    name = "speed of fp32 without prefix reuse over the fastest torch fp32 loop: harmless, en"
     ratios = []
     for workload in ("harmless", "en"):
         own = rate(results, workload, "rewardrt fp32, no reuse") or rate(results, workload, "rewardrt fp32")
@@ -169,7 +174,7 @@ def _share_of_peak(results: Results) -> Target:
 
 
 def _long_texts(results: Results, ours: str) -> Target:
-    name, wanted = "cost per token at 8,192 tokens against 512; peak memory above the weights", "2x, 600 MB"
+    name, wanted = "cost per token at 8,192 tokens over that at 512; peak memory above the weights", "2x, 600 MB"
     entry = next((each for each in results["lengths"] if each["system"] == ours), None)
     if entry is None or entry["tokens"][-1] < 8192:
         return Target(name, wanted, "not measured", None)
@@ -182,7 +187,7 @@ def _long_texts(results: Results, ours: str) -> Target:
 
 def _cold_start(results: Results) -> Target:
     median = results["cold_start"]["median"]
-    name = "cold start of `rewardrt score` to the first reward, `models/tiny`, lean environment"
+    name = "time from the start of `rewardrt score` to the first reward, `models/tiny`, lean environment"
     return Target(name, "0.7 s", f"{median:.2f} s", median <= 0.7)
 
 
@@ -231,21 +236,29 @@ def page(results: Results, picture: str) -> str:
         "",
         "<!-- Written by benchmarks/report.py from the results of one `make bench` run. Do not edit. -->",
         "",
+        "How fast RewardRT scores on a CPU, compared with torch and with other exporters, and whether the rewards stay "
+        "right.",
+        "",
         f"One run of `make bench` on {results['date']}, {results['seconds'] / 60:.0f} minutes: {machine['cpu']}, "
         f"{machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, {', '.join(machine['flags'])}; "
         f"Python {machine['python']}. The model has {results['bundle']['parameters'] / 1e6:.0f} million parameters "
         "(`models/smollm2`). All systems score the same token ids, cut at "
-        f"{settings['max_length']:,} tokens, and take turns; a rate is the median of {settings['rounds']} "
-        f"round{'s' if settings['rounds'] > 1 else ''} and counts the tokens of the texts as they are, without padding "
-        "and whether or not a prefix was computed once for several of them.",
+        f"{settings['max_length']:,} tokens, and take turns. A rate is the median of {settings['rounds']} "
+        f"round{'s' if settings['rounds'] > 1 else ''}. It counts the tokens of the texts without padding, also those "
+        "of a prefix that is computed once for several texts (prefix reuse).",
+        "",
+        "The workloads are pairs of answers with short (harmless) and long texts (en), and 4 or 16 answers to one "
+        "prompt (best of 4, best of 16). Nothing else in the benchmark reads the held-out pairs.",
         *(["", results["remark"]] if "remark" in results else []),
         "",
-        "## What it must show",
+        "## Targets",
+        "",
+        "Speeds and shares are to be at least the target; costs, times, memory and rms at most.",
         "",
     ]
     states = {True: "yes", False: "no", None: "not measured"}
     rows = [[each.name, each.target, each.measured, states[each.reached]] for each in list_targets(results)]
-    lines += _table(["", "at least", "measured", "reached"], rows)
+    lines += _table(["", "target", "measured", "reached"], rows)
     lines += ["", "## Tokens per second", "", f"![Tokens per second of every system]({picture})", ""]
     rates = []
     for name in _systems(results):
@@ -261,9 +274,9 @@ def page(results: Results, picture: str) -> str:
     lines += _table([*head, "agreement", "peak memory, MB"], rates)
     lines += [
         "",
-        "In brackets is the fastest loop: chunks of 8, padded, in order of length (sorted), or one by one (single)."
-        " Torch in bfloat16 is also run as OpenRLHF's server does it, in chunks of 8 in file order, padded on "
-        "the left:",
+        "The fastest loop is in brackets: chunks of 8, padded, in order of length (sorted), or one text at a time "
+        "(single). Torch in bfloat16 also ran as in OpenRLHF's server, in chunks of 8 in file order, padded on the "
+        "left:",
         "",
     ]
     in_order = [[each["name"], f"{rate(results, each['name'], 'torch bfloat16', ('file',)) or 0:,.0f}"]
@@ -272,28 +285,28 @@ def page(results: Results, picture: str) -> str:
     held = next(each for each in results["workloads"] if each["name"] == "held out")
     lines += [
         "",
-        f"Agreement is the share of pairs that have the order of our fp32 rewards: {held['rows']} pairs which nothing "
-        "else here reads, and for systems that compute in float32 the pairs of the first two workloads. rms is the "
-        "root mean square of the differences in standard deviations of the reward:",
+        f"Agreement is the share of pairs that a system orders as RewardRT's fp32 does, among the {held['rows']} "
+        "held-out pairs; for systems that compute in float32 among the pairs of the first two workloads. "
+        "rms is the root mean square of the differences in reward, in standard deviations of the reward (std):",
         "",
     ]
     lines += _table(["", "loop", "agreement", "of", "rms (std)"], [
         [each["system"], each["loop"], f"{each['agreement']:.1%}", str(each["preferences"]), f"{each['rms_std']:.2g}"]
         for each in results["fidelity"] if each["workload"] == "held_out.jsonl" and each["agreement"] is not None
     ])  # fmt: skip
-    lines += ["", "No system but ours loads a value head of OpenRLHF's. They were given the same tensors as "
-              "transformers' `LlamaForSequenceClassification`, and it gives the same rewards."]  # fmt: skip
+    lines += ["", "Only RewardRT loads a value head of OpenRLHF. The other systems got the same tensors as "
+              "transformers' `LlamaForSequenceClassification`, which gives the same rewards."]  # fmt: skip
     if failed := _failed(results):
         lines += ["", *(f"{name} did not run: `{error}`" for name, error in failed)]
-    lines += ["", "## One text", "", "Milliseconds for one text, p50 / p99 (of so many calls):", ""]
+    lines += ["", "## One text", "", "Milliseconds for one text, median / 99th percentile (number of calls):", ""]
     tokens = sorted({entry["tokens"] for entry in results["latency"]})
     latencies = {(entry["system"], entry["tokens"]): entry for entry in results["latency"]}
     lines += _table(["", *(f"{length:,} tokens" for length in tokens)], [
         [name, *(_latency(latencies.get((name, length))) for length in tokens)]
         for name in _systems(results) if (name, tokens[0]) in latencies
     ])  # fmt: skip
-    lines += ["", "## Long texts", "", "Microseconds for each token of one text, and the most memory above the "
-              "weights' file, all libraries included:", ""]  # fmt: skip
+    lines += ["", "## Long texts", "", "Microseconds for each token of one text of the given number of tokens, and "
+              "peak memory above the size of the weights' file, with all libraries:", ""]  # fmt: skip
     longest = max(results["lengths"], key=lambda entry: len(entry["tokens"]))["tokens"]
     lines += _table(["", *(f"{length:,}" for length in longest), "MB above the weights"], [
         [entry["system"], *(f"{seconds * 1e6:.0f}" for seconds in entry["seconds_per_token"]),
@@ -311,7 +324,15 @@ def page(results: Results, picture: str) -> str:
     for entry in results["systems"]:
         if versions := entry.get("versions"):
             lines.append(f"- {entry['name']}: {', '.join(f'{name} {version}' for name, version in versions.items())}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(_wrapped, lines)) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    """Break a line of prose at 120 characters."""
+    if not line or line.startswith(("|", "#", "!", "<")):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _memory(results: Results, system: str) -> str:
@@ -326,7 +347,13 @@ def _latency(entry: dict[str, Any] | None) -> str:
 def _gemm(gemm: dict[str, Any]) -> list[str]:
     peaks = [gemm["before"], *([gemm["after"]] if "after" in gemm else [])]
     kinds = {"fp32": "fp32 MatMul", "int8": "MatMulInteger, unsigned by signed", "nbits8": "MatMulNBits, 8 bits"}
-    lines = ["## Share of the peak", "", "Graphs of one node, GOP/s, before and after:", ""]
+    lines = [
+        "## Share of the peak",
+        "",
+        "Matrix products of onnxruntime, each a graph of one node, in billions of "
+        "operations per second (GOP/s), before and after the run:",
+        "",
+    ]
     lines += _table(["", "before", "after"], [
         [label, f"{peaks[0][kind] / 1e9:,.0f}", f"{peaks[-1][kind] / 1e9:,.0f}"] for kind, label in kinds.items()
     ])  # fmt: skip
@@ -345,9 +372,9 @@ def _gemm(gemm: dict[str, Any]) -> list[str]:
 
 def _cold(cold: dict[str, Any]) -> list[str]:
     low, high = min(cold["seconds"]), max(cold["seconds"])
-    return ["", "## Cold start", "", f"`rewardrt score` on `models/tiny` in an environment with the extra `cpu` alone, "
-            f"from the start of the process to its first row: {cold['median']:.2f} s, the median of "
-            f"{len(cold['seconds'])} ({low:.2f} to {high:.2f})."]  # fmt: skip
+    return ["", "## Cold start", "", "From the start of `rewardrt score` on `models/tiny` to its first row, in an "
+            f"environment with the extra `cpu` alone: {cold['median']:.2f} s, the median of {len(cold['seconds'])} "
+            f"({low:.2f} to {high:.2f})."]  # fmt: skip
 
 
 def draw(results: Results) -> str:

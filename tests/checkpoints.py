@@ -152,6 +152,21 @@ def write_sequence_classification(
     return model
 
 
+def write_judge(folder: Path) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """Write a checkpoint of no family, for docs/spec-file.md: a Llama, `judge.up` [24, 32] and `judge.down` [3, 24].
+
+    Returns the backbone in float32 with eager attention, and the two tensors.
+    """
+    model = AutoModel.from_config(make_config(), attn_implementation="eager", dtype=torch.float32).eval()
+    randomize(model)
+    model.save_pretrained(folder)
+    up, down = torch.randn(24, 32) * 0.3, torch.randn(3, 24)
+    add_tensors(folder, {"judge.up": up, "judge.down": down}, prefix="model.")
+    edit_json(folder / "config.json", architectures=["LlamaForJudging"])
+    make_tokenizer(template=None).save_pretrained(folder)
+    return model, up, down
+
+
 def add_tensors(folder: Path, tensors: dict[str, torch.Tensor], prefix: str = "") -> None:
     """Rewrite model.safetensors with `prefix` before every name that has it not, and with these tensors added."""
     state = read_tensors(folder)

@@ -117,9 +117,7 @@ def test_the_page_has_the_figures_and_the_error_of_what_did_not_run(tmp_path: Pa
     assert "| rewardrt int8 | 10.0 / 20.0 (9) |" in text
     assert "| int8 | 2,000 | 1,000 | 25% |" in text
     assert "Beside a backup." not in text
-    assert "\n\nBeside a backup.\n\n## What it must show" in page(
-        RESULTS | {"remark": "Beside a backup."}, "picture.svg"
-    )
+    assert "\n\nBeside a backup.\n\n## Targets" in page(RESULTS | {"remark": "Beside a backup."}, "picture.svg")
 
 
 def test_the_longest_bar_is_the_fastest_system_and_a_bar_is_pale_where_agreement_is_low(tmp_path: Path) -> None:

@@ -25,3 +25,11 @@ def test_every_family_is_listed_with_its_checkpoints_tap_head_eos_rule_and_outpu
         assert f"{family.name}: {family.title}" in " ".join(listed.split())
         row = rows[family.name]
         assert all(row[word] for word in ("examples", "tap", "head", "eos", "output", "maths")), family.name
+
+
+def test_the_page_about_adding_a_family_shows_a_module_and_its_test_as_they_are() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
+    module, test = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    assert module == (root / "export" / "rewardrt_export" / "families" / "mlp_head.py").read_text(encoding="utf-8")
+    assert test in (root / "tests" / "test_mlp_heads_and_lm_rows.py").read_text(encoding="utf-8")

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
 
-from checkpoints import add_tensors, edit_json, make_config, make_tokenizer, randomize, write_openrlhf
+from checkpoints import make_tokenizer, write_judge, write_openrlhf
 from commands import run
 from rewardrt import RewardModel, RewardRTError
 from rewardrt.bundle.spec import Affine, Head, Layer, Tap, TextRule, from_json
@@ -22,39 +21,16 @@ from rewardrt_export.source.folder import read_source
 from texts import make_texts
 
 HEADS = (Head((Layer("score.weight"),)),)
-# Mean of the last four tokens, a two-layer tanh head without bias, minus a mean for each attribute, then their weights.
-MADE_UP = """
-taps = [{ name = "tail", rule = "mean", count = 4 }]
-
-[text]
-source = "format"
-format = "Q: {prompt}\\nA: {response}"
-append_if_missing = "</s>"
-
-[[heads]]
-taps = ["tail"]
-minus = [0.5, -1.25, 2.0]
-layers = [{ weight = "judge.up", activation = "tanh" }, { weight = "judge.down" }]
-
-[combine]
-rule = "dot"
-weights = [1.0, 0.5, -0.25]
-
-[output]
-labels = ["helpful", "honest", "long"]
-"""
+# The page's example: mean of the last four tokens, a two-layer tanh head without bias, minus a constant for each
+# attribute, then their weights.
+PAGE = Path(__file__).parent.parent / "docs" / "spec-file.md"
+MADE_UP = PAGE.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
 
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module, torch.Tensor, torch.Tensor]:
     folder = tmp_path_factory.mktemp("made-up") / "rm"
-    model = AutoModel.from_config(make_config(), attn_implementation="eager", dtype=torch.float32).eval()
-    randomize(model)
-    model.save_pretrained(folder)
-    up, down = torch.randn(24, 32) * 0.3, torch.randn(3, 24)
-    add_tensors(folder, {"judge.up": up, "judge.down": down}, prefix="model.")
-    edit_json(folder / "config.json", architectures=["LlamaForJudging"])
-    make_tokenizer(template=None).save_pretrained(folder)
+    model, up, down = write_judge(folder)
     (folder.parent / "my_rm.toml").write_text(MADE_UP)
     return folder, model, up, down
 

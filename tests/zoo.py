@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import tempfile
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -49,12 +50,12 @@ SECONDS = 600  # for one type
 NOT_TEXT = {
     "encoder-decoders": "bart bigbird_pegasus mbart mt5 mvp plbart t5 t5gemma t5gemma2 umt5 "
     "blenderbot blenderbot-small marian pegasus prophetnet",
-    "of proteins": "esm esmc",
-    "of words with their places on a page": "layoutlm layoutlmv2 layoutlmv3 lilt",
-    "of a page's tags": "markuplm",
-    "of tables": "tapas",
-    "of bytes of any kind": "perceiver",
-    "of images or sound": "modernvbert ultravbert emu3 fuyu git got_ocr2 mllama moshi moss_transcribe_diarize musicgen "
+    "for proteins": "esm esmc",
+    "for words with positions on a page": "layoutlm layoutlmv2 layoutlmv3 lilt",
+    "for page markup": "markuplm",
+    "for tables": "tapas",
+    "for arbitrary bytes": "perceiver",
+    "for images or sound": "modernvbert ultravbert emu3 fuyu git got_ocr2 mllama moshi moss_transcribe_diarize musicgen "
     "musicgen_melody phi4_multimodal trocr whisper",
 }
 CLASSIFIERS = [
@@ -352,11 +353,14 @@ def table(rows: dict[str, list[Row]], precisions: tuple[str, ...]) -> str:
         counts = Counter(row.outcome for row in every)
         lines += [f"### {title}: {counts['exact']} of {len(every)} exact", ""]
         lines += [", ".join(f"{number} {outcome}" for outcome, number in counts.most_common()) + ".", ""]
-        head = ["type", "outcome", "prefixes reused", "fp32, furthest", *others, "reason"]
+        head = ["type", "outcome", "prefixes reused", "fp32, largest", *others, "reason"]
         lines += [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
         lines += [_line(row, precisions) for row in every] + [""]
-    left_out = "; ".join(f"{what}: {kinds.replace(' ', ', ')}" for what, kinds in NOT_TEXT.items())
-    return "\n".join([*lines, f"Not among them, as no reward over a text: {left_out}."])
+    lines += ["Not in the tables, because they give no reward for plain text:", ""]
+    for what, kinds in NOT_TEXT.items():
+        named = f"{what}: {kinds.replace(' ', ', ')}"
+        lines += textwrap.wrap(named, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 @click.command()
@@ -368,7 +372,7 @@ def main(page: Path, types: str | None, precisions: str, kept: Path | None) -> N
     """Write the table into PAGE, between its two marks; - prints it. Status 1 where one is wrong or at fault."""
     torch.set_num_threads(1)
     chosen = types.split(",") if types else None
-    parts = {"Sequence classification": CLASSIFIERS, "Causal language models under a value head": CAUSAL_ONLY}
+    parts = {"Sequence classification": CLASSIFIERS, "Causal language models with a value head": CAUSAL_ONLY}
     names = tuple(precisions.split(","))
     known: dict[str, Row] = {}
     if kept is not None and kept.exists():

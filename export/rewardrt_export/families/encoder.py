@@ -212,7 +212,7 @@ ENCODER = Family(
     ),
     head="the class's own: dense, activation (ModernBERT: layer norm), then a linear layer with bias",
     tap="first token (CLS), or the mean over all tokens (ModernBERT's classifier_pooling)",
-    eos="tokenizer(prompt, response) with its special tokens; {text}: tokenizer(text); no longer conversations",
+    eos="tokenizer(prompt, response) with its special tokens; longer conversations only with a chat template",
     output="raw logit",
     maths="r = w . act(D h[first] + d) + b",
     matches=_matches,

@@ -151,10 +151,10 @@ def _describe(source: Source) -> Draft:
 
 ARMORM = Family(
     name="armorm",
-    title="ArmoRM: objectives under a gate",
+    title="ArmoRM: objectives weighted by a gate",
     examples=("RLHFlow/ArmoRM-Llama3-8B-v0.1",),
     head="`regression_layer` (objectives) and `gating.layers` (MLP), `gating.logit_scale`, `reward_transform_matrix`",
-    tap="objectives: the token before the first pad id; gate: where the last end of turn before an assistant header is",
+    tap="objectives: the token before the first pad id; gate: the end-of-turn token before the last assistant header",
     eos="the template's own",
     output="raw; the objectives by name",
     maths="r = sum(softmax(MLP(h[prompt end]) / T) * scale * ((W h[before pad]) M))",
@@ -164,12 +164,12 @@ ARMORM = Family(
 
 QRM = Family(
     name="qrm",
-    title="QRM: quantiles of objectives under a gate",
+    title="QRM: quantiles of objectives weighted by a gate",
     examples=("nicolinho/QRM-Llama3.1-8B-v2", "nicolinho/QRM-Gemma-2-27B"),
     head="`regression_layer` (objectives x quantiles) and `gating.layers` (MLP with batch norms), `gating.logit_scale`",
-    tap="objectives: the token before the first pad id; gate: where the last end of turn before an assistant header is",
+    tap="objectives: the token before the first pad id; gate: the end-of-turn token before the last assistant header",
     eos="the template's own",
-    output="raw, the expectation; the objectives by name",
+    output="raw expectation; the objectives by name",
     maths="r = sum(softmax(MLP(h[prompt end]) / T) * scale * (mean over quantiles of (W h[before pad]) M))",
     matches=_matches_qrm,
     describe=_describe,

@@ -70,8 +70,8 @@ GENERAL_PREFERENCE = Family(
     examples=("general-preference/GPM-Llama-3.1-8B", "general-preference/GPM-Gemma-2B"),
     head="linear `value_head` without bias, an even number of outputs; `prompt_head` with half as many, or none",
     tap="last token; the gate at the end of the first message",
-    eos="the template's own, last id forced to EOS after the cut",
-    output="comparison of two answers; an answer's reward is the mean over the answers of its row",
+    eos="the template's own; after the cut the last id becomes EOS",
+    output="comparison of two answers; an answer's reward is the mean of its comparisons with all answers of the row",
     maths="v = W h[last] / |W h[last]|, g = softmax(G h[prompt end]); "
     "s(i, j) = sum_k g[k] (v_i[2k] v_j[2k+1] - v_i[2k+1] v_j[2k])",
     matches=_matches,

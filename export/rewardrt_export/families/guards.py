@@ -72,12 +72,12 @@ GUARDS = (
     ),
     logit_family(
         "llama-guard",
-        "Llama Guard 3 and 4, of text",
+        "Llama Guard 3 and 4, for text",
         ("meta-llama/Llama-Guard-3-8B", "meta-llama/Llama-Guard-4-12B"),
         _llama_guard,
         head='rows of the LM head for "unsafe" and "safe"' + UNTOLD,
         output=OUTPUT,
-        eos="the template with a generation prompt and the empty line that comes before the word",
+        eos="the template with a generation prompt, and the empty line before the answer's first word",
         maths="r = sigmoid(l['unsafe'] - l['safe'])",
     ),
     logit_family(
@@ -95,7 +95,7 @@ GUARDS = (
         "Granite Guardian 3.0 and 3.1",
         ("ibm-granite/granite-guardian-3.1-8b",),
         _granite_guardian,
-        head='rows of the LM head for "Yes" and "No", over Granite\'s logits_scaling' + UNTOLD,
+        head='rows of the LM head for "Yes" and "No", divided by Granite\'s logits_scaling' + UNTOLD,
         output=OUTPUT,
         eos="the template with a generation prompt; the risk is chat_template_kwargs.guardian_config",
         maths="r = sigmoid(l['Yes'] - l['No'])",

@@ -65,12 +65,12 @@ def _describe(source: Source) -> Draft:
 
 LDL = Family(
     name="ldl",
-    title="LDL-Reward: expected scores under a gate",
+    title="LDL-Reward: expected scores weighted by a gate",
     examples=("ShikaiChen/LDL-Reward-Gemma-2-27B-v0.1",),
     head="regression_layer.pt and gating_layer.pt: MLPs with leaky ReLUs; 22 objectives of 10 scores",
     tap="the token before the first pad id, for both",
-    eos="the template's own; without a template EOS appended if missing",
-    output="raw, the expectation; objectives by number unless id2label names them",
+    eos="the template's own; without a template EOS is appended if missing",
+    output="raw expectation; objectives are numbered unless id2label names them",
     maths="r = sum(g * E), E = sum(softmax(MLP(h)) * linspace(0, 1, 10)), g = MLP'(h), or its softmax",
     matches=_matches,
     describe=_describe,

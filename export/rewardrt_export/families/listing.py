@@ -12,11 +12,24 @@ WORDS = ("head", "tap", "eos", "output", "maths")
 INTRODUCTION = """\
 # Reward-model families
 
-This page is made by `rewardrt families --markdown` from the table that exports read; a test holds that they agree.
+A family is one way in which reward models are trained and saved. This page is for those who want to know whether their
+checkpoint can be exported, and what its reward is.
 
-`rewardrt export` finds the family from config.json and the tensor names, and asks for `--family` where they fit
-several. `rewardrt export CHECKPOINT --explain` prints what it would do and why. A model that is in no family is
-described by a file: see [A model of your own](spec-file.md).
+`rewardrt export` finds the family from config.json and the tensor names. If several fit, it asks for `--family`.
+`rewardrt export CHECKPOINT --explain` prints what it would do and why. A model of no family is described by a file: see
+[A model of your own](spec-file.md).
+
+Each table says:
+
+- **head**: the tensors that turn a hidden state into the reward
+- **tap**: the token whose hidden state the head reads
+- **eos**: how the text ends, or the whole text where no chat template makes it. "The template" is the tokenizer's chat
+  template, EOS its end token
+- **output**: what the reward is. "Raw" is the head's value as it is; normalised rewards are given on request
+- **maths**: the formula. `h[...]` is the last hidden state at a tap, `w` and `W` are weights, `b` is a bias, `l['x']`
+  is the logit of token x, and `s(a, b)` is how much better answer a is than b
+
+`rewardrt families --markdown` writes this page from the table that exports use.
 """
 
 
@@ -47,8 +60,7 @@ def as_markdown(families: Iterable[Family]) -> str:
     for family in families:
         rows = [("used by", ", ".join(f"`{example}`" for example in family.examples))]
         rows += [(word, getattr(family, word)) for word in WORDS[:-1]]
+        rows += [("maths", f"`{family.maths}`")]
         table = "\n".join(f"| {word} | {said.replace('|', chr(92) + '|')} |" for word, said in rows)
-        parts.append(
-            f"## {family.name}\n\n{family.title}.\n\n| | |\n| --- | --- |\n{table}\n\n```\n{family.maths}\n```\n"
-        )
+        parts.append(f"## {family.name}\n\n{family.title}.\n\n| | |\n| --- | --- |\n{table}\n")
     return "\n".join(parts).rstrip("\n")

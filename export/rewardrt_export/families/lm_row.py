@@ -33,7 +33,7 @@ LM_ROW = Family(
     name="nemotron-lm-row",
     title="A row of the LM head",
     examples=("nvidia/Llama-3.1-Nemotron-70B-Reward-HF",),
-    head=f"row {ROW} of `lm_head`, or of the embeddings where they are tied. Only with --family: its files are "
+    head=f"row {ROW} of `lm_head`, or of the embeddings if they are tied. Only with --family: its files are "
     "those of any language model",
     tap="last token; no generation prompt",
     eos="the template's own",

@@ -128,8 +128,8 @@ QWEN3_RERANKER = logit_family(
     _qwen3,
     lambda source: "its files read the logits of yes and no" if is_qwen3_reranker(source) else None,
     head="rows of the LM head for yes and no",
-    eos="the end of its system, user and empty think block; query and document are cut, not that",
-    output="P(yes) of the two, 0 to 1; --function difference for its log-odds. Takes an instruction",
+    eos="an empty think block; a long text is cut in the document, so the end stays",
+    output="P(yes) against no, 0 to 1; --function difference for its log-odds. Takes an instruction",
     maths="r = sigmoid(l['yes'] - l['no'])",
 )
 MXBAI_RERANK = logit_family(
@@ -138,8 +138,8 @@ MXBAI_RERANK = logit_family(
     ("mixedbread-ai/mxbai-rerank-base-v2", "mixedbread-ai/mxbai-rerank-large-v2"),
     _mxbai,
     head='rows of the LM head for "1" and "0". Only with --family',
-    eos="its task and the beginning of the answer, each part tokenized by itself",
-    output="raw difference. Takes an instruction, which may be left out",
+    eos="the task and the start of the assistant's turn, each part tokenized by itself",
+    output="raw difference. Takes an optional instruction",
     maths="r = l['1'] - l['0']",
 )
 BGE_RERANKER_GEMMA = logit_family(
@@ -148,7 +148,7 @@ BGE_RERANKER_GEMMA = logit_family(
     ("BAAI/bge-reranker-v2-gemma",),
     _bge_gemma,
     head='row of the LM head for "Yes". Only with --family',
-    eos="its question, each part tokenized by itself",
+    eos="the task, each part tokenized by itself",
     output="raw logit",
     maths="r = l['Yes']",
 )
@@ -158,8 +158,8 @@ ZERANK_1 = logit_family(
     ("zeroentropy/zerank-1", "zeroentropy/zerank-1-small"),
     lambda source: _zerank(source, "sigmoid", ZERANK_TEMPERATURE),
     head='row of the LM head for "Yes". Only with --family',
-    eos="the beginning of the assistant's turn; the query is the system's, the document the user's",
-    output="0 to 1",
+    eos="the start of the assistant's turn; the query is the system message, the document the user's",
+    output="a probability, 0 to 1",
     maths="r = sigmoid(l['Yes'] / 5)",
 )
 ZERANK_2 = logit_family(
@@ -169,15 +169,15 @@ ZERANK_2 = logit_family(
     lambda source: _zerank(source, "logit", 1.0),
     lambda source: f"1_LogitScore reads Yes alone ({source.config.model_type})" if is_zerank_2(source) else None,
     head='row of the LM head for "Yes"',
-    eos="the beginning of the assistant's turn; the query is the system's, the document the user's",
+    eos="the start of the assistant's turn; the query is the system message, the document the user's",
     output="raw logit; zerank-1's function of it is sigmoid(r / 5)",
     maths="r = l['Yes']",
 )
 NEMOTRON_RERANK = Family(
     name="nemotron-rerank",
-    title="Llama Nemotron rerank: a Llama whose tokens look both ways",
+    title="Llama Nemotron rerank: a Llama with bidirectional attention",
     examples=("nvidia/llama-nemotron-rerank-1b-v2", "nvidia/llama-3.2-nv-rerankqa-1b-v2"),
-    head="linear `score`, no bias, over the temperature of config.json",
+    head="linear `score` without bias, divided by config.json's temperature",
     tap="mean over all tokens, or as config.json's pooling says",
     eos="none",
     output="raw logit",

@@ -55,11 +55,11 @@ def _describe(source: Source) -> Draft:
 
 URM = Family(
     name="urm",
-    title="URM: means of normals",
+    title="URM: means of normal distributions",
     examples=("LxzGordon/URM-LLaMa-3-8B", "LxzGordon/URM-LLaMa-3.1-8B"),
-    head="`score`: mean and deviation of each of five attributes, in turn; with `weights.fc` a learned gate (3.1)",
+    head="`score`: alternating means and deviations of five attributes; `weights.fc` (3.1) is a learned gate",
     tap="the token before the first pad id",
-    eos="the template's own; without a template EOS appended if missing",
+    eos="the template's own; without a template EOS is appended if missing",
     output="raw; the attributes' means by name",
     maths="r = sum(w * mean), mean = (W h[before pad])[0::2], w = 0.3, 0.74, 0.46, 0.47, -0.33, or the gate's MLP(h)",
     matches=_matches,
