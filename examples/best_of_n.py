@@ -2,7 +2,7 @@
 
     python examples/best_of_n.py BUNDLE PROMPT ANSWER ANSWER ...
 
-The answers come from a generator of yours; here they are arguments.
+Your generator would make the answers; here they are arguments of the command.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rewardrt import RewardModel
 
 
 def best_of(model: RewardModel, prompt: str, answers: list[str]) -> str:
-    """Return the answer with the highest reward; the prompt is computed once for all of them."""
+    """Return the answer with the highest reward. The prompt is computed once for all answers."""
     return model.rank(prompt=prompt, responses=answers)[0].response
 
 
