@@ -38,7 +38,7 @@ else grep -v WARNING $(1)/pip.log | tail -n 12 | sed 's/^/  /'; \
 echo "  pip failed after $$seconds s, as above; see $(1)/pip.log, and type the same make command again once it is mended"; exit 1; fi
 endef
 
-.PHONY: demo test test-fast test-tensorrt test-backbones test-oldest test-newest test-ray test-trainers coverage sanitize test-frameworks check format docs zoo kernel-table tensorrt-table bench bench-bundle smollm2
+.PHONY: demo test test-fast test-tensorrt test-backbones test-oldest test-newest test-ray test-trainers coverage sanitize test-frameworks check format docs shown zoo kernel-table tensorrt-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	@echo "$(STEP)exporting the model in models/tiny to a bundle, .demo/tiny"
@@ -76,6 +76,9 @@ test-trainers: $(TRAINERS:%=test-trainer-%)  ## the reward functions in each tra
 
 test-trainer-%: $(TRAINER)-%/installed
 	$(TRAINER)-$*/bin/python -m pytest -W default trainer_tests/test_$(subst -,_,$*).py
+
+shown: $(VENV)/installed  ## run what the pages show and compare its output: make shown [PAGES=README.md] [UPDATE=1 to write it there]
+	$(BIN)/python tests/shown.py $(if $(UPDATE),--update) $(PAGES)
 
 sanitize: $(VENV)/installed  ## the tests of the C kernels, under gcc's address and undefined behaviour sanitizers
 	$(BIN)/python tests/sanitize.py
