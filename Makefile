@@ -12,6 +12,7 @@ OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 RAY ?= .venv-ray
 TRAINER ?= .venv-trainer
+SITE ?= .venv-site
 TRAINERS := $(patsubst trainer_tests/requirements/%.txt,%,$(wildcard trainer_tests/requirements/*.txt))
 # Bits, graphs, kernels, providers, templates and tokens; and an export of each kind of attention: causal, in windows, with
 # soft caps, of experts, of both directions.
@@ -38,7 +39,7 @@ else grep -v WARNING $(1)/pip.log | tail -n 12 | sed 's/^/  /'; \
 echo "  pip failed after $$seconds s, as above; see $(1)/pip.log, and type the same make command again once it is mended"; exit 1; fi
 endef
 
-.PHONY: demo test test-fast test-tensorrt test-backbones test-oldest test-newest test-ray test-trainers coverage sanitize test-frameworks check format docs shown zoo kernel-table tensorrt-table bench bench-bundle smollm2
+.PHONY: demo test test-fast test-tensorrt test-backbones test-oldest test-newest test-ray test-trainers coverage sanitize test-frameworks check format docs shown site zoo kernel-table tensorrt-table bench bench-bundle smollm2
 
 demo: $(VENV)/installed  ## export models/tiny and rank the answers of a sample file
 	@echo "$(STEP)exporting the model in models/tiny to a bundle, .demo/tiny"
@@ -103,8 +104,12 @@ tensorrt-table: $(VENV)/installed  ## docs/tensorrt.md: what TensorRT makes of e
 zoo: $(VENV)/installed  ## docs/backbones.md: every text model type of transformers, which takes hours: make zoo [ROWS=file to go on from]
 	PYTHONPATH=tests $(BIN)/python -W ignore tests/zoo.py docs/backbones.md --rows $(ROWS)
 
-docs: $(VENV)/installed  ## the pages that are made from tables
+docs: $(VENV)/installed  ## the pages that are made from tables, docstrings and --help
 	$(BIN)/rewardrt families --markdown > docs/families.md
+	$(BIN)/python site/reference.py
+
+site: $(SITE)/installed  ## the documentation's site, in .site; links between its pages are checked
+	$(SITE)/bin/zensical build --clean --strict
 
 kernel-table: $(VENV)/installed  ## what the C kernels know of the operators of int8 graphs
 	$(BIN)/python -m rewardrt_export.precisions.operators > runtime/kernels/table.h
@@ -134,6 +139,11 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt hatch_build.py $(wild
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[cpu,serve,data,hub,client,report]' \
 	  pytest pytest-xdist pytest-timeout hypothesis httpx onnx onnxscript hatchling
+	@touch $@
+
+$(SITE)/installed: site/requirements.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install -q --disable-pip-version-check -r site/requirements.txt
 	@touch $@
 
 $(RAY)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*)
