@@ -21,6 +21,7 @@ from tiers import reaches_torch
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
 EXPORTING = {"tiny_bundle"}
+TRACED = "REWARDRT_TRACED_GRAPHS"  # a folder that several runs share traced graphs by; a run has one of its own without
 _DRAWN: dict[str, list[tuple[np.random.Generator, Any]]] = {}  # generators of test modules, each with its first state
 
 
@@ -59,11 +60,21 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let exports of a worker share traced graphs, unless the test is about tracing."""
+    """Let the exports of a run share traced graphs, unless the test is about tracing."""
     if "rewardrt_export.pipeline" in sys.modules:
-        from traced_graphs import share
+        _share_graphs(item.config, not item.get_closest_marker("traces"), "monkeypatch" not in item.fixturenames)
 
-        share(not item.get_closest_marker("traces"))
+
+def _share_graphs(config: pytest.Config, shared: bool = True, writes: bool = True) -> None:
+    from traced_graphs import share
+
+    share(shared, Path(os.environ.get(TRACED) or _run_folder(config) / "traced"), writes=writes)
+
+
+def _run_folder(config: pytest.Config) -> Path:
+    """Return the temporary folder that the workers of a run share."""
+    own: Path = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # each worker's folder lies in the run's
 
 
 def _draw_anew(module: ModuleType | None) -> None:
@@ -85,15 +96,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(pytestconfig: pytest.Config) -> Path:
     """models/tiny, exported once for all tests of a run; copy it before changing anything in it."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # each worker's folder lies in the run's
+    shared = _run_folder(pytestconfig)
     target = shared / "tiny"
     with (shared / "tiny.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker exports, the others wait for it
         if not (target / "reward.json").exists():
             from rewardrt_export.pipeline import export
 
+            _share_graphs(pytestconfig)
             export(TINY, target)
     return target

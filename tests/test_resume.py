@@ -208,7 +208,7 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
 def test_signals_at_random_moments_lose_nothing(name: str, moments: int, rows: Path, tmp_path: Path) -> None:
     """A signal that can be answered comes when the bundle is loaded: before, Python alone would answer."""
     source = tmp_path / "rows.jsonl"
-    source.write_bytes(rows.read_bytes() * 2)
+    source.write_bytes(rows.read_bytes())
     assert run("score", BUNDLE, source, "-o", tmp_path / "whole.jsonl.gz").returncode == 0
     chance, number, target = random.Random(name), getattr(signal, name), tmp_path / "out.jsonl.gz"
     statuses = {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143}

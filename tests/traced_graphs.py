@@ -1,16 +1,32 @@
-"""Traced graphs that exports of one test process share: most tests export the same few shapes, with other weights.
+"""Traced graphs that the exports of a test run share: most tests export the same few shapes, with other weights.
 
 Tracing takes nine tenths of the export of a tiny model. A traced graph has no weights; it follows from the backbone's
 class and config, and from what of the spec is in the graph. Tests that change how tracing works are marked `traces`.
+
+The graphs lie in a folder of the run, which its processes share. A graph is never taken from another version of the
+code: what it is known by holds this project's sources and the versions of the libraries that trace.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import rewardrt
+import rewardrt_export
 from rewardrt.bundle.spec import Layer
 from rewardrt_export import pipeline
 from rewardrt_export.source.directions import is_two_way
@@ -29,13 +45,18 @@ _IRRELEVANT = {
     "transformers_version",
     "use_cache",
 }
+_LIBRARIES = ("torch", "transformers", "onnxscript", "onnx-ir", "onnx", "numpy")
+_NO_DATA = "no data"  # the file that a stored graph names for its weights
 _trace: Callable[..., Any] = pipeline.trace
-_kept: dict[str, Any] = {}
+_folder: Path | None = None
+_writes = True
 
 
-def share(shared: bool) -> None:
-    """Let exports of this process share traced graphs, or not."""
+def share(shared: bool, folder: Path, *, writes: bool = True) -> None:
+    """Let exports of this process share traced graphs, or not; those of tests that may have changed code are not kept."""
+    global _folder, _writes
     pipeline.trace = _shared if shared else _trace
+    _folder, _writes = folder, writes
 
 
 def _whether(name: str | None) -> str | None:
@@ -72,6 +93,7 @@ def _shared(backbone: Any, head: Any, *, every_token: bool = False) -> Any:
     implementations = (backbone.config._attn_implementation, getattr(backbone.config, "_experts_implementation", None))
     key = repr(
         (
+            _code(),
             type(backbone),
             is_two_way(backbone.config),
             json.dumps(config, sort_keys=True, default=repr),
@@ -81,6 +103,47 @@ def _shared(backbone: Any, head: Any, *, every_token: bool = False) -> Any:
             every_token,
         )
     )
-    if key not in _kept:
-        _kept[key] = _trace(backbone, head, every_token=every_token)
-    return _kept[key].clone()
+    assert _folder is not None
+    file = _folder / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+    if not file.exists():
+        model = _trace(backbone, head, every_token=every_token)
+        # A class that a test made may be another one under the same name elsewhere.
+        if not _writes or not type(backbone).__module__.startswith("transformers.models."):
+            return model
+        _save(model, file)
+    return _load(file)  # in the process that traced as well, so that no test depends on which did
+
+
+@cache
+def _code() -> str:
+    """Return what a traced graph follows from besides the model: the sources of this project, and its libraries."""
+    digest = hashlib.sha256(repr([sys.version, *map(importlib.metadata.version, _LIBRARIES)]).encode())
+    for package in (rewardrt, rewardrt_export):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _save(model: ir.Model, file: Path) -> None:
+    """Write a graph whose weights have no data, whole or not at all."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if isinstance(tensor.raw, FakeTensor):
+            value.const_value = ir.ExternalTensor(
+                _NO_DATA, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=file.parent
+            )
+    file.parent.mkdir(exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_bytes(ir.to_proto(model).SerializeToString())
+    part.rename(file)
+
+
+def _load(file: Path) -> ir.Model:
+    model = ir.load(file)
+    with FakeTensorMode():
+        for name, value in model.graph.initializers.items():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                shape = tuple(value.const_value.shape.numpy())
+                value.const_value = TorchTensor(torch.empty(shape, dtype=torch.float32), name=name)
+    return model
