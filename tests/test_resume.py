@@ -332,7 +332,7 @@ def test_a_log_gets_a_line_every_half_minute_and_rows_stay_clean(
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 3
-    assert err.splitlines()[0] == "25%, 2 min left, 1,200 rows, 2,000 tokens/s, 3 errors, 50% of tokens reused"
+    assert err.splitlines()[0] == "25%, 90 s left, 1,200 rows, 2,000 tokens/s, 3 errors, 50% of tokens reused"
 
 
 def test_what_is_left_of_a_window_is_told_by_its_tokens() -> None:
