@@ -42,7 +42,7 @@ ORDER = {
         source: foreign text_files weights adapter_config adapters chat_template directions layouts config multimodal padding tokenizer tokenizer_files
           tokenizer_loader folder repository
         token_options
-        model: length_limits two_way logits backbone heads
+        model: length_limits two_way logits layer_by_layer backbone heads
         families: draft encoder objectives openrlhf sequence_classification gated general_preference ldl linear_heads
           language_model_head lm_row mlp_head pair_preference pairrm process urm value_head token_logit rerankers guards
           listing

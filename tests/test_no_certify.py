@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints_linear  # noqa: F401 - adds gpt2 to the backbones
+from checkpoints import write_openrlhf
 from checkpoints_encoders import write_encoder
 from commands import run
 from rewardrt import RewardModel
@@ -18,13 +21,14 @@ from rewardrt.errors import BundleError, CertificateError
 from rewardrt.machine.processor import read_processor
 from rewardrt.text.tokens import EncodedText
 from rewardrt_export import pipeline
-from rewardrt_export.certificate import certify, memory
+from rewardrt_export.certificate import certify, memory, reference
 from rewardrt_export.certificate.certify import PROBES_BY_LAYER
 from rewardrt_export.certificate.golden import MIN_TEXTS
 from rewardrt_export.certificate.reference import score_with_torch
 from rewardrt_export.checkpoint import read_checkpoint
-from rewardrt_export.model import backbone
+from rewardrt_export.model import layer_by_layer
 from rewardrt_export.model.backbone import bind, load, meta_backbone
+from rewardrt_export.precisions.calibrate import Calibration
 from rewardrt_export.source.folder import read_source
 from rewardrt_export.source.weights import read_tensors
 
@@ -115,8 +119,6 @@ def test_a_model_that_only_torch_has_no_memory_for_is_certified_layer_by_layer(
     assert certificate.fidelity is not None
     assert certificate.fidelity.texts == MIN_TEXTS  # nothing was calibrated on any of them
     assert certificate.fidelity.rms_std < 0.05
-    with pytest.raises(CertificateError, match=r"to calibrate on texts, .* without --calibrate"):
-        pipeline.export(TINY, tmp_path / "other", precisions=("int8",), calibrate=tmp_path / "texts.jsonl")
 
 
 def golden_rows(bundle: Path) -> list[dict[str, Any]]:
@@ -141,10 +143,60 @@ def test_layers_that_come_and_go_give_the_same_bits(tmp_path: Path, model_type: 
     assert 0 < sum(there) < len(there)  # embeddings stay, layers are gone again
 
 
+# gpt2 has its weights transposed, mixtral's are of experts, bert's texts are read in both directions.
+WRITERS = {"llama": write_openrlhf, "mixtral": write_openrlhf, "gpt2": write_openrlhf, "bert": write_encoder}
+
+
+@pytest.mark.parametrize("model_type", WRITERS)
+def test_calibration_layer_by_layer_sees_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """Inputs, gradients of inputs and squares of gradients of weights, for texts with and without gradients."""
+    monkeypatch.setattr(reference, "LONGEST", 40)
+    WRITERS[model_type](tmp_path / "checkpoint", model_type)
+    checkpoint = read_checkpoint(tmp_path / "checkpoint")
+    long = np.arange(5, 60)
+    texts = [EncodedText(ids, 0, np.array([len(ids) - 1]), None) for ids in (np.arange(5, 25), long, np.arange(9, 40))]
+    found, rewards = [], []
+    for by_layer in (False, True):
+        (folder := tmp_path / f"kept-{by_layer}").mkdir()
+        found.append(Calibration(folder if by_layer else None))
+        rewards.append(score_with_torch(checkpoint, texts, calibration=found[-1], by_layer=by_layer))
+    whole, layers = found
+    assert rewards[0] == rewards[1]
+    assert (whole.texts, layers.texts) == (2, 2)
+    assert set(whole.owners) == set(layers.owners) and set(whole.weights) == set(layers.weights)
+    assert {whole.owner(name) == layers.owner(name) for name in whole.weights} == {True}
+    for owner in whole.owners:
+        one, other = whole.seen(owner), layers.seen(owner)
+        assert torch.equal(one.activations, other.activations) and one.activations.any()
+        assert torch.equal(one.gradients, other.gradients)
+        assert [torch.equal(a.squares, b.squares) for a, b in zip(one.weights, other.weights, strict=True)] == [
+            True for _ in one.weights
+        ]
+    assert any(whole.seen(owner).gradients.any() for owner in whole.owners)
+
+
+def test_int8_calibrated_layer_by_layer_is_the_same_to_the_byte(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [row["row"] for row in golden_rows(tiny_bundle)[:16]]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    written = []
+    for free in (None, 1_000_000):
+        monkeypatch.setattr(memory, "available_memory", lambda free=free: free)
+        target = tmp_path / f"bundle-{free}"
+        pipeline.export(TINY, target, precisions=("int8",), certified=False, calibrate=tmp_path / "texts.jsonl")
+        written.append([(target / name).read_bytes() for name in ("model.int8.onnx", "model.int8.onnx.data")])
+    assert written[0] == written[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle-1000000", "bundle-None", "texts.jsonl"]
+
+
 def test_a_model_that_reads_a_layer_from_outside_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbone, "_fetch", lambda *arguments: None)  # as if its weights were read when it does not run
+    # As if its weights were read when it does not run.
+    monkeypatch.setattr(layer_by_layer._Layer, "weights", lambda layer: contextlib.nullcontext())
     checkpoint = read_checkpoint(TINY)
     text = EncodedText(np.arange(5, 25), False, np.array([19]))
     with pytest.raises(

@@ -93,8 +93,9 @@ def export(
     `precisions` are names in `rewardrt.bundle.precisions`: a graph each. int8 is calibrated on the texts of the JSONL
     file `calibrate`, or else on every other one of the golden texts. With `token_rewards` the graphs also give the
     reward after every token, where a model reads one answer at one token. Without `certified` the torch model scores
-    nothing, except the texts of `calibrate`: the bundle has no golden texts and says that it is uncertified. Where the
-    torch model in float32 does not fit in memory, it scores layer by layer, fewer texts, and int8 is not calibrated.
+    nothing, except the texts of `calibrate`: the bundle has no golden texts and says that it is uncertified. If the
+    torch model in float32 does not fit in memory, it scores layer by layer, and fewer texts; int8 is then calibrated
+    only on the texts of `calibrate`.
     `progress` is called with each step (`rewardrt.steps.Step`) as it begins, and with each text, weight or activation
     of those that count them; `str(step)` is a line for people.
 
@@ -131,14 +132,13 @@ def export(
     for name, choice in checkpoint.source.choices.items():
         progress(Step(f"{name}: {choice}", note=True))
     own_texts = calibrated and calibrate is not None
-    by_layer = (certified or own_texts) and not check_memory(
-        checkpoint, precisions if certified else (), calibrates=own_texts
-    )
+    by_layer = (certified or own_texts) and not check_memory(checkpoint, precisions if certified else ())
     with _workplace(target, force) as folder:
         progress(Step(f"tracing {checkpoint.source.architecture} ({checkpoint.spec.backbone})"))
         graph = _make_graph(checkpoint, token_rewards)
         _write_text_files(checkpoint, folder)
-        calibration = Calibration() if calibrated and (certified or own_texts) and not by_layer else None
+        # Layer by layer, calibration takes hours at 8B parameters: on texts that were named, or not at all.
+        calibration = _begin_calibration(folder) if own_texts or (calibrated and certified and not by_layer) else None
         golden_set = GoldenSet()
         if certified:
             count = begin(
@@ -156,7 +156,9 @@ def export(
             count = begin(progress, f"calibrating on {calibrate}", "text")
             seen = [cut(text) for text in encode_texts(checkpoint, folder, calibrate)[1]]
             every = -(-sum(text.needed for text in seen) // KEPT_TOKENS)  # of so many texts, one: no more are kept
-            seen_rewards = score_with_torch(checkpoint, seen[::every], calibration=calibration, count=count)
+            seen_rewards = score_with_torch(
+                checkpoint, seen[::every], calibration=calibration, by_layer=by_layer, count=count
+            )
             calibration.reward_std = spread(seen_rewards)
         variants = write_graphs(graph, precisions, calibration, folder, progress)
         variants = [build_engine(each, folder, Profile.of(checkpoint.spec.max_length), progress) for each in variants]
@@ -175,6 +177,13 @@ def export(
             certificates.append(certify(checkpoint, folder, precision, fidelity, by_layer=by_layer, count=count))
         write_manifest(folder, dataclasses.replace(manifest, certificates=tuple(certificates)))
         return _move(folder, target)
+
+
+def _begin_calibration(bundle: Path) -> Calibration:
+    """Return a calibration that keeps what it sees beside the folder of the new bundle, until the export ends."""
+    folder = bundle.with_name("calibration")
+    folder.mkdir()
+    return Calibration(folder)
 
 
 def _make_graph(checkpoint: Checkpoint, token_rewards: bool) -> ir.Model:

@@ -13,10 +13,10 @@ from rewardrt_export.checkpoint import Checkpoint
 CGROUP = Path("/sys/fs/cgroup")  # a container sees its own limit here
 
 
-def check_memory(checkpoint: Checkpoint, precisions: Sequence[str], *, calibrates: bool) -> bool:
+def check_memory(checkpoint: Checkpoint, precisions: Sequence[str]) -> bool:
     """Return whether the torch model in float32 fits in the memory that this machine has left.
 
-    Raises CertificateError where a graph that is to be compared with it does not, or where calibration needs all of it.
+    Raises CertificateError where a graph that is to be compared with it does not.
     """
     parameters, free = checkpoint.source.parameters, available_memory()
     if free is None:
@@ -28,13 +28,7 @@ def check_memory(checkpoint: Checkpoint, precisions: Sequence[str], *, calibrate
                 f"onnxruntime needs {needed / 1e9:.1f} GB of memory for the {name} graph, and {free / 1e9:.1f} GB are "
                 "free; export where there is more, in a smaller precision, or with --no-certify, which does not load it"
             )
-    needed = 4 * parameters
-    if needed > free and calibrates:
-        raise CertificateError(
-            f"torch needs {needed / 1e9:.1f} GB of memory for the model in float32 to calibrate on texts, and "
-            f"{free / 1e9:.1f} GB are free; export where there is more, or without --calibrate"
-        )
-    return needed <= free
+    return 4 * parameters <= free
 
 
 def available_memory() -> int | None:

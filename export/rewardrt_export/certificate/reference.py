@@ -23,6 +23,7 @@ from rewardrt.text.tokens import EncodedText
 from rewardrt_export.checkpoint import Checkpoint
 from rewardrt_export.model.backbone import load, meta_backbone
 from rewardrt_export.model.heads import RewardHead
+from rewardrt_export.model.layer_by_layer import UnderivableError
 from rewardrt_export.precisions.calibrate import LONGEST, Calibration
 from rewardrt_export.tracing.experts import through_expert, weight_of_expert
 
@@ -46,7 +47,7 @@ def score_with_torch(
 
     The backbone computes in `dtype`, the head in float32. `calibration` takes in the input of each linear layer for the
     texts with the indices `observed` (None: all), and its gradient for those that are not too long. The torch model is
-    in memory only while this runs; with `by_layer`, and no calibration, one of its layers at a time.
+    in memory only while this runs; with `by_layer`, one of its layers at a time.
     """
     model = meta_backbone(checkpoint.source.config, "eager", "eager" if calibration is None else OBSERVED)
     load(model, checkpoint.backbone.sources, dtype, by_layer=by_layer)
@@ -58,22 +59,22 @@ def score_with_torch(
     for index, text in enumerate(texts):
         count(index + 1, len(texts))
         score = partial(_score_text, model, head, checkpoint.spec, text)
-        if watching is not None and (observed is None or index in observed):
-            values = watching.score(score, derive=len(text.ids) <= LONGEST)
-        else:
-            try:
+        try:
+            if watching is not None and (observed is None or index in observed):
+                values = watching.score(score, derive=len(text.ids) <= LONGEST)
+            else:
                 with torch.inference_mode():
                     values = score()
-            except (RuntimeError, NotImplementedError) as error:  # weights on the meta device: they are not there
-                if not by_layer:
-                    raise CertificateError(
-                        f"torch itself cannot compute {checkpoint.source.architecture} for a text of {len(text.ids)} "
-                        f"tokens ({str(error).splitlines()[0]}); config.json does not fit the model that was trained"
-                    ) from error
+        except (RuntimeError, NotImplementedError) as error:  # weights on the meta device: they are not there
+            if not by_layer:
                 raise CertificateError(
-                    f"{checkpoint.source.architecture} cannot be computed layer by layer "
-                    f"({str(error).splitlines()[0]}); export where there is more memory, or with --no-certify"
+                    f"torch itself cannot compute {checkpoint.source.architecture} for a text of {len(text.ids)} "
+                    f"tokens ({str(error).splitlines()[0]}); config.json does not fit the model that was trained"
                 ) from error
+            raise CertificateError(
+                f"{checkpoint.source.architecture} cannot be computed layer by layer "
+                f"({str(error).splitlines()[0]}); export where there is more memory, or with --no-certify"
+            ) from error
         rewards.append(tuple(values.tolist()))
     return rewards
 
@@ -114,13 +115,13 @@ class _Watch:
 
     def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
         self._calibration = calibration
-        self._on = False
+        self._on = self._derive = False
+        self.underivable: str | None = None  # why no gradients can be derived layer by layer
         model.requires_grad_(False)
         model.get_input_embeddings().register_forward_hook(self._start)
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear | Conv1D):
                 module.register_forward_pre_hook(partial(self._see, f"{name}.weight"))
-                calibration.watch(f"{name}.weight", module.weight, transposed=isinstance(module, Conv1D))
             elif hasattr(module, "is_transposed") and hasattr(module, "num_experts"):
                 module.observed = partial(self._multiply, name, module)
                 parts = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
@@ -129,17 +130,27 @@ class _Watch:
 
     def score(self, score: Callable[[], torch.Tensor], *, derive: bool) -> torch.Tensor:
         """Score a text and, to `derive`, go back from its reward (or the sum of them) to the inputs of all layers."""
-        self._on = True
-        with torch.set_grad_enabled(derive):
-            values = score()
-        if derive:
+        self._on, self._derive = True, derive and self.underivable is None
+        try:
+            with torch.set_grad_enabled(self._derive):
+                values = score()
+        except UnderivableError as error:
+            self.underivable = str(error)
+            return self.score(score, derive=False)
+        if self._derive:
             values.sum().backward()
             self._calibration.texts += 1
         self._on = False
+        self._calibration.store()
         return values.detach()
 
+    @property
+    def _observing(self) -> bool:
+        """Whether what runs now is to be seen: not a layer that runs without gradients and will run again with them."""
+        return self._on and torch.is_grad_enabled() == self._derive
+
     def _start(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], embedding: torch.Tensor) -> Any:
-        if self._on and torch.is_grad_enabled():
+        if self._on and self._derive:
             # Where the way back ends; a copy goes on, since some classes scale the embedding in place.
             return embedding.requires_grad_(True).clone()
         return None
@@ -147,7 +158,7 @@ class _Watch:
     def _multiply(self, name: str, experts: Any, expert: int, part: str, rows: torch.Tensor) -> torch.Tensor:
         """Multiply rows with a weight of one expert, which is watched as that of a layer is."""
         weight = getattr(experts, part)[expert]
-        if self._on:
+        if self._observing:
             own = weight_of_expert(f"{name}.{part}", expert, turned=not experts.is_transposed)
             rows = self._calibration.observe(own, rows)
             if torch.is_grad_enabled():
@@ -157,4 +168,9 @@ class _Watch:
         return torch.nn.functional.linear(rows, weight.T if experts.is_transposed else weight, bias)
 
     def _see(self, name: str, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
-        return (self._calibration.observe(name, inputs[0]), *inputs[1:]) if self._on else None
+        if not self._observing:
+            return None
+        weight: Any = module.weight
+        if self._derive and not weight.requires_grad:  # the first time, or after its layer was read again
+            self._calibration.watch(name, weight, transposed=isinstance(module, Conv1D))
+        return (self._calibration.observe(name, inputs[0]), *inputs[1:])

@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from rewardrt.errors import CheckpointError
+from rewardrt_export.model.layer_by_layer import hold_only_while_it_runs
 from rewardrt_export.model.length_limits import hold, hold_rotary
 from rewardrt_export.model.two_way import look_both_ways
 from rewardrt_export.source.weights import StoredTensor, first_line, shorten
@@ -175,16 +176,18 @@ def load(
 ) -> None:
     """Give a meta backbone its weights in `dtype`; with `by_layer`, those of a layer only while it runs.
 
-    They are then read each time. The layers are the model's largest list of modules. No gradients can be derived.
+    They are then read each time. The layers are the model's largest list of modules. See `layer_by_layer`.
     """
     held = dict(sources)
     for prefix, layer in _layers(model) if by_layer else []:
         layer.requires_grad_(False)
         own = {name: held.pop(f"{prefix}.{name}") for name in layer.state_dict()}
-        layer.register_forward_pre_hook(partial(_fetch, own, dtype))
-        layer.register_forward_hook(partial(_release, layer.state_dict()))
-    state = {name: source.read().to(dtype) for name, source in held.items()}
-    model.load_state_dict(state, strict=len(held) == len(sources), assign=True)
+        hold_only_while_it_runs(layer, partial(_read, own, dtype))
+    model.load_state_dict(_read(held, dtype), strict=len(held) == len(sources), assign=True)
+
+
+def _read(sources: Mapping[str, ParameterSource], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: source.read().to(dtype) for name, source in sources.items()}
 
 
 def _layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -194,14 +197,6 @@ def _layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         return []
     name, layers = lists[sizes.index(max(sizes))]
     return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
-
-
-def _fetch(own: dict[str, ParameterSource], dtype: torch.dtype, layer: nn.Module, inputs: object) -> None:
-    layer.load_state_dict({name: source.read().to(dtype) for name, source in own.items()}, strict=True, assign=True)
-
-
-def _release(empty: dict[str, torch.Tensor], layer: nn.Module, inputs: object, output: object) -> None:
-    layer.load_state_dict(empty, strict=True, assign=True)
 
 
 def bind(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> Binding:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from rewardrt.text.tokens import EncodedText
@@ -55,8 +57,10 @@ def cut(text: EncodedText) -> EncodedText:
 class Calibration:
     """The inputs of each linear layer and their gradients, one token after the other, as bfloat16 [tokens, K]."""
 
-    def __init__(self) -> None:
-        """Start with none."""
+    def __init__(self, folder: Path | None = None) -> None:
+        """Start with none. Inputs and gradients are kept in files in `folder`, or in memory if there is none."""
+        self._folder = folder
+        self._stored: dict[str, int] = {}  # how many tokens of an activation are in its files
         self.texts = 0  # whose rewards were derived
         self.reward_std = 1.0  # the spread of rewards, which damage is measured by
         self._parts: dict[str, list[torch.Tensor]] = {}  # by weight, as all that follow
@@ -78,7 +82,7 @@ class Calibration:
         _, given, last_owner = self._last
         owner = self._owner.setdefault(weight, last_owner)
         parts = self._parts.setdefault(owner, [])
-        room = KEPT_TOKENS - sum(map(len, parts))
+        room = KEPT_TOKENS - sum(map(len, parts)) - self._stored.get(owner, 0)
         if owner == weight and room > 0:
             parts.append(_rows(activation, room))
             gradients = self._gradients.setdefault(owner, [])
@@ -109,6 +113,20 @@ class Calibration:
 
         weight.register_post_accumulate_grad_hook(add)
 
+    def store(self) -> None:
+        """Move what was taken in since the last call to the files, if there is a folder: called after each text."""
+        for owner, parts in self._parts.items() if self._folder is not None else ():
+            if parts:
+                self._stored[owner] = self._stored.get(owner, 0) + sum(map(len, parts))
+                for file, values in zip(self._files(owner), (parts, self._gradients[owner]), strict=True):
+                    with file.open("ab") as opened:
+                        torch.cat(values).view(torch.int16).numpy().tofile(opened)
+                    values.clear()
+
+    def _files(self, owner: str) -> tuple[Path, Path]:
+        assert self._folder is not None
+        return self._folder / f"{owner}.inputs", self._folder / f"{owner}.gradients"
+
     def expect(self, name: str) -> None:
         """Know of a weight that texts may go through or not: that of an expert."""
         self._unseen.add(f"backbone.{name}")
@@ -129,8 +147,17 @@ class Calibration:
 
     def seen(self, owner: str) -> Seen:
         """Return what one of `owners` is multiplied with."""
-        activations = torch.cat(self._parts[owner]).float()
-        gradients = torch.cat(self._gradients[owner]).float()
+        if self._stored.get(owner):
+            activations, gradients = (
+                torch.from_numpy(np.fromfile(file, dtype=np.int16))
+                .view(torch.bfloat16)
+                .unflatten(0, (tokens, -1))
+                .float()
+                for file, tokens in zip(self._files(owner), 2 * (self._stored[owner],), strict=True)
+            )
+        else:
+            activations = torch.cat(self._parts[owner]).float()
+            gradients = torch.cat(self._gradients[owner]).float()
         # False of NaN, too
         usable = (activations.abs() < LARGEST).all(dim=1) & torch.isfinite(gradients).all(dim=1)
         weights = [

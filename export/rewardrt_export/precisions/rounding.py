@@ -35,11 +35,14 @@ def make_factor(activations: Floats) -> Factor:
     moments = (activations.T @ activations).astype(np.float64)
     diagonal = np.diagonal(moments)
     order = np.argsort(-diagonal, kind="stable")
-    moments = moments[np.ix_(order, order)]
+    # With rows and columns in reverse, H = L L^T; then U is L^-1, reversed again. K x K doubles are many: in place.
+    moments = moments[np.ix_(order[::-1], order[::-1])]
     moments[np.diag_indices_from(moments)] += DAMPING * diagonal.mean() or 1.0  # 1 where all were 0
-    # With rows and columns in reverse, H = L L^T; then U is L^-1, reversed again.
-    lower = torch.linalg.cholesky(torch.from_numpy(moments).flip(0, 1))
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+    lower = torch.from_numpy(moments)
+    torch.linalg.cholesky(lower, out=lower)
+    inverse = torch.eye(len(lower), dtype=lower.dtype)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower, moments
     return Factor(order, inverse.flip(0, 1).numpy())
 
 
