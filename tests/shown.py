@@ -36,9 +36,6 @@ from typing import IO
 from shown_pages import Block, PageError, StaleMaskError, Step, matches, pages, read_blocks
 
 ROOT = Path(__file__).parent.parent
-NOT_MARKED_YET = {
-    *(f"docs/{name}.md" for name in ("scoring", "exporting", "bundle", "serving", "evaluating")),
-}
 SECONDS = 120.0  # that a block may take
 HOME = "/home/me"  # what the folder of a page is called in its output
 DEFAULT_PORT = "5000"  # of rewardrt serve
@@ -163,7 +160,8 @@ class Shell:
         process, output = self.python
         assert process.stdin is not None
         begin = os.fstat(output.fileno()).st_size
-        process.stdin.write(json.dumps([self._here(step.code), mode, f"line {step.line}"]).encode() + b"\n")
+        name = "<stdin>" if mode == "single" else f"line {step.line}"
+        process.stdin.write(json.dumps([self._here(step.code), mode, name]).encode() + b"\n")
         process.stdin.flush()
         end = time.monotonic() + self.seconds
         while time.monotonic() < end and process.poll() is None:
@@ -354,12 +352,10 @@ def main() -> int:
     """Return the exit status: 0 when every page is as it shows."""
     parser = argparse.ArgumentParser(description="Run what the pages show, and compare what it prints.")
     parser.add_argument("--update", action="store_true", help="write the output that came into the pages")
-    parser.add_argument(
-        "pages", nargs="*", type=Path, metavar="PAGE", help="all that are marked, unless some are named"
-    )
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="all, unless some are named")
     arguments = parser.parse_args()
     named = [page.resolve() for page in arguments.pages]
-    chosen = named or [page for page in pages(ROOT) if _name(page) not in NOT_MARKED_YET]
+    chosen = named or pages(ROOT)
     total = Counts()
     with tempfile.TemporaryDirectory() as exports, ThreadPoolExecutor(2) as pool:
 

@@ -15,7 +15,6 @@ import shown
 from shown_pages import MASKS, matches, pages, read_blocks
 
 ROOT = Path(__file__).parent.parent
-MARKED = [page for page in pages(ROOT) if page.relative_to(ROOT).as_posix() not in shown.NOT_MARKED_YET]
 
 
 def run(folder: Path, text: str, update: bool = False, seconds: float = 20.0) -> shown.Counts:
@@ -25,17 +24,10 @@ def run(folder: Path, text: str, update: bool = False, seconds: float = 20.0) ->
     return shown.check(page, "page.md", folder / "exports", update, seconds)
 
 
-@pytest.mark.parametrize("page", MARKED, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages(ROOT), ids=lambda page: page.name)
 def test_every_block_of_the_pages_is_marked(page: Path) -> None:
     _, errors = read_blocks(page.read_text(encoding="utf-8").split("\n"))
     assert [f"{page.name}:{error.line}: {error}" for error in errors] == []
-
-
-def test_what_is_not_marked_yet_exists_and_is_not_marked() -> None:
-    names = {page.relative_to(ROOT).as_posix(): page for page in pages(ROOT)}
-    assert names.keys() >= shown.NOT_MARKED_YET
-    marked = [name for name in shown.NOT_MARKED_YET if not read_blocks(names[name].read_text().split("\n"))[1]]
-    assert marked == [name for name in marked if "```" not in names[name].read_text()], "take it off NOT_MARKED_YET"
 
 
 def test_blocks_are_run_in_order_in_one_folder_and_counted(tmp_path: Path) -> None:
