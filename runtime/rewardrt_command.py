@@ -1,5 +1,7 @@
-"""Where the `rewardrt` command begins. Ctrl+C is answered in words before the packages are there, whose import takes
-a second: importing anything of `rewardrt` would import them.
+"""Entry point of the `rewardrt` command: handle Ctrl+C even while packages are being imported.
+
+The imports take a second. Nothing of `rewardrt` may be imported before the handler is set, because that would import
+those packages.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import NoReturn
 
 
 def main() -> None:
-    """Import the command and run it; how it ends, `rewardrt.cli.toplevel` says."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as of a job with `&`
+    """Import the command and run it; `rewardrt.cli.toplevel` decides how it ends."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in a background job
         signal.signal(signal.SIGINT, _interrupted)
     from rewardrt.cli.app import main as run
 
@@ -23,7 +25,7 @@ def main() -> None:
 
 
 def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    """End at once: nothing has begun yet, and an exception could be caught by what is imported."""
+    """End at once: nothing has begun yet, and a module that is being imported could catch an exception."""
     with suppress(OSError):
         os.write(2, b"error: interrupted\n")
     os._exit(130)

@@ -40,11 +40,11 @@ def changed(spec: Spec, **changes: Any) -> Spec:
     ("changes", "cause"),
     [
         ({"text_type_ids": True}, "text.type_ids is set; expected an encoder that reads a pair of texts"),
-        ({"input": "steps"}, "input 'steps' with tap rule .*: steps are read at all_ids, and only they"),
-        ({"text_step_token": "<step>"}, "with step_token '<step>': steps need one, only they"),
+        ({"input": "steps"}, "input 'steps' with tap rule .*: the input 'steps' needs the rule all_ids"),
+        ({"text_step_token": "<step>"}, "with step_token '<step>': the input 'steps' needs one, other inputs may not"),
         ({"text_source": "concatenate", "text_step_layout": "turns"}, "step_layout 'turns' needs the source chat_template"),
         ({"text_step_layout": "apart"}, "step_layout 'apart' needs the source concatenate, or a format that ends with"),
-        ({"text_format": "{first}{second}"}, "stand where a pairwise model reads two answers in one text, and only there"),
+        ({"text_format": "{first}{second}"}, "a pairwise model that reads two answers in one text needs {first} and {second}"),
     ],
 )  # fmt: skip
 def test_a_spec_that_contradicts_itself_is_refused_by_the_cause(

@@ -198,7 +198,7 @@ def test_a_field_that_would_change_the_text_is_refused_by_its_name(field: str, v
 @pytest.mark.parametrize(
     ("template", "extra", "message"),
     [
-        (CHATML_ONE_LINE, {"tools": TOOLS}, "tools: this model's chat template does not read what this is"),
+        (CHATML_ONE_LINE, {"tools": TOOLS}, "tools: this model's chat template does not read it"),
         (CHATML_ONE_LINE, {"documents": DOCUMENTS}, "documents: this model's chat template does not read"),
         (EVERYTHING, {"chat_template_kwargs": {"thinking": True}}, "thinking: this model's chat template does not"),
         (None, {"tools": TOOLS}, "tools: this model has no chat template"),

@@ -1,20 +1,21 @@
-"""Text from elsewhere, as it may be shown to people: what it says, and nothing that a terminal obeys."""
+"""Make text from outside safe to print: one line, without characters that a terminal would interpret."""
 
 from __future__ import annotations
 
 import re
 
-# Control characters, the ones that end a line or turn its direction, and lone surrogates, which cannot be written.
+# Control characters, line separators, marks that change the writing direction, and lone surrogates, which no encoding
+# can write.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    r"""Return the text on one line, with an escape such as `\x1b` for each character that is not seen but obeyed."""
+    r"""Return the text on one line, with an escape such as `\x1b` for each control character."""
     return _UNSEEN.sub(_escape, text)
 
 
 def visible_lines(text: str) -> str:
-    """Return a text of several lines, each of them visible."""
+    """Return a text of several lines with the control characters of each line escaped; the line breaks stay."""
     return "\n".join(map(visible, text.split("\n")))
 
 

@@ -3,12 +3,12 @@
     RewardRTError
     ├── MissingExtraError     an optional package is not installed
     ├── BundleError           the folder is not a bundle this runtime can trust
-    ├── ProviderError         the execution provider that was asked for is not the one obtained
+    ├── ProviderError         the requested execution provider could not be obtained
     ├── RowError              one input cannot be scored (the others can)
-    ├── InferenceError        the graph failed, or gave a value that is not a number
-    ├── HubError              the Hugging Face Hub cannot be reached, or refuses what was asked of it
+    ├── InferenceError        the graph failed, or gave a reward that is not a finite number
+    ├── HubError              the Hugging Face Hub cannot be reached, or refuses a request
     ├── ServerError           a reward server gives no answer, refuses the request, or is not the one expected
-    ├── WorkerError           a process that was to be measured could not load its model, or not score with it
+    ├── WorkerError           a process started by `rewardrt bench` could not load its model or score with it
     └── ExportError
         ├── CheckpointError   the checkpoint is not a reward model that can be exported exactly
         ├── TraceError        the backbone could not be turned into a graph
@@ -25,7 +25,7 @@ from rewardrt.display import visible
 class RewardRTError(Exception):
     """Base class of all errors that RewardRT raises on purpose.
 
-    Its message is one line, whatever texts, names and other libraries' words were put into it.
+    The message is always one line: control characters in quoted texts, names or other libraries' messages are escaped.
     """
 
     def __str__(self) -> str:
@@ -41,11 +41,11 @@ class BundleError(RewardRTError):
 
 
 class ProviderError(RewardRTError):
-    """The execution provider that was asked for could not be obtained; the message says why and what mends it."""
+    """The requested execution provider could not be obtained; the message says why and how to fix it."""
 
 
 class RowError(RewardRTError):
-    """One input cannot be scored: its fields, types, roles or characters are not what the model can take."""
+    """One input cannot be scored: the model does not accept its fields, types, roles or characters."""
 
 
 class InferenceError(RewardRTError):
@@ -53,19 +53,19 @@ class InferenceError(RewardRTError):
 
 
 class HubError(RewardRTError):
-    """The Hugging Face Hub cannot be reached, or refuses what was asked of it: a name, a revision, a token."""
+    """The Hugging Face Hub cannot be reached, or refuses a request: an unknown name or revision, or a missing token."""
 
 
 class ServerError(RewardRTError):
-    """A reward server gives no answer, refuses a request, or serves another bundle than was expected."""
+    """A reward server gives no answer, refuses a request, or serves a different bundle than was expected."""
 
 
 class WorkerError(RewardRTError):
-    """A process that was to be measured could not load its model, or not score with it; the message is its own."""
+    """A process of `rewardrt bench` could not load its model or score with it; the message comes from that process."""
 
 
 class ExportError(RewardRTError):
-    """Base class of what stops an export."""
+    """Base class of the errors that stop an export."""
 
 
 class CheckpointError(ExportError):
@@ -81,4 +81,4 @@ class CertificateError(ExportError):
 
 
 class TruncationWarning(UserWarning):
-    """A text was longer than the model's limit and was cut; calls that return bare numbers say so this way."""
+    """A text was longer than the model's limit and was cut. Issued by calls that return only numbers."""

@@ -1,4 +1,4 @@
-"""What has to be put right in a process that was just forked: locks that nobody holds, threads that are not there."""
+"""Repair state in a forked process: locks copied in their locked state, and threads that do not exist there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from collections.abc import Callable
 
 
 def after_fork(call: Callable[[], object]) -> None:
-    """Have something called first thing in every process that is forked from this one; on Windows none is."""
+    """Register a function that runs first in every process forked from this one; do nothing on Windows."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=call)

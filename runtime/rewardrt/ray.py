@@ -1,4 +1,4 @@
-"""Scoring on Ray: a class for `map_batches` of your own pipeline, and whole jobs of `rewardrt score --ray`.
+"""Scoring on Ray: a class for `map_batches` in your own pipeline, and the jobs of `rewardrt score --ray`.
 
     import ray
     from rewardrt.ray import Scorer
@@ -6,7 +6,7 @@
     rows = ray.data.read_parquet("s3://bucket/rows/")
     scored = rows.map_batches(Scorer, fn_constructor_kwargs={"bundle": "bundle"}, batch_size=4096, concurrency=2)
 
-Rows of one prompt that are in one batch share what is computed of it. Needs the extra `ray`.
+Rows of one prompt should be in one batch: their common prefix is then computed only once. Needs the extra `ray`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from rewardrt.data.readers import InMemory
 from rewardrt.errors import MissingExtraError, RewardRTError
 from rewardrt.reward_model import RewardModel
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use to its authors, unless it is told not to
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # by default Ray sends usage data to its authors
 
 
 class Scorer:
-    """A class for `ray.data.Dataset.map_batches`: it opens the bundle once in each actor.
+    """A class for `ray.data.Dataset.map_batches`, which loads the bundle once in each actor.
 
-    Takes batches as tables of pyarrow, data frames of pandas or arrays of numpy by column, and gives tables: the
-    batch's own columns, and after them the rewards as float32, `tokens`, `truncated` and `error`, as
-    `rewardrt score` writes them.
+    Batches may be pyarrow tables, pandas data frames, or numpy arrays by column. The results are pyarrow tables: the
+    batch's own columns, then the rewards as float32, `tokens`, `truncated` and `error`, as `rewardrt score` writes
+    them.
     """
 
     def __init__(
@@ -51,16 +51,17 @@ class Scorer:
         columns: dict[str, str] | None = None,
         **load: Any,
     ) -> None:
-        """Load the bundle; `load` are the options of `RewardModel.load`, `columns` the names that rows have for fields.
+        """Load the bundle. Raises RewardRTError.
 
-        Raises RewardRTError.
+        `load` are the options of `RewardModel.load`. `columns` maps the row contract's field names to those of the
+        rows. The other options are those of `rewardrt score`.
         """
         self.model = RewardModel.load(bundle, **load)
         labels = tuple(self.model.spec.output.labels) if objectives else ()
         self._options = JobOptions(normalize, aggregate, labels, instruction, columns=columns or {})
 
     def __call__(self, batch: Any) -> Any:
-        """Score a batch of rows, and return it with their rewards as a table of pyarrow."""
+        """Score a batch of rows; return a pyarrow table of the rows with their rewards."""
         opened = in_memory(table_of(batch))
         job = Job(self.model, InMemory(opened), self._options)
         lines = list(renamed(table_lines(opened, 0), self._options.columns))
@@ -74,7 +75,7 @@ class Scorer:
 
 
 class PieceActor:
-    """Scores pieces of a job; `map_batches` gives it their bounds."""
+    """Scores pieces of a job inside Ray; `map_batches` passes their bounds."""
 
     def __init__(self, work: PieceWork) -> None:
         self._score = PieceScorer(work)
@@ -82,7 +83,7 @@ class PieceActor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Score the pieces of a batch."""
         rows = zip(batch["index"], batch["start"], batch["stop"], strict=True)
-        # As JSON: Ray would make columns of the fields of an object.
+        # As JSON, because Ray would turn the fields of an object into columns.
         summaries = [json.dumps(asdict(self._score(Piece(*map(int, row))))) for row in rows]
         return {"summary": summaries}
 
@@ -93,7 +94,7 @@ def start(address: str | None) -> Any:
         import ray
     except ImportError as error:
         raise MissingExtraError(f"--ray needs ray ({error}): pip install 'rewardrt[ray]'") from error
-    logging.disable(logging.WARNING)  # of this command: Ray Data tells of each step, whatever its logger's level
+    logging.disable(logging.WARNING)  # Ray Data logs every step, whatever the level of its logger
     try:
         if not ray.is_initialized():
             with _asking_nobody(starts=address is None) as environment:
@@ -112,16 +113,16 @@ def start(address: str | None) -> Any:
 
 @contextlib.contextmanager
 def _asking_nobody(*, starts: bool) -> Iterator[dict[str, str]]:
-    """Keep a Ray that is started here from asking three clouds' metadata services where it is, for its reports of use.
+    """Keep a Ray started here from asking the metadata services of three clouds where it runs.
 
-    It asks even where reports are off. It goes by the variable `http_proxy`, which leads nowhere meanwhile; what is
-    given are the variables that actors are to have instead.
+    Ray asks for its usage reports, even if these are switched off. Its requests use the environment variable
+    `http_proxy`, which meanwhile points to a closed port. Yields the variables that the actors get instead.
     """
     before = os.environ.get("http_proxy")
     if not starts:
         yield {}
         return
-    os.environ["http_proxy"] = "http://127.0.0.1:9"  # nobody listens there
+    os.environ["http_proxy"] = "http://127.0.0.1:9"  # no proxy listens there
     try:
         yield {"http_proxy": before or ""}
     finally:
@@ -134,7 +135,10 @@ def _asking_nobody(*, starts: bool) -> Iterator[dict[str, str]]:
 def score_pieces(
     pieces: Sequence[Piece], *, ray: Any, work: PieceWork, actors: int | None, gpu: bool
 ) -> Iterator[Summary]:
-    """Yield a summary of each piece, as actors finish them. An actor that dies is started again, and its piece too."""
+    """Yield the counts of each piece as actors finish it.
+
+    If an actor dies, it is restarted and scores its piece again.
+    """
     if not pieces:
         return
     total = ray.cluster_resources()

@@ -1,6 +1,4 @@
-"""The client of a reward server: the calls of a loaded bundle, over HTTP.
-
-from rewardrt import RewardClient
+"""The client of reward servers: the calls of a loaded bundle, over HTTP.
 
 with RewardClient("http://127.0.0.1:8000") as client:
     client.score(prompt="Name a colour.", response="Blue.")
@@ -28,13 +26,14 @@ if TYPE_CHECKING:
 
 
 class RewardClient(RewardSource):
-    """Rewards from a server that `rewardrt serve` runs, or from several of one bundle.
+    """Rewards from one server run by `rewardrt serve`, or from several that serve the same bundle.
 
-    Its calls are those of `RewardModel`: `score`, `score_many`, `score_rows`, `rank`, and their twins for coroutines.
-    Rows of all threads and coroutines that call at a time are sent together. A server that does not answer, or is busy,
-    is asked again, and meanwhile the others are. Rewards are bit for bit those of the server's model.
+    The calls are those of `RewardModel`: `score`, `score_many`, `score_rows`, `rank`, and the coroutines `ascore` and
+    so on. Rows of all threads and coroutines that call at the same time are sent together. If a server does not answer
+    or is busy, the request is retried, and meanwhile other servers are used. Rewards are bit for bit those of the
+    server's model.
 
-    It can be pickled (with its API key), and used in a process that was forked: connections are made there anew.
+    A client can be pickled (with its API key) and used in a forked process: it makes new connections there.
     """
 
     def __init__(
@@ -52,22 +51,22 @@ class RewardClient(RewardSource):
         patience: float = 300.0,
         tls_ca: str | Path | None = None,
     ) -> None:
-        """Name the servers; nothing is sent before the first call. Times are in seconds.
+        """Name the servers; nothing is sent before the first call. All times are in seconds.
 
         `urls`             addresses without a route, such as http://10.0.0.5:8000 or unix:/run/reward.sock
-        `model`            the name of one of the server's bundles; None: its first
-        `api_key`          None: the variable REWARDRT_API_KEY
-        `expect_sha256`    the SHA-256 of the bundle's reward.json, which names those of all its files; None: whatever
-                           the first answer comes from. Another bundle, at any time and from any server, is an error
+        `model`            the name of one of the server's bundles; None: its first bundle
+        `api_key`          None: the environment variable REWARDRT_API_KEY
+        `expect_sha256`    the SHA-256 of the bundle's reward.json, which covers all its files; None: that of the first
+                           answer. Any other bundle, from any server at any time, is an error
         `require_certificate` whether a graph that was never compared with torch is an error
-        `batch_rows`       rows of one request, at most
+        `batch_rows`       the most rows of one request
         `batch_seconds`    how long rows wait for others to be sent with
-        `concurrency`      requests under way at once
-        `timeout`          for one answer
-        `patience`         how long a request is tried again for, before the call fails
-        `tls_ca`           file of the CA that signed the server's certificate; None: the system's
+        `concurrency`      the most requests at once
+        `timeout`          time limit of one answer
+        `patience`         how long a request is retried before the call fails
+        `tls_ca`           a file with the CA that signed the server's certificate; None: the system's CAs
 
-        Raises ServerError for addresses that are none, and MissingExtraError.
+        Raises ServerError for invalid addresses and options, and MissingExtraError.
         """
         from rewardrt.client.batches import Batching
         from rewardrt.client.servers import Access
@@ -101,11 +100,11 @@ class RewardClient(RewardSource):
         _CLIENTS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Be pickled and copied as what the client was made with."""
+        """Pickle and copy the client as the arguments it was made with."""
         return {"_model": self._model, "_access": self._access, "_batching": self._batching}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Be made again from that."""
+        """Make the client again from these arguments."""
         self.__dict__.update(state)
         self._start()
 
@@ -115,7 +114,7 @@ class RewardClient(RewardSource):
 
     @property
     def input(self) -> str:
-        """What the server's model reads, which it is asked once. Raises ServerError."""
+        """What the server's model reads: "single", "steps" or "pairwise". Raises ServerError."""
         return str(self.describe()["input"])
 
     def score_rows(
@@ -127,12 +126,12 @@ class RewardClient(RewardSource):
     ) -> Results:
         """Score rows of any shape; see `RewardSource.score_rows`.
 
-        Raises ServerError where no server gives an answer.
+        Raises ServerError if no server answers.
         """
         future = self._submit(items, normalize, aggregate)
         try:
             return future.result()
-        except BaseException:  # Ctrl+C: nobody waits any more
+        except BaseException:  # such as Ctrl+C: drop the rows that were not sent
             future.cancel()
             raise
 
@@ -143,13 +142,13 @@ class RewardClient(RewardSource):
         normalize: bool | None = None,
         aggregate: AggregateRule | None = None,
     ) -> Results:
-        """Do what `score_rows` does, while the event loop goes on."""
+        """Do what `score_rows` does without blocking the event loop."""
         import asyncio
 
         return await asyncio.wrap_future(self._submit(items, normalize, aggregate))
 
     def describe(self) -> dict[str, Any]:
-        """Return what a server says of the model that runs: family, precision, provider, SHA-256, certificate.
+        """Return a server's description of its model: family, precision, provider, SHA-256, certificate and more.
 
         Raises ServerError.
         """
@@ -190,7 +189,7 @@ _CLIENTS: weakref.WeakSet[RewardClient] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    """Forget, in a process that was just forked, the parent's thread, connections and lock."""
+    """In a forked process, drop the parent's thread, connections and lock."""
     for client in list(_CLIENTS):
         client._start()
 

@@ -1,4 +1,4 @@
-"""The public call: from rows to rewards.
+"""The public class `RewardModel`: from rows to rewards.
 
 rows -> texts (scoring.answers) -> values (scoring.runner) -> rows with rewards (scoring.answers)
 """
@@ -32,12 +32,13 @@ from rewardrt.text.tokens import EncodedText
 class RewardModel(RewardSource):
     """A loaded bundle. Scoring is thread-safe, and a text's reward does not depend on what is scored with it.
 
-    It can be pickled and copied: what is sent is where the bundle lies and the options of `load`, and the bundle is
-    opened there. In a process that was forked it is opened again when it first scores.
+    A model can be pickled and copied: only the bundle's address and the options of `load` are transferred, and the
+    bundle is opened again at the destination. In a forked process the bundle is opened again when it first scores
+    there.
     """
 
     def __init__(self, bundle: Bundle, session: GraphSession, opening: Opening) -> None:
-        """Put a bundle and one of its graphs together; use `load`."""
+        """Combine a bundle and one of its graphs; callers use `load`."""
         options = opening.options
         self.bundle = bundle
         self.spec: Spec = bundle.manifest.spec
@@ -72,24 +73,25 @@ class RewardModel(RewardSource):
         check_hashes: bool = True,
         share_weights: bool = False,
     ) -> RewardModel:
-        """Load a bundle: a folder, or one of the Hugging Face Hub by its name, `hf://ORG/NAME` or with `@REVISION`.
+        """Load a bundle: a folder, or `hf://ORG/NAME` or `hf://ORG/NAME@REVISION` on the Hugging Face Hub.
 
-        From the Hub only what is used is downloaded, to huggingface_hub's cache: the manifest, tokenizer and texts, and
-        the graph that is taken here. Such a model is sent to other processes by its commit.
+        From the Hub only the files used here are downloaded, to huggingface_hub's cache: the manifest, the tokenizer,
+        the golden texts and the chosen graph. When such a model is pickled, its address names the commit.
 
-        `provider`      "auto" takes CUDA where it really starts, else the CPU; a named one is obtained or raises
-        `precision`     one of the bundle's graphs; "auto" takes int8 on a CPU that is good for it and half on a GPU,
-                        where its certificate allows, and else the first that was asked for at export
-        `threads`       of the CPU provider; None leaves it to onnxruntime (the physical cores)
-        `batch_tokens`  budget of one batch in tokens, padding included; None: 16,384
-        `padding`       whether texts of different lengths may share a batch; None: not on a CPU
-        `prefix_reuse`  compute once what texts of one call begin with; it shows in no reward but by rounding on a GPU
-        `prefix_cache_mb` memory for beginnings of texts that are kept between calls, in MiB; 0: none
-        `share_weights` read the weights of an int8 graph in the mapped file, which all processes of the machine share:
-                        for many processes of one model. Refused but on a CPU with AVX-512 VNNI
-        `check_hashes`  read every file once and compare its SHA-256 with the manifest
+        `provider`        "auto": CUDA if it really starts, else the CPU; if a named provider does not work, load raises
+        `precision`       one of the bundle's graphs; "auto": int8 on a CPU that is good for it, half on a GPU, if its
+                          certificate allows; else the first one exported
+        `threads`         threads of the CPU provider; None leaves it to onnxruntime (one for each physical core)
+        `batch_tokens`    budget of one batch in tokens, including padding; None: 16,384
+        `padding`         whether texts of different lengths may share a batch; None: yes, except on a CPU
+        `prefix_reuse`    compute a prefix that several texts of one call share only once; this changes no reward on a
+                          CPU, and on a GPU only by rounding
+        `prefix_cache_mb` memory for prefixes that are kept between calls, in MiB; 0: none
+        `share_weights`   let an int8 graph read its weights directly from the mapped file, which all processes of the
+                          machine share; only on a CPU with AVX-512 VNNI, refused elsewhere
+        `check_hashes`    read every file once and compare its SHA-256 with the manifest
 
-        Raises BundleError or ProviderError; of a name on the Hub HubError, or MissingExtraError.
+        Raises BundleError or ProviderError; for a bundle on the Hub also HubError or MissingExtraError.
         """
         options = LoadOptions(
             provider,
@@ -132,7 +134,7 @@ class RewardModel(RewardSource):
         return cls._load(opening.read(), opening)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be pickled and copied as what the model was loaded by."""
+        """Pickle and copy the model as the bundle's address and the options that it was loaded with."""
         return type(self)._load_again, (self._opening,)
 
     def __repr__(self) -> str:
@@ -143,22 +145,22 @@ class RewardModel(RewardSource):
 
     @property
     def session(self) -> GraphSession:
-        """The graph that runs."""
+        """The graph session that computes the rewards."""
         return self.runner.session
 
     @property
     def input(self) -> str:
-        """What the model reads: one text, the steps of one, or two answers."""
+        """What the model reads: "single", "steps" or "pairwise"."""
         return self.spec.input
 
     @property
     def provider(self) -> Provider:
-        """The execution provider that runs, whatever was asked for."""
+        """The execution provider that really runs, whatever was requested."""
         return self.session.provider
 
     @property
     def statistics(self) -> Statistics:
-        """The tokens that were scored since the model was loaded, and how many of them were computed."""
+        """The number of tokens given since the model was loaded, and how many of them were computed."""
         return self.runner.statistics
 
     def score_rows(
@@ -174,7 +176,7 @@ class RewardModel(RewardSource):
     def score_prepared(
         self, prepared: Prepared, *, normalize: bool | None = None, aggregate: AggregateRule | None = None
     ) -> Results:
-        """Score rows that `answers.prepare` made ready, ahead or in another thread; see `score_rows`."""
+        """Score rows that `answers.prepare` has prepared earlier or in another thread; see `score_rows`."""
         self.answers.check_options(normalize=normalize, aggregate=aggregate)
         good = [text for text in prepared.texts if isinstance(text, EncodedText)]
         values = iter(self.runner.run(good))
@@ -187,10 +189,10 @@ class RewardModel(RewardSource):
         return regroup(prepared.rows, scores)
 
     def token_rewards(self, text: EncodedText, *, normalize: bool | None = None) -> npt.NDArray[np.float32]:
-        """Return the reward after every token of a text, [tokens] float32, where the graph has them.
+        """Return the reward after every token of a text, [tokens] float32, if the graph has this output.
 
-        Tokens are those up to the one that the text's own reward is read at.
-        Raises RewardRTError where it has not, and InferenceError.
+        The tokens end with the last one at which the text's own reward is read. Raises RewardRTError if the graph was
+        exported without this output, and InferenceError if it fails.
         """
         found = self.answers.normalised(self.runner.token_rewards(text), normalize=normalize)
         if isinstance(found, InferenceError):

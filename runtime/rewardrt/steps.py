@@ -1,4 +1,4 @@
-"""What a long job tells whoever waits for it: the step that it is at, and how much of that is done."""
+"""Progress reports of a long job: the current step, and how much of it is done."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a job, said when it begins, and again with each part of it that can be counted.
+    """One step of a job, reported when it begins and again for each countable part of it.
 
-    A note is something that the job chose or found out; it takes no time.
+    A note reports something that the job chose or found out; it takes no time.
     """
 
     name: str
-    at: int = 0  # the part that is worked at, from 1
-    of: int = 0  # how many there are; 0: they are not counted
+    at: int = 0  # number of the current part, from 1
+    of: int = 0  # number of parts; 0: the parts are not counted
     unit: str = ""  # what is counted: "text", "weight"
     note: bool = False
 
@@ -24,23 +24,23 @@ class Step:
 
     @property
     def part(self) -> str:
-        """The part that is worked at, in words; "" where they are not counted."""
+        """The current part in words, such as "text 3 of 37"; "" if the parts are not counted."""
         return f"{self.unit} {self.at} of {self.of}" if self.of else ""
 
 
 Progress = Callable[[Step], None]
-Count = Callable[[int, int], None]  # takes the part that is worked at, from 1, and how many there are
+Count = Callable[[int, int], None]  # takes the number of the current part, from 1, and the number of parts
 
 
 def begin(progress: Progress, name: str, unit: str = "part") -> Count:
-    """Say that a step begins, and return what its parts are counted with."""
+    """Report that a step begins; return the function that reports each of its parts."""
     progress(Step(name))
     return lambda at, of: progress(Step(name, at, of, unit))
 
 
 def silent(step: Step) -> None:
-    """Tell nobody."""
+    """Ignore a step: the `Progress` of a job that reports nothing."""
 
 
 def uncounted(at: int, of: int) -> None:
-    """Count for nobody."""
+    """Ignore a part: the `Count` of a step that reports no parts."""

@@ -1,10 +1,11 @@
-"""What the libraries underneath would send of themselves is switched off, before any of them is imported.
+"""Switch off the telemetry of the libraries underneath, before any of them is imported.
 
-Importing this module does it, and importing `rewardrt` or `rewardrt_export` imports it first. Programs that are started
-from here inherit it. A variable that the user set stays as it is.
+Importing this module does it, and importing `rewardrt` or `rewardrt_export` imports this module first. Child processes
+inherit the environment variables. A variable that the user has set is not changed.
 
-onnxruntime 1.29 and later reads its variable once, when it is imported. From then on its threads resolve and post to a
-host of its maker, an identifier of this machine lies below ~/.cache, and a process forked from this one never exits.
+onnxruntime 1.29 and later reads its variable once, when it is imported. If telemetry is on at that moment,
+onnxruntime's threads connect to a host of its maker, it writes an identifier of this machine below ~/.cache, and a
+process forked from this one never exits.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import os
 import sys
 
 ORT_VARIABLE = "ORT_DISABLE_TELEMETRY"
-# huggingface_hub says in each request which libraries it is used by, and transformers asks the container's host for
-# more. RewardRT asks the Hub for what is named by `hf://`, and for nothing else.
+# By default huggingface_hub tells the Hub in each request which libraries use it, and transformers asks the container's
+# host for more details. RewardRT only requests from the Hub what the user names by `hf://`.
 _VARIABLES = (ORT_VARIABLE, "HF_HUB_DISABLE_TELEMETRY")
 
 
 def _switch_off() -> bool:
-    """Set the variables that the user did not; return whether that was too late for onnxruntime."""
+    """Set the variables that the user has not set; return whether it was too late to do so for onnxruntime."""
     late = "onnxruntime" in sys.modules and not _means_off(os.environ.get(ORT_VARIABLE, ""))
     for name in _VARIABLES:
-        if not os.environ.get(name, "").strip():  # an empty variable is one that nobody set
+        if not os.environ.get(name, "").strip():  # an empty variable counts as not set
             os.environ[name] = "1"
     return late
 

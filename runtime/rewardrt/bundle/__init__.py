@@ -1,1 +1,1 @@
-"""What `rewardrt export` writes and everything else reads: the spec of a model, and the folder that it lies in."""
+"""The bundle that `rewardrt export` writes and every other command reads: a model's spec, and its folder of files."""

@@ -1,4 +1,4 @@
-"""The model card of a bundle: a README.md for its page on the Hub, made of what the manifest says and nothing else."""
+"""The model card of a bundle: a README.md for its page on the Hub, made from the manifest alone."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def model_card(bundle: Bundle, repository: str) -> str:
 
 
 def _base_models(checkpoint: str) -> list[str]:
-    """Return the repositories that provenance names: of the checkpoint, and of the base of an adapter."""
+    """Return the Hub repositories that the provenance names: the checkpoint's, and that of an adapter's base model."""
     found = [hub.named(part) for part in checkpoint.split(" on ")]
     return [each.name for each in found if each is not None and hub.COMMIT.fullmatch(each.revision)]
 
@@ -186,7 +186,7 @@ def _example(spec: Spec) -> Iterable[str]:
 
 
 def _cell(text: str) -> str:
-    """Return a manifest's words as the table's: on one line, and no markup."""
+    """Return text from a manifest as a table cell: on one line, without Markdown or HTML markup."""
     return visible(text).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 

@@ -1,4 +1,4 @@
-"""What export measured of a bundle's graphs against torch, and wrote into the manifest."""
+"""The comparison of a bundle's graphs with torch, measured at export and stored in the manifest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rewardrt.bundle.spec import OPTIONAL
 
-GOOD_RMS_STD = 0.03  # of a graph that rounds; about what torch in bfloat16 is off
+GOOD_RMS_STD = 0.03  # an rms_std up to this is good; torch's own error in bfloat16 is about as large
 
 
 @dataclass(frozen=True)
@@ -20,27 +20,27 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a rounded graph comes to torch in float32, on texts that its calibration did not see, beside bfloat16.
+    """How close a rounded graph is to torch in float32, on texts not used for calibration, compared with bfloat16.
 
-    An rms is in standard deviations of torch's float32 rewards; an agreement is the share of all pairs of texts that
-    are ranked the same way, 0..1.
+    Each rms is the root mean square of the differences, in standard deviations of torch's float32 rewards. Each
+    agreement is the share of all pairs of texts that are ranked the same way, 0..1.
     """
 
     texts: int
     rms_std: float
     pair_order_agreement: float
-    bf16_rms_std: float  # of torch itself in bfloat16
+    bf16_rms_std: float  # of torch in bfloat16 against torch in float32
     bf16_pair_order_agreement: float
 
     @property
     def good(self) -> bool:
-        """Whether the rewards may stand for the float32 graph's without being asked for."""
+        """Whether the graph is close enough to torch that precision "auto" may use it in place of the float32 graph."""
         return self.rms_std <= max(GOOD_RMS_STD, self.bf16_rms_std)
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured at export, and against what. Rewards are raw."""
+    """What was compared at export, and the result. All rewards are raw, before normalisation."""
 
     precision: str
     reference: str
@@ -49,9 +49,10 @@ class Certificate:
     tolerance_std: float  # `max_std` above this fails
     single: Deviation  # every text alone
     batched: Deviation  # all texts together, right-padded batches
-    pair_order_agreement: float  # share of all pairs of texts that both rank the same way, 0..1
+    pair_order_agreement: float  # share of all pairs of texts that runtime and reference rank the same way, 0..1
     provider: str
-    fidelity: Fidelity | None = field(default=None, metadata={OPTIONAL: True})  # of a graph that rounds
-    longest: int | None = field(default=None, metadata={OPTIONAL: True})  # tokens of the longest of the texts
-    # Windows and original lengths of config.json that no text was longer than: "sliding_window 4096".
+    fidelity: Fidelity | None = field(default=None, metadata={OPTIONAL: True})  # for precisions that round
+    longest: int | None = field(default=None, metadata={OPTIONAL: True})  # tokens of the longest golden text
+    # Length limits in config.json that no golden text exceeded, so that what lies beyond is untested, such as
+    # "sliding_window 4096".
     beyond: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})

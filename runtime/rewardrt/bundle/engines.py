@@ -1,4 +1,4 @@
-"""The TensorRT engines of a bundle: what they are built for, and whether one is kept for this machine."""
+"""The TensorRT engines of a bundle: what they are built for, and whether one is cached for this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TENSORRT: Provider = "tensorrt"
 
 
 def engine_request(bundle: Bundle, variant: Variant) -> EngineRequest:
-    """Return what the engine of a graph is built for; the hashes are the manifest's."""
+    """Return what a graph's engine is built for; its identity comes from the hashes in the manifest."""
     spec = bundle.manifest.spec
     hashes = {record.path: record.sha256 for record in bundle.manifest.files}
     identity = "+".join(hashes[name] for name in (variant.graph, *variant.data))
@@ -22,7 +22,7 @@ def engine_request(bundle: Bundle, variant: Variant) -> EngineRequest:
 
 
 def check_whole(bundle: Bundle, variant: Variant, provider: Provider) -> None:
-    """Raise ProviderError for a graph that was not made for TensorRT: it would run there in part at best."""
+    """Raise ProviderError if a graph that was not made for TensorRT is to run there: it would run in part at best."""
     if provider == TENSORRT and TENSORRT not in variant.made_for:
         raise ProviderError(
             f"{bundle.name}: TensorRT does not take the {variant.precision} graph whole; export with "
@@ -31,12 +31,12 @@ def check_whole(bundle: Bundle, variant: Variant, provider: Provider) -> None:
 
 
 def warm_choice(bundle: Bundle, choice: ProviderChoice) -> ProviderChoice:
-    """Return what to choose from: auto is TensorRT where an engine of this bundle is kept for this machine."""
+    """Return the provider choice, with "auto" replaced by TensorRT if an engine of this bundle is cached here."""
     if choice != "auto":
         return choice
     made = [variant for variant in bundle.manifest.variants if TENSORRT in variant.made_for]
     kept = [request for request in (engine_request(bundle, each) for each in made) if holds(request.identity)]
-    # The GPU is asked only where it can matter.
+    # Test the GPU only if an engine exists.
     if not kept or why_not(TENSORRT) is not None:
         return choice
     return TENSORRT if any(Entry.of(request.key()).is_there() for request in kept) else choice

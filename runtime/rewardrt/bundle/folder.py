@@ -1,4 +1,4 @@
-"""Where a bundle is, or what is there instead and what to type then."""
+"""Find a bundle's manifest, or say what the folder is instead and what to type then."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MANIFEST = "reward.json"
 
 
 def find_manifest(folder: Path) -> Path:
-    """Return where a bundle folder's manifest is, or raise BundleError that says what the folder is instead."""
+    """Return the path of a bundle folder's manifest, or raise BundleError saying what the folder is instead."""
     file = folder / MANIFEST
     if folder.is_dir():
         if file.exists() or file.is_symlink():

@@ -1,8 +1,8 @@
 """The Hugging Face Hub: repositories by name, and their files in huggingface_hub's cache.
 
-huggingface_hub has its own rules for the token (HF_TOKEN, `hf auth login`), the address (HF_ENDPOINT), the cache
-(HF_HOME), offline use (HF_HUB_OFFLINE) and progress bars; all of them hold. What it raises becomes one line here that
-says what to do. This module knows repositories and files, and neither bundles nor checkpoints.
+huggingface_hub's own settings apply: the token (HF_TOKEN, `hf auth login`), the address (HF_ENDPOINT), the cache
+(HF_HOME), offline use (HF_HUB_OFFLINE) and progress bars. Its exceptions are turned into a HubError of one line that
+says what to do. This module knows repositories and files; it knows neither bundles nor checkpoints.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 README = "README.md"
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@(.+))?")
-_REVISION = re.compile(r"(?!/|.*(?:\.\.|//|@\{|/$|\.$))[^\x00-\x20\x7f~^:?*\[\\]+")  # what git takes for a name
-# The libraries below huggingface_hub: requests before 1.0, httpx from then on, httpx2 from 2.0 on.
+_REVISION = re.compile(r"(?!/|.*(?:\.\.|//|@\{|/$|\.$))[^\x00-\x20\x7f~^:?*\[\\]+")  # a valid git reference name
+# The network libraries that huggingface_hub uses: requests before 1.0, then httpx, and httpx2 from 2.0 on.
 _NETWORK = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "ssl", "socket")
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of models on the Hub, and one of its revisions: a branch, a tag or a commit; "" is main."""
+    """A model repository on the Hub at one revision: a branch, a tag or a commit; "" means the main branch."""
 
     name: str  # ORG/NAME
     revision: str = ""
@@ -40,14 +40,14 @@ class Repository:
         return f"{PREFIX}{self.name}{f'@{self.revision}' if self.revision else ''}"
 
     def at(self, commit: str) -> Repository:
-        """Return the same repository at a commit, which never changes."""
+        """Return the same repository at a commit, whose files never change."""
         return replace(self, revision=commit)
 
 
 def parse(name: str | Path) -> Repository | None:
-    """Return the repository that `hf://ORG/NAME` or `hf://ORG/NAME@REVISION` names; None for what is a path.
+    """Return the repository named by `hf://ORG/NAME` or `hf://ORG/NAME@REVISION`, or None if `name` is a path.
 
-    A `Path` of such a name, which has one slash less, names it too. Raises HubError for a malformed name.
+    A `Path` made from such a name, which has lost one slash, is accepted too. Raises HubError for a malformed name.
     """
     text = name if isinstance(name, str) else re.sub("^hf:/(?!/)", PREFIX, name.as_posix())
     if not text.startswith(PREFIX):
@@ -61,7 +61,7 @@ def parse(name: str | Path) -> Repository | None:
 
 
 def named(text: str) -> Repository | None:
-    """Return the repository that `ORG/NAME` or `ORG/NAME@REVISION` names, or None for what cannot be such a name."""
+    """Return the repository named by `ORG/NAME` or `ORG/NAME@REVISION`, or None if `text` is not such a name."""
     found = _NAME.fullmatch(text)
     if found is None or ".." in found[1] or "--" in found[1] or (found[2] and not _REVISION.fullmatch(found[2])):
         return None
@@ -69,7 +69,7 @@ def named(text: str) -> Repository | None:
 
 
 def cached_repository(folder: Path) -> Repository | None:
-    """Return the repository and commit that a folder of huggingface_hub's cache holds, as its path says."""
+    """Return the repository and commit of a folder in huggingface_hub's cache, read off its path, or None."""
     repository, snapshots, commit = ("", "", "", *folder.resolve().parts)[-3:]
     kind, _, name = repository.partition("--")
     if kind != "models" or snapshots != "snapshots" or not COMMIT.fullmatch(commit):
@@ -78,16 +78,16 @@ def cached_repository(folder: Path) -> Repository | None:
 
 
 def name_of(folder: Path) -> str:
-    """Return what a folder is called on other machines: its name, or `ORG/NAME@COMMIT` of one of the Hub's cache."""
+    """Return a folder's name without paths of this machine: `ORG/NAME@COMMIT` in the Hub's cache, else its own name."""
     repository = cached_repository(folder)
     return folder.resolve().name if repository is None else str(repository).removeprefix(PREFIX)
 
 
 def fetch(repository: Repository, file: str) -> Path | None:
-    """Return the path of a file in the cache, downloaded if it is not there; None where the repository has none.
+    """Return the cached path of a file, downloading it if needed; None if the repository has no such file.
 
-    It lies in the folder of the commit. A revision that is a commit asks nothing of the Hub for a file that is in the
-    cache; another one falls back to what the cache has for it where the Hub cannot be reached. Raises HubError, or
+    The path lies in the cache's folder of the commit. If the revision is a commit and the file is cached, the Hub is
+    not contacted. For a branch or tag, the cached version is used when the Hub cannot be reached. Raises HubError or
     MissingExtraError.
     """
     hub = _library()
@@ -101,7 +101,10 @@ def fetch(repository: Repository, file: str) -> Path | None:
 
 
 def list_files(repository: Repository) -> tuple[Repository, dict[str, int]]:
-    """Return the repository at the commit of its revision, and its files there by name, with their sizes in bytes."""
+    """Return the repository at the commit of its revision, and the sizes of its files in bytes by name.
+
+    Raises HubError or MissingExtraError.
+    """
     hub = _library()
     with _explained(repository):
         info = hub.HfApi().model_info(repository.name, revision=repository.revision or None, files_metadata=True)
@@ -118,10 +121,11 @@ def upload(
     message: str,
     new_card: bool,
 ) -> tuple[str, Repository]:
-    """Put files into a repository in one commit; return the address of its page, and the repository at that commit.
+    """Upload files to a repository in one commit; return the address of its page, and the repository at that commit.
 
-    The repository, and the branch that `revision` names, are made if they are not there. A README.md stays as it is
-    where there is one, unless `new_card`. `hashes` are the SHA-256 that files must have. Raises HubError.
+    Creates the repository and the branch named by `revision` if they do not exist. Keeps an existing README.md unless
+    `new_card` is set. `hashes` are the SHA-256 values that the files must have, in hex by name. Raises HubError or
+    MissingExtraError.
     """
     hub = _library()
     api, branch = hub.HfApi(), repository.revision or None
@@ -161,7 +165,7 @@ def _library() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep bars of uploads out of logs, as those of downloads keep themselves, and warnings about cards."""
+    """Hide progress bars of uploads unless stderr is a terminal, as downloads do; hide warnings about model cards."""
     utils = _library().utils
     hidden = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
     if hidden:
@@ -177,12 +181,12 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _explained(repository: Repository) -> Iterator[None]:
-    """Make one line of ours of what huggingface_hub raises."""
+    """Turn what huggingface_hub raises into a HubError of one line."""
     try:
         yield
     except RewardRTError:
         raise
-    except Exception as error:  # its own kinds, and those of the libraries below it, which differ by version
+    except Exception as error:  # its own exceptions, and those of its network libraries, which differ by version
         raise HubError(f"{repository}: {_reason(repository, error)}") from error
 
 
@@ -190,7 +194,7 @@ def _reason(repository: Repository, error: Exception) -> str:
     hub = _library()
     errors, host = hub.errors, hub.constants.ENDPOINT
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # why the Hub could not be asked: "not in the cache" alone says little
+        error = error.__cause__  # the reason why the Hub was not reached says more than "not in the cache"
     has_token = hub.get_token() is not None
     log_in = "set HF_TOKEN, or run `hf auth login`"
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -229,7 +233,7 @@ def _reason(repository: Repository, error: Exception) -> str:
 
 
 def _refusal(error: Any, host: str, log_in: str, has_token: bool) -> str:
-    """Say what a status of HTTP means that huggingface_hub has no class for."""
+    """Say what an HTTP status means that huggingface_hub has no exception class for."""
     status = error.response.status_code if error.response is not None else 0
     said = f" ({_first_line(error.server_message)})" if getattr(error, "server_message", None) else ""
     if status == 401 and not has_token:
@@ -246,7 +250,7 @@ def _refusal(error: Any, host: str, log_in: str, has_token: bool) -> str:
 
 
 def _innermost(error: BaseException) -> str:
-    """Return what the system said, below the libraries' own words, which hold addresses."""
+    """Return the innermost cause's message, such as the operating system's; the libraries' own contain addresses."""
     while (below := error.__cause__ or error.__context__) is not None:
         error = below
     return _first_line(error)

@@ -1,7 +1,7 @@
-"""The bundle: a folder, and the manifest `reward.json` that vouches for every file in it.
+"""The bundle: a folder, and its manifest `reward.json` with the size and SHA-256 of every file in it.
 
-The manifest is written and read through the dataclasses below and nothing else. This module runs no graph and no
-tokenizer; it says which files there are, that they are the ones that were exported, and that graphs read no others.
+The manifest is written and read only through the dataclasses below. This module runs no graph and no tokenizer. It
+checks that the bundle's files exist, that they are the exported ones, and that the graphs read no other files.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rewardrt.errors import BundleError
 from rewardrt.graph.graph_file import external_files
 from rewardrt.machine.processor import read_processor
 
-FORMAT_VERSION = 2  # written; one is added whenever a field comes that an older runtime may not overlook
-OLDEST_FORMAT_VERSION = 1  # read; fields that came later are OPTIONAL, with the default that was true before them
+FORMAT_VERSION = 2  # version written; it goes up by 1 when a field is added that an older runtime must not ignore
+OLDEST_FORMAT_VERSION = 1  # oldest version read; later fields are OPTIONAL, with a default that fits older bundles
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GOLDEN = "golden.jsonl"
-MANIFEST_BYTES = 16 * 2**20  # more is no manifest; with its files' hashes a real one has some kilobytes
+MANIFEST_BYTES = 16 * 2**20  # a larger file is refused; a real manifest has some kilobytes
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class FileRecord:
 class Variant:
     """One graph of the bundle: its precision, and the manifest paths of the graph and of its weights.
 
-    `needs` are the instruction sets that it is good for, one of which will do, as `rewardrt doctor` calls them: such a
-    graph is for CPUs. `made_for` are the providers that it is fast on; it runs on the others too. With neither it is
-    good for any machine. `built` says what TensorRT made of it at export, where it was asked. `onnxruntime` is the
-    oldest version that has the graph's operators, where that is newer than what this package asks for anyway.
+    `needs` lists instruction sets, by the names that `rewardrt doctor` shows; a graph with `needs` is for CPUs that
+    have one of them. `made_for` lists the providers on which the graph is fast; it also runs on the others. A graph
+    with neither is good for any machine. `built` says what TensorRT made of the graph at export, if that was tried.
+    `onnxruntime` is the oldest version that has the graph's operators, if it is newer than this package's minimum.
     """
 
-    precision: str  # by its name of today, whatever the file says
+    precision: str  # its current name, even if the file has an older one
     graph: str
     data: tuple[str, ...]
     needs: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
@@ -62,22 +62,25 @@ class Variant:
     onnxruntime: str = field(default="", metadata={OPTIONAL: True})
 
     def runs_on(self, provider: str, instruction_sets: Sequence[str]) -> bool:
-        """Whether a provider, on a machine with these instruction sets, has what the graph needs.
+        """Whether the graph can run on a provider, on a machine with these instruction sets.
 
-        TensorRT takes a graph whole or not at all, and so none but what was made for it.
+        TensorRT runs whole graphs only, and so only graphs that were made for it.
         """
         if provider == "tensorrt":
             return provider in self.made_for
         return not self.needs or (provider == "cpu" and any(name in instruction_sets for name in self.needs))
 
     def suits(self, provider: str) -> bool:
-        """Whether the graph is as fast on this provider as it is meant to be."""
+        """Whether the graph is fast on this provider."""
         return not self.made_for or provider in self.made_for
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the bundle came from. Names only: a path of the exporting machine says nothing elsewhere."""
+    """Where the bundle came from.
+
+    It holds names only, because paths of the exporting machine mean nothing elsewhere.
+    """
 
     checkpoint: str
     architecture: str
@@ -85,7 +88,7 @@ class Provenance:
     stored_dtypes: tuple[str, ...]
     versions: dict[str, str]
     created: str  # UTC, ISO 8601
-    # Where the checkpoint allows two readings: which one was taken and why, by what was chosen ("tokenizer", "family").
+    # Where the checkpoint was ambiguous: what was chosen and why, by subject ("tokenizer", "family").
     choices: dict[str, str] = field(default_factory=dict, metadata={OPTIONAL: True})
 
 
@@ -100,7 +103,8 @@ class Manifest:
     provenance: Provenance
     certificates: tuple[Certificate, ...]
     uncertified: bool = field(default=False, metadata={OPTIONAL: True})  # never compared with torch: no golden texts
-    # Where the spec's mean and std are of data of the user's own; None: of the checkpoint, or there are none.
+    # The user's data on which the spec's mean and std were measured; None: they are the checkpoint's, or there are
+    # none.
     normalised_on: ReferenceData | None = field(default=None, metadata={OPTIONAL: True})
 
 
@@ -108,8 +112,8 @@ class Manifest:
 class Bundle:
     """A folder whose manifest was read and whose files were checked.
 
-    One from the Hub has its `source`, `hf://ORG/NAME@COMMIT`. `absent` are the files that its manifest lists and that
-    were not downloaded: those of graphs that are not used here. A plain folder has every file.
+    A bundle from the Hub has a `source`, `hf://ORG/NAME@COMMIT`. `absent` are files that its manifest lists and that
+    were not downloaded, because they belong to graphs that are not used here. A plain folder has every file.
     """
 
     path: Path
@@ -119,17 +123,17 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """What the bundle is called, to people."""
+        """The bundle's name for people: its Hub address, or its path."""
         return self.source or str(self.path)
 
     @property
     def short_name(self) -> str:
-        """What the bundle is called on other machines: without this one's folders."""
+        """The bundle's name without folders of this machine: its Hub address, or the folder's own name."""
         return self.source or self.path.resolve().name
 
     @property
     def address(self) -> str:
-        """By what the bundle is opened from any folder, and one from the Hub on any machine."""
+        """The name that opens the bundle from any working directory; that of a Hub bundle works on any machine."""
         return self.source or os.path.abspath(self.path)
 
     @property
@@ -138,7 +142,10 @@ class Bundle:
         return [record.path for record in self.manifest.files]
 
     def file(self, name: str) -> Path:
-        """Return the path of a file that the manifest lists, or raise BundleError."""
+        """Return the path of a file that the manifest lists.
+
+        Raises BundleError if it is not listed, or was not downloaded.
+        """
         if name not in self.listed:
             raise BundleError(f"{self.name}: the manifest lists no {name}")
         if name in self.absent:
@@ -146,16 +153,20 @@ class Bundle:
         return self.path / name
 
     def needed_files(self, variants: Sequence[Variant]) -> list[str]:
-        """Return what scoring with these graphs reads: their files, and those of the text, of the manifest's list."""
+        """Return the listed files that scoring with these graphs needs: theirs, and those of the text.
+
+        The latter are the tokenizer, the chat template and the golden texts.
+        """
         needed = [name for name in (TOKENIZER, CHAT_TEMPLATE, GOLDEN) if name in self.listed]
         return list(dict.fromkeys([*needed, *(name for each in variants for name in (each.graph, *each.data))]))
 
     def variant(self, precision: str = "auto", provider: str = "cpu") -> Variant:
-        """Return the graph of this precision for a provider, or raise BundleError naming those there are.
+        """Return the graph of this precision for a provider.
 
-        "auto" is a graph that was made for this provider or processor, int8 on a CPU and half on a GPU, where its
-        certificate says that it may stand for float32. Else it is the first that was asked for at export and that is
-        good for any machine, or at least runs here.
+        "auto" prefers a graph made for this provider or processor (int8 on a CPU, half on a GPU), if its certificate
+        says that it may stand in for float32. Otherwise it is the first exported graph that is good for any machine, or
+        else one that at least runs here. Raises BundleError, naming the existing precisions, if the bundle has no such
+        graph.
         """
         if precision == "auto":
             runs = self.runnable(provider)
@@ -171,12 +182,12 @@ class Bundle:
         raise BundleError(f"{self.name}: no {precision} graph; the bundle has {found}")
 
     def runnable(self, provider: str) -> list[Variant]:
-        """Return the graphs that a provider can run on this machine, those that were made for another one too."""
+        """Return the graphs that a provider can run on this machine, including those made for another provider."""
         here = read_processor().instruction_sets or ()
         return [variant for variant in self.manifest.variants if variant.runs_on(provider, here)]
 
     def weights_bytes(self, variant: Variant) -> int:
-        """Return the size of the files of a graph's weights."""
+        """Return the size of a graph's weights files in bytes."""
         return sum(record.bytes for record in self.manifest.files if record.path in variant.data)
 
     def _stands_in(self, variant: Variant) -> bool:
@@ -184,16 +195,17 @@ class Bundle:
         return bool(certificate and certificate.fidelity and certificate.fidelity.good)
 
     def certificate(self, precision: str) -> Certificate | None:
-        """Return what was certified for this precision at export."""
+        """Return the certificate of this precision, or None."""
         wanted = current_name(precision)
         return next((item for item in self.manifest.certificates if item.precision == wanted), None)
 
 
 def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
-    """Read a bundle's manifest and check that every file it lists is there, whole and unchanged.
+    """Read a bundle's manifest and check that every listed file exists, is complete and is unchanged.
 
-    Its graphs may read no other files. Raises BundleError. With `check_hashes=False` the contents are not looked at:
-    then files may not be links out of the folder either, which nothing would vouch for.
+    The graphs may read no files but those listed. With `check_hashes=False` the SHA-256 values are not compared; then
+    symbolic links out of the folder are refused too, because nothing else checks what they point to. Raises
+    BundleError.
     """
     folder = Path(path)
     bundle = Bundle(folder, read_manifest(folder))
@@ -202,9 +214,9 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a bundle's manifest, and check that it lists all that scoring needs, by names within the folder.
+    """Read a bundle's manifest and check that it lists everything scoring needs, by paths inside the folder.
 
-    Nothing but `reward.json` is looked at. Raises BundleError.
+    Only `reward.json` is read. Raises BundleError.
     """
     path = find_manifest(folder)
     manifest = _read_manifest(path)
@@ -223,7 +235,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(bundle: Bundle, names: Collection[str], *, check_hashes: bool = True) -> None:
-    """Check that these files are there, whole and unchanged, and that graphs among them read no others.
+    """Check that these files exist, complete and unchanged, and that the graphs among them read no other files.
 
     Raises BundleError.
     """
@@ -242,18 +254,18 @@ def check_files(bundle: Bundle, names: Collection[str], *, check_hashes: bool = 
 
 
 def manifest_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a bundle's `reward.json`, in hex; it names those of all other files. Raises OSError."""
+    """Return the SHA-256 of a bundle's `reward.json` in hex, which covers all files by their hashes. Raises OSError."""
     return _sha256(folder / MANIFEST)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `reward.json`; last, because a folder with a manifest is a finished bundle."""
+    """Write `reward.json`. This is the last step, because a folder with a manifest counts as a finished bundle."""
     text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def record_file(folder: Path, name: str) -> FileRecord:
-    """Measure one file of a bundle that is being written."""
+    """Return the record of one file of a bundle that is being written: its name, size and SHA-256."""
     path = folder / name
     return FileRecord(name, path.stat().st_size, _sha256(path))
 
@@ -265,7 +277,7 @@ def _read_manifest(path: Path) -> Manifest:
             raise BundleError(f"{path}: {size} bytes; expected at most {MANIFEST_BYTES}: this is no manifest")
         text = path.read_text(encoding="utf-8")
         data = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
-        json.dumps(data, ensure_ascii=False).encode()  # what cannot be written could be neither shown nor tokenized
+        json.dumps(data, ensure_ascii=False).encode()  # raises if a string has a lone surrogate
     except UnicodeEncodeError as error:
         found = f"U+{ord(error.object[error.start]):04X}"
         raise BundleError(f"{path}: a string holds the lone surrogate {found}; export the checkpoint again") from None
@@ -286,7 +298,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _with_current_names(manifest: Manifest) -> Manifest:
-    """Call each precision by its name of today: bundles of before have others for two of them."""
+    """Replace old names of precisions by the current ones: two were called otherwise in earlier bundles."""
     variants = tuple(replace(item, precision=current_name(item.precision)) for item in manifest.variants)
     certificates = tuple(replace(item, precision=current_name(item.precision)) for item in manifest.certificates)
     return replace(manifest, variants=variants, certificates=certificates)
@@ -316,7 +328,7 @@ def _check_file(folder: Path, record: FileRecord, check_hash: bool, remedy: str)
 
 
 def _check_graph(folder: Path, variant: Variant) -> None:
-    """Refuse a graph that reads a file of which the manifest does not say that it holds the graph's weights."""
+    """Refuse a graph that reads a file which the manifest does not list as the graph's weights."""
     beside = PurePosixPath(variant.graph).parent
     for name in sorted(external_files(folder / variant.graph)):
         if name not in {str(PurePosixPath(data).relative_to(beside)) for data in variant.data if _below(data, beside)}:
@@ -331,7 +343,10 @@ def _below(path: str, folder: PurePosixPath) -> bool:
 
 
 def _file_size(path: Path) -> int:
-    """Return the size of a plain file, or raise BundleError: what is none may have no end, or wait for ever."""
+    """Return the size of a regular file; raise BundleError for anything else.
+
+    A pipe or device may have no end, or block forever.
+    """
     try:
         found = path.stat()
     except OSError as error:  # a link to nothing or to itself, a folder without permission

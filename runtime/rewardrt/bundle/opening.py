@@ -1,8 +1,8 @@
-"""Opening a bundle by its name, a folder or `hf://ORG/NAME`; which of its graphs; and how it is opened again elsewhere.
+"""Open a bundle by its name, a folder or `hf://ORG/NAME`; choose its graph; open the same bundle again elsewhere.
 
-A folder is there whole, and every file of it is checked before anything is read. Of a bundle on the Hub the manifest
-comes first. It says which graph is taken on this machine, and that graph's files are downloaded and checked, with those
-of the text. So nothing is used that was not compared with the manifest, and no other graph is downloaded.
+Every file of a folder is checked before any is used. For a bundle on the Hub the manifest is downloaded first. It
+determines which graph suits this machine; that graph's files and those of the tokenizer are then downloaded and
+checked. So no file is used that was not compared with the manifest, and no other graph is downloaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rewardrt.machine.providers import Provider, ProviderChoice
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The options of `RewardModel.load`, which says what they mean."""
+    """The options of `RewardModel.load`, which explains them."""
 
     provider: ProviderChoice = "auto"
     precision: str = "auto"
@@ -39,10 +39,10 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Opening:
-    """How a model was loaded: by which it is loaded again in a process that it was sent to, or that was forked.
+    """How a model was loaded, in order to load it again in a forked process or one that it was sent to.
 
-    `address` is an absolute path, or `hf://ORG/NAME@COMMIT`; `manifest` the digest of what the bundle's manifest says.
-    `options` name the precision that was taken, once there is a session.
+    `address` is an absolute path or `hf://ORG/NAME@COMMIT`; `manifest` is the SHA-256 of the manifest's contents. Once
+    there is a session, `options.precision` is the precision that was chosen.
     """
 
     address: str
@@ -51,11 +51,11 @@ class Opening:
 
     @classmethod
     def of(cls, bundle: Bundle, options: LoadOptions) -> Opening:
-        """Return how a bundle that was just read is opened again."""
+        """Return how to open a bundle again that was just read."""
         return cls(bundle.address, _digest(bundle.manifest), options)
 
     def read(self) -> Bundle:
-        """Open the bundle again, with its graph; raises BundleError if it is gone, or is another one now."""
+        """Open the bundle again, with its graph. Raises BundleError or HubError if it is gone or has changed."""
         try:
             bundle = open_bundle(self.address, check_hashes=self.options.check_hashes)
             if _digest(bundle.manifest) == self.manifest:
@@ -68,7 +68,7 @@ class Opening:
 
 
 def open_bundle(name: str | Path, *, check_hashes: bool = True) -> Bundle:
-    """Read the bundle in a folder, whole, or of a name `hf://ORG/NAME[@REVISION]` the manifest: see `with_graphs`.
+    """Read and check the bundle in a folder; of `hf://ORG/NAME[@REVISION]` read only the manifest (see `with_graphs`).
 
     Raises BundleError, HubError, or MissingExtraError.
     """
@@ -82,9 +82,9 @@ def open_bundle(name: str | Path, *, check_hashes: bool = True) -> Bundle:
 
 
 def locate(name: str | Path) -> tuple[str, Path]:
-    """Return by what a bundle is opened again, `hf://ORG/NAME@COMMIT` or its path as given, and the folder it is in.
+    """Return the name that opens a bundle again, `hf://ORG/NAME@COMMIT` or the path as given, and the bundle's folder.
 
-    Of a bundle on the Hub the manifest is downloaded. Raises HubError, or BundleError for what is no bundle.
+    For a bundle on the Hub this downloads the manifest. Raises HubError, or BundleError if it is not a bundle.
     """
     repository = hub.parse(name)
     if repository is None:
@@ -96,7 +96,7 @@ def locate(name: str | Path) -> tuple[str, Path]:
 
 
 def with_graphs(bundle: Bundle, variants: Sequence[Variant]) -> Bundle:
-    """Return the bundle with the files of these graphs, and those of the text: downloaded and checked if need be.
+    """Return the bundle with the files of these graphs and of the tokenizer, downloaded and checked if necessary.
 
     Raises BundleError or HubError.
     """
@@ -114,7 +114,7 @@ def with_graphs(bundle: Bundle, variants: Sequence[Variant]) -> Bundle:
 
 
 def _what_else(repository: hub.Repository) -> str:
-    """Say how a bundle is made of what the repository holds instead, where that can be asked."""
+    """Say how to make a bundle if the repository contains a checkpoint instead; otherwise return ""."""
     for name in ("config.json", "adapter_config.json"):
         if hub.fetch(repository, name) is not None:
             named = str(repository).removeprefix(hub.PREFIX)
@@ -123,7 +123,7 @@ def _what_else(repository: hub.Repository) -> str:
 
 
 def choose_variant(bundle: Bundle, precision: str, provider: Provider) -> Variant:
-    """Return the graph to load on a provider; one that was made for some processors is for no other.
+    """Return the graph to load on a provider. A graph that needs certain CPUs is refused everywhere else.
 
     Raises BundleError or ProviderError.
     """
@@ -139,7 +139,7 @@ def choose_variant(bundle: Bundle, precision: str, provider: Provider) -> Varian
 
 
 def check_shareable(bundle: Bundle, variant: Variant, provider: Provider) -> None:
-    """Raise BundleError for a graph whose weights cannot be read where the file is mapped."""
+    """Raise BundleError if a graph's weights cannot be used directly from the mapped file."""
     known = PRECISIONS.get(variant.precision)
     if provider != "cpu" or known is None or not known.shareable:
         kinds = in_words([each.name for each in PRECISIONS.values() if each.shareable])
@@ -148,5 +148,5 @@ def check_shareable(bundle: Bundle, variant: Variant, provider: Provider) -> Non
 
 
 def _digest(manifest: Manifest) -> str:
-    """Return the SHA-256 of what a manifest says; it names the SHA-256 of every file."""
+    """Return the SHA-256 of a manifest's contents, which include the SHA-256 of every file."""
     return hashlib.sha256(json.dumps(to_json(manifest), sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""The precisions that a bundle's graphs come in: what each is called, what it stores and computes in, what it is for.
+"""The precisions of a bundle's graphs: their names, number formats and purposes.
 
-Whatever asks about a precision asks here: verification for its tolerance, the export for what it is made for, help and
-documentation for its words. How the export makes such a graph is in its `precisions` folder.
+All code that needs a property of a precision reads it here: verification its tolerance, the export its target, help and
+documentation its description. How such a graph is made is in the export's `precisions` folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rewardrt.machine.providers import Provider
 
-# onnxruntime's products of unsigned with signed integers overflow on an x86 processor that has neither.
+# On x86 processors without these instructions, onnxruntime's products of unsigned and signed integers overflow.
 INTEGER_DOT = ("avx512_vnni", "avx_vnni", "dotprod")
 
 
@@ -19,13 +19,16 @@ INTEGER_DOT = ("avx512_vnni", "avx_vnni", "dotprod")
 class Precision:
     """One kind of graph.
 
-    `weights` is what the backbone's matrices are stored as, `products` what they are multiplied in, `description` what
-    that is good for; all three are for people.
-    `tolerance_std` is how far any reward may be from torch's, in standard deviations of the rewards. A graph that
-    rounds is held to what no working one comes near: how near it really is, its certificate says.
-    `needs` are instruction sets, one of which a machine must have, as `rewardrt doctor` calls them. `made_for` are the
-    providers that it is fast on. `held` are the bytes that a loaded graph holds in a CPU's memory for each parameter,
-    about: pages of a mapped file are not counted.
+    `weights` is the format in which the backbone's matrices are stored, `products` the format in which they are
+    multiplied, and `description` the purpose; all three are texts for people.
+
+    `tolerance_std` is the largest allowed difference of any reward from torch's, in standard deviations of the rewards.
+    For precisions that round it is so wide that only a broken graph exceeds it; the certificate says how close the
+    graph really is.
+
+    `needs` lists instruction sets, by the names that `rewardrt doctor` shows; the machine must have one of them.
+    `made_for` lists the providers on which the graph is fast. `held` is the approximate memory of a loaded graph on a
+    CPU, in bytes per parameter, without the pages of mapped files.
     """
 
     name: str
@@ -33,15 +36,15 @@ class Precision:
     products: str
     description: str
     tolerance_std: float = 0.5
-    rounds: bool = True  # what float32 is: the certificate then says how near it stays, beside torch's bfloat16
-    calibrated: bool = False  # by texts that torch scores before, where there are any
+    rounds: bool = True  # whether values are rounded below float32; the certificate then has a `fidelity`
+    calibrated: bool = False  # whether calibration texts, scored by torch, decide how values are rounded
     needs: tuple[str, ...] = ()
     made_for: tuple[Provider, ...] = ()
     held: float = 4.0
-    of: str | None = None  # another precision, whose graph this one is made of, and whose file of weights it reads
-    engine: bool = False  # for TensorRT, which can be asked whether it takes the graph
-    shareable: bool = False  # its products, by our kernels, read weights in the mapped file
-    formerly: str | None = None  # its name in older bundles and commands, which is taken everywhere
+    of: str | None = None  # another precision, from whose graph this one is made, and whose weights file it reads
+    engine: bool = False  # for TensorRT; the export can build an engine from it as a test
+    shareable: bool = False  # whether RewardRT's kernels can read its weights directly from the mapped file
+    formerly: str | None = None  # its name in older bundles and commands, which is still accepted
 
 
 PRECISIONS = {
@@ -103,12 +106,12 @@ _FORMERLY = {precision.formerly: name for name, precision in PRECISIONS.items() 
 
 
 def current_name(name: str) -> str:
-    """Return what a precision is called now; a name that is not known stays as it is."""
+    """Return the current name of a precision; an unknown name is returned unchanged."""
     return _FORMERLY.get(name, name)
 
 
 def range_advice(name: str) -> str:
-    """Return what to say of rewards of a precision that are no finite numbers, to end a message with; "" for none."""
+    """Return advice to append to an error about rewards that are not finite numbers; "" if there is none."""
     known = PRECISIONS.get(name)
     if known is None or known.products != "float16":
         return ""

@@ -1,4 +1,4 @@
-"""Whose rewards a bundle normalises by, where they were measured after the export."""
+"""The data on which a bundle's normalisation was measured, if that was done after the export."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReferenceData:
-    """The data whose raw rewards the mean and std of `spec.normalise` are of, measured by `rewardrt normalize`.
+    """The data whose raw rewards gave the mean and std of `spec.normalise`, measured by `rewardrt normalize`.
 
-    `files` has the SHA-256 of each file by its name, without its folder; `texts` are the rewards that were measured, of
-    `rows` rows; `truncated` of the texts were cut.
+    `files` maps each file's name, without its folder, to its SHA-256. `texts` is the number of rewards measured, from
+    `rows` rows; `truncated` of these texts were cut.
     """
 
     files: dict[str, str]

@@ -1,7 +1,7 @@
-"""What a reward model does with a text, as data: the part of the manifest that families differ in.
+"""The description of a reward model as data: the part of the manifest in which families differ.
 
-Nothing here computes. `text` and `tokens` read the text rule, `reward_model` the pooling and the normalisation. The
-same frozen dataclasses are written at export and read at load, through `to_json` and `from_json`.
+Nothing is computed here. `text` reads the text rule and the taps, and `scoring` the normalisation. The same frozen
+dataclasses are written at export and read at load, by `to_json` and `from_json`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rewardrt.errors import BundleError
 
 T = TypeVar("T")
 
-# Metadata of a field that came later, which a manifest may leave out: what is written has it.
+# Metadata key of fields that were added later. Older manifests may lack them; new manifests always contain them.
 OPTIONAL = "optional"
 
 InputKind = Literal["single", "steps", "pairwise"]
@@ -32,14 +32,14 @@ TapRule = Literal[
     "only_id",
     "prompt_end",
 ]
-PoolingRule = Literal["last_mask", "last_not_id", "before_first_id"]  # those that --pooling chooses among
+PoolingRule = Literal["last_mask", "last_not_id", "before_first_id"]  # the choices of --pooling
 POOLING_RULES: tuple[PoolingRule, ...] = typing.get_args(PoolingRule)
 Activation = Literal["none", "relu", "leaky_relu", "gelu", "gelu_tanh", "tanh", "sigmoid", "selu", "silu"]
 ReduceRule = Literal["none", "mean", "expectation"]
 CombineRule = Literal["none", "dot", "gate", "difference", "skew"]
 OutputFunction = Literal["identity", "sigmoid", "softmax", "log_odds", "negate"]
 StepLayout = Literal["joined", "turns", "apart"]
-AggregateRule = Literal["min", "product", "last", "mean"]  # how --aggregate makes one reward of those of the steps
+AggregateRule = Literal["min", "product", "last", "mean"]  # how --aggregate combines the steps' rewards
 AGGREGATE_RULES: tuple[AggregateRule, ...] = typing.get_args(AggregateRule)
 
 
@@ -47,77 +47,80 @@ AGGREGATE_RULES: tuple[AggregateRule, ...] = typing.get_args(AggregateRule)
 class TextRule:
     """How a conversation becomes the token ids that the model was trained on.
 
-    Does not apply to a `text` row: that is tokenized as sent, with nothing added; only where `source` is pair, it gets
-    the special tokens of a single text, without which an encoder has never seen one.
-    The steps run in the order of the fields.
+    The steps run in the order of the fields. They do not apply to a row with `text`, which is tokenized exactly as
+    sent. One exception: if `source` is pair, such a text gets the special tokens of a single text, because the encoder
+    never saw a text without them.
 
-    Input "steps", by `step_layout`:
-    joined   the response is the steps one after another, `step_token` after each
-    turns    every step is a user's turn, and `step_token` the assistant's answer to it; the first step follows the
+    For the input "steps" (process reward models), `step_layout` says how prompt, steps and `step_token` are joined:
+
+    joined   the response is all steps one after another, with `step_token` after each
+    turns    every step is a user turn, and `step_token` the assistant's reply to it; the first step is appended to the
              prompt's last turn after a space
-    apart    the text before the response, every step and every `step_token` are tokenized each by itself
+    apart    the text before the response, every step and every `step_token` are tokenized separately
     """
 
-    # concatenate: prompt + response; format: `format` with {prompt}, {response} and {instruction}; pair:
-    # tokenizer(prompt, response); segments: several texts, each tokenized alone, one after the other. chat_template
-    # with a `format`: what the format gives is the one user message of the template. Two answers that are read together
-    # are {first} and {second}.
+    # concatenate: prompt + response; format: `format` with {prompt}, {response} and {instruction} filled in; pair:
+    # tokenizer(prompt, response); segments: several texts, each tokenized alone, then joined. With chat_template and a
+    # `format`, the filled-in format is the template's only message, from the user. In models that read two answers in
+    # one text, the answers are {first} and {second}.
     source: Literal["chat_template", "concatenate", "format", "pair", "segments"] = "chat_template"
     format: str = ""
-    segments: tuple[str, ...] = ()  # formats of the segments; one without a place for words is never cut
-    # Of what max_length leaves the segments with words: the share that the first of them may take. The others share
-    # evenly what it leaves.
+    segments: tuple[str, ...] = ()  # formats of the segments; a segment without a {placeholder} is never cut
+    # The fixed segments leave a part of max_length to those with placeholders. `first_part` is the share of it that the
+    # first of them may take; the others share the rest evenly.
     first_part: float = 0.0
     prompt_template: str = (
         ""  # Jinja that makes {prompt} of the prompt's messages; without it a prompt is one user turn
     )
-    remove: str = ""  # taken out of the text wherever it stands (the BOS that a template writes)
-    strip_tail: str = ""  # these characters are stripped off the end
+    remove: str = ""  # removed from the text wherever it occurs (such as a BOS that the template writes)
+    strip_tail: str = ""  # these characters are stripped from the end of the text
     append_if_missing: str = ""  # the closing EOS as text, appended unless the text ends with it
-    append_prefix: str = ""  # what goes between the text and that EOS
+    append_prefix: str = ""  # inserted between the text and that EOS
     add_special_tokens: bool = False  # whether the tokenizer's own post-processor adds BOS and the like
     append_ids: tuple[int, ...] = ()  # appended after the text is cut to make room for them
-    overwrite_last: int | None = None  # after the cut, the last id becomes this one
+    overwrite_last: int | None = None  # after the cut, the last id is replaced by this one
     step_token: str = ""  # input "steps": the text after every step
-    type_ids: bool = False  # whether the model is told which ids are of the first and which of the second text
+    type_ids: bool = False  # whether the model takes token_type_ids: 0 for the first text's tokens, 1 for the second's
     step_layout: StepLayout = "joined"
-    prepend_ids: tuple[int, ...] = ()  # put before the ids of the text (BOS, where it is not the tokenizer's doing)
-    # A special token that a text holds literally is tokenized as ordinary text. tokenizer.json cannot say so.
+    prepend_ids: tuple[int, ...] = ()  # put before the ids of the text (a BOS that the tokenizer does not add)
+    # Whether a special token that occurs literally in a text is tokenized as ordinary text. tokenizer.json has no such
+    # setting.
     split_special_tokens: bool = field(default=False, metadata={OPTIONAL: True})
-    instruction: str = field(default="", metadata={OPTIONAL: True})  # {instruction} of a row that brings none
-    # Where it is set, the instruction may be left out: what stands for {instruction} where there is one.
+    instruction: str = field(default="", metadata={OPTIONAL: True})  # the instruction of rows that have none
+    # If set, a row's instruction is put into this format before it replaces {instruction}; without an instruction,
+    # {instruction} is replaced by nothing.
     instruction_format: str = field(default="", metadata={OPTIONAL: True})
-    # The name of the chat template's variable that gets the instruction, where no format has a place for it.
+    # The chat template's variable that receives the instruction, if no format contains {instruction}.
     instruction_variable: str = field(default="", metadata={OPTIONAL: True})
     generation_prompt: bool = field(default=False, metadata={OPTIONAL: True})  # the template begins the model's turn
     close: str = field(default="", metadata={OPTIONAL: True})  # appended to the text, whatever it ends with
-    # White space at both ends of prompt and response is left out before they are put into a format.
+    # Whether white space around prompt and response is stripped before they are put into a format.
     strip_words: bool = field(default=False, metadata={OPTIONAL: True})
-    # Where a text that is too long is cut: at its end, or in the answer, so that what follows the answer stays.
+    # Where a text that is too long is cut: at its end, or in the answer, so that the text after the answer is kept.
     cut: Literal["end", "answer"] = field(default="end", metadata={OPTIONAL: True})
 
     @property
     def takes_instruction(self) -> bool:
-        """Whether the model reads an instruction beside prompt and response."""
+        """Whether the model reads an instruction in addition to prompt and response."""
         formats = (self.format, *self.segments)
         return bool(self.instruction_variable) or any("{instruction}" in format for format in formats)
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a hidden state is read, among the token ids of one text without padding.
+    """The position at which a hidden state is read, among the token ids of one text without padding.
 
     last_mask         the last token
     last_not_id       the rightmost token that is not `ids[0]`; token 0 if there is none
-    before_first_id   the token before the first `ids[0]`, or before the first after `skip` others; the last token if
-                      there is none, or if it comes first
-    last_id           the rightmost `ids[0]`; a text without one cannot be scored
-    pattern_start     where the rightmost run of all `ids` begins; a text without one cannot be scored
-    all_ids           where every run of all `ids` begins: one reward each (process rewards)
-    only_id           the one `ids[0]` of the text; a text with none or several cannot be scored
+    before_first_id   the token before the first `ids[0]`, not counting the first `skip` of them; the last token if
+                      there is none, or if it is token 0
+    last_id           the rightmost `ids[0]`; a text without it cannot be scored
+    pattern_start     the first token of the rightmost occurrence of `ids`; a text without one cannot be scored
+    all_ids           the first token of every occurrence of `ids`, with one reward each (process rewards)
+    only_id           the only `ids[0]` of the text; a text with none or several cannot be scored
     prompt_end        the last token of the first message, rendered and tokenized alone
     first             token 0 (CLS)
-    mean              the mean over the last `count` tokens, or over all of them for 0
+    mean              the mean over the last `count` tokens, or over all of them if `count` is 0
 
     `offset` is added to the position that the rule finds.
     """
@@ -138,16 +141,16 @@ class Tap:
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer of a head, its activation, then a layer normalisation if `norm` names the weight of one.
+    """One linear layer of a head, its activation, then a layer normalisation if `norm` names its weight.
 
-    Names are those of the tensors on disk; weight is [out, in].
+    The names are those of the checkpoint's tensors; weight is [out, in].
     """
 
     weight: str
     bias: str | None = None
     activation: Activation = "none"
-    rows: tuple[int, ...] = ()  # only these rows of weight and bias; () for all (rows of a language model's head)
-    batch_norm: str | None = None  # before the tensors of a batch norm after the activation, as it is in evaluation
+    rows: tuple[int, ...] = ()  # only these rows of weight and bias, as of a language model's head; () for all
+    batch_norm: str | None = None  # name prefix of the tensors of a batch norm (evaluation mode) after the activation
     norm: str | None = None
     norm_bias: str | None = None
     norm_eps: float = 1e-5
@@ -155,11 +158,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Head:
-    """Linear layers over the states of its taps (side by side, if several), one after the other.
+    """A stack of linear layers over the hidden states of its taps, concatenated if there are several.
 
-    Their outputs are multiplied by `scale`, and then `softcap` c makes c * tanh(x / c) of each: what language models do
-    to their logits. `reduce` makes one value of every `group` neighbouring outputs: their mean (quantiles), or the
-    expectation of a softmax over values evenly spaced from `low` to `high` (a distribution over scores).
+    The outputs x are multiplied by `scale`; then a `softcap` c > 0 replaces each by c * tanh(x / c), as language models
+    do with their logits. `reduce` makes one value from every `group` neighbouring outputs: their mean (quantiles), or
+    the expectation of a softmax over values evenly spaced from `low` to `high` (a distribution over scores).
     """
 
     layers: tuple[Layer, ...]
@@ -168,22 +171,22 @@ class Head:
     group: int = 1
     low: float = 0.0
     high: float = 1.0
-    minus: tuple[float, ...] = ()  # subtracted from the values: a mean for each
+    minus: tuple[float, ...] = ()  # subtracted from the values: one mean for each value
     scale: float = field(default=1.0, metadata={OPTIONAL: True})
     softcap: float = field(default=0.0, metadata={OPTIONAL: True})  # 0: none
 
 
 @dataclass(frozen=True)
 class Combine:
-    """How the heads' values become the reward.
+    """How the outputs of the heads become the reward.
 
     none         the one value of the one head
-    dot          sum(values * weights) of the one head
-    gate         sum(g * scale * (values @ matrix)) of two heads, values and gate; g is softmax(gate / temperature), or
-                 the gate itself without `softmax`
-    difference   mean(first - second) of two heads; of one head with two outputs, the first minus the second
-    skew         the values themselves, a vector: texts are compared by sum(u[2k] * v[2k+1] - u[2k+1] * v[2k]). A
-                 second head, of half as many outputs, weighs the terms by its softmax(gate / temperature) * scale
+    dot          sum(values * weights), for one head
+    gate         sum(g * scale * (values @ matrix)), for two heads: values and gate. g is softmax(gate / temperature),
+                 or the gate itself without `softmax`
+    difference   mean(first - second), for two heads; for one head with two outputs, the first minus the second
+    skew         the values themselves, a vector u: two texts are compared by sum(u[2k] * v[2k+1] - u[2k+1] * v[2k]).
+                 A second head, with half as many outputs, weights the terms by softmax(gate / temperature) * scale
     """
 
     rule: CombineRule = "none"
@@ -193,15 +196,15 @@ class Combine:
     scale: float = 1.0
     matrix: str | None = None  # name of a tensor on disk, [values, values]; identity if None
     scale_tensor: str | None = None  # name of a tensor on disk that holds `scale`
-    unit: bool = False  # skew: the vector is divided by its length first
+    unit: bool = False  # skew: the vector is first divided by its Euclidean norm
 
 
 @dataclass(frozen=True)
 class Output:
-    """What is done to the combined value last, and what the values are called.
+    """The function applied to the combined value, and the names of the objectives.
 
-    softmax takes component `index` of the softmax p over the outputs, log_odds ln(p / (1 - p)) of it. `labels` name
-    the further columns of the graph's `rewards`, after the reward itself: the objectives.
+    softmax takes component `index` of the softmax p over the outputs; log_odds takes ln(p / (1 - p)) of that component;
+    negate changes the sign. `labels` name the columns of the graph's `rewards` after the reward itself: the objectives.
     """
 
     function: OutputFunction = "identity"
@@ -215,7 +218,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Affine:
-    """Normalisation `(reward - mean) / (std + eps)`; OpenRLHF's RewardModel.forward has no eps, safe-rlhf's 1e-8."""
+    """Normalisation `(reward - mean) / (std + eps)`: eps is 0 in OpenRLHF's RewardModel.forward, 1e-8 in safe-rlhf."""
 
     mean: float
     std: float
@@ -224,17 +227,17 @@ class Affine:
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that makes one kind of reward model different from another.
+    """Everything in which one kind of reward model differs from another.
 
-    Export makes the graph from it, the runtime the token ids and positions; a --spec file is this, as TOML.
+    Export builds the graph from it, and the runtime the token ids and positions. A --spec file is a Spec in TOML.
     """
 
     family: str
     backbone: str  # transformers' model_type
     causal: bool
     heads: tuple[Head, ...]
-    max_length: int  # tokens; what is longer is cut on the right
-    special_tokens: dict[str, str]  # what the chat template may name: bos_token, eos_token, ...
+    max_length: int  # in tokens; longer texts are cut on the right
+    special_tokens: dict[str, str]  # variables of the chat template: bos_token, eos_token, ...
     input: InputKind = "single"
     text: TextRule = TextRule()
     taps: tuple[Tap, ...] = (Tap(),)
@@ -242,9 +245,9 @@ class Spec:
     output: Output = Output()
     normalise: Affine | None = None
     normalise_by_default: bool = False
-    # Rows of the embedding: token ids are below. None in bundles of format version 1, which do not say.
+    # Rows of the embedding; all token ids are smaller. None in bundles of format version 1, which do not record it.
     vocabulary: int | None = field(default=None, metadata={OPTIONAL: True})
-    # Whether a text's reward stays as it is when padding follows it: not where tokens are mixed with those beside them.
+    # Whether right padding leaves a text's reward unchanged; not in models that mix each token with its neighbours.
     padded: bool = field(default=True, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
@@ -263,16 +266,18 @@ class Spec:
         self._check_input()
 
     def _check_input(self) -> None:
-        """Check that text rule, taps and combination are those of the kind of input."""
+        """Check that text rule, taps and combine rule fit the kind of input."""
         if self.text.type_ids and (self.causal or self.text.source != "pair"):
             raise BundleError("text.type_ids is set; expected an encoder that reads a pair of texts")
         if (self.input == "steps") != (self.taps[0].rule == "all_ids"):
             raise BundleError(
-                f"input {self.input!r} with tap rule {self.taps[0].rule}: steps are read at all_ids, and only they"
+                f"input {self.input!r} with tap rule {self.taps[0].rule}: the input 'steps' needs the rule all_ids, "
+                "other inputs may not have it"
             )
         if (self.input == "steps") != bool(self.text.step_token):
             raise BundleError(
-                f"input {self.input!r} with step_token {self.text.step_token!r}: steps need one, only they"
+                f"input {self.input!r} with step_token {self.text.step_token!r}: the input 'steps' needs one, other "
+                "inputs may not have one"
             )
         if self.input == "steps" and (len(self.taps) > 1 or self.output.labels):
             raise BundleError("input 'steps': expected one tap and no labels, each step has one reward")
@@ -286,13 +291,13 @@ class Spec:
         formats = "".join((self.text.format, *self.text.segments))
         if self.reads_two_answers != ("{first}" in formats and "{second}" in formats):
             raise BundleError(
-                f"input {self.input!r}, combine rule {self.combine.rule}, format {formats!r}: {{first}} and {{second}} "
-                "stand where a pairwise model reads two answers in one text, and only there"
+                f"input {self.input!r}, combine rule {self.combine.rule}, format {formats!r}: a pairwise model that "
+                "reads two answers in one text needs {first} and {second}, other models may not have them"
             )
 
     @property
     def reads_two_answers(self) -> bool:
-        """Whether one text holds two answers, so that a text's reward is how much better the first of them is."""
+        """Whether one text contains two answers; its reward then says how much better the first answer is."""
         return self.input == "pairwise" and self.combine.rule != "skew"
 
     @property
@@ -302,9 +307,10 @@ class Spec:
 
     @property
     def has_positions(self) -> bool:
-        """Whether the graph takes the positions of its taps as an input.
+        """Whether the graph has the input `positions`, the positions of the taps.
 
-        A causal model with one tap does not: its text simply ends there. Means and first tokens need none either.
+        A causal model with one tap has not: its text is simply cut at the tap. Means and first tokens need no
+        positions.
         """
         if self.input == "steps":
             return False
@@ -313,15 +319,15 @@ class Spec:
 
 
 def to_json(value: Any) -> Any:
-    """Turn a dataclass of this package into what `json.dumps` takes."""
+    """Turn a dataclass of this package into dictionaries and lists that `json.dumps` accepts."""
     return dataclasses.asdict(value)
 
 
 def from_json(cls: type[T], data: Any, where: str = "", *, complete: bool = True) -> T:
     """Build the dataclass `cls` from parsed JSON or TOML, strictly.
 
-    Raises BundleError naming the place for a missing field, an unknown field, or a value of another type. With
-    `complete=False` a field that has a default may be missing: what people write leaves out what machines write.
+    Raises BundleError naming the place of a missing field, an unknown field, or a value of the wrong type. With
+    `complete=False`, as for files written by people, a field that has a default may be missing.
     """
     return typing.cast(T, _decode(cls, data, where or cls.__name__, complete))
 

@@ -1,1 +1,1 @@
-"""Whether it works here and how well: golden texts, the state of the machine, and speed."""
+"""Does it work here, and how well: comparison with the golden texts, the state of the machine, and speed."""

@@ -1,11 +1,10 @@
-"""How fast the graphs of a bundle score one file, how near they come to fp32, and in how much memory.
+"""How fast the graphs of a bundle score one file, how close they are to fp32, and how much memory they take.
 
     rows -> texts (a worker) -> rounds, in which the workers take turns -> figures
 
-A worker is a process that holds one loaded model. They take turns, so that a noisy machine is noisy for all of them.
-
-The time is from token ids to rewards. A rate counts the tokens of the texts as they are: what is padded, or computed
-once for several texts, changes the seconds and not the tokens.
+A worker is a process that holds one loaded model. The workers take turns, so that noise on the machine affects all of
+them. Time is measured from token ids to rewards. Rates count every token of the texts: padding, and prefixes that are
+computed once for several texts, change the seconds, not the tokens.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from rewardrt.machine.providers import Provider, ProviderChoice, select_provider
 from rewardrt.reward_model import RewardModel
 from rewardrt.text.tokens import EncodedText
 
-LATENCY_TOKENS = (32, 256, 2048)  # of the single texts whose latency is measured
-LENGTHS = (512, 1024, 2048, 4096, 8192)  # of the single texts whose cost per token is measured
-LATENCY_SECONDS = 3.0  # for each length; but at least 5 calls, and at most 100
+LATENCY_TOKENS = (32, 256, 2048)  # lengths of the single texts whose latency is measured
+LENGTHS = (512, 1024, 2048, 4096, 8192)  # lengths of the single texts whose cost per token is measured
+LATENCY_SECONDS = 3.0  # time for each length, with at least 5 and at most 100 calls
 
 
 def model_command(bundle: str | Path, options: Mapping[str, Any]) -> list[str]:
-    """Return the command of a worker that holds `RewardModel.load(bundle, **options)`."""
+    """Return the command of a worker that loads `RewardModel.load(bundle, **options)`."""
     return [sys.executable, "-m", "rewardrt.checks.bench", str(bundle), json.dumps(dict(options))]
 
 
@@ -76,14 +75,14 @@ def _answer(model: RewardModel, request: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rounds:
-    """What one worker did with a workload: the seconds of each round, and the outputs of the last."""
+    """One worker's results for a workload: the seconds of each round, and the outputs of the last round."""
 
     seconds: tuple[float, ...]
     outputs: Outputs
 
 
 def run_rounds(workers: Sequence[Worker], texts: Sequence[EncodedText], rounds: int) -> dict[str, Rounds]:
-    """Let the workers score the texts in turns, `rounds` times; by the name of the worker."""
+    """Let the workers score the texts `rounds` times in turns; return the results by worker name."""
     seconds: dict[str, list[float]] = {worker.name: [] for worker in workers}
     outputs: dict[str, Outputs] = {}
     for _ in range(rounds):
@@ -96,7 +95,7 @@ def run_rounds(workers: Sequence[Worker], texts: Sequence[EncodedText], rounds: 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of a call with one text of `tokens` tokens, over `calls` calls with different texts."""
+    """Seconds of a call with one text of `tokens` tokens: median and 99th percentile over `calls` different texts."""
 
     tokens: int
     calls: int
@@ -105,7 +104,7 @@ class Latency:
 
 
 def measure_latency(worker: Worker, texts: Iterator[EncodedText], tokens: int, seconds: float) -> Latency:
-    """Score texts one by one for about so many seconds; the first, which warms up, is not counted."""
+    """Score texts one by one for about `seconds`; the first call, a warm-up, is not counted."""
     times: list[float] = []
     worker.score([next(texts)])
     while len(times) < 5 or (len(times) < 100 and sum(times) < seconds):
@@ -116,21 +115,21 @@ def measure_latency(worker: Worker, texts: Iterator[EncodedText], tokens: int, s
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one graph of the bundle."""
+    """The measurements of one graph of the bundle."""
 
     name: str
-    tokens_per_second: float  # of the median round
-    ratio: float  # of the rates: this one to the first one's
-    fidelity: Fidelity | None  # to the first one; None for itself
+    tokens_per_second: float  # in the median round
+    ratio: float  # this graph's rate divided by the first graph's
+    fidelity: Fidelity | None  # compared with the first graph; None for the first graph itself
     latencies: tuple[Latency, ...]
-    lengths: tuple[tuple[int, float], ...]  # tokens of one text, and the seconds that each costs (the median of calls)
-    weights_bytes: int  # the files of its weights
-    loaded_bytes: int | None  # resident once it was loaded; None where the system does not tell
-    peak_bytes: int | None  # the most that was resident from then on
+    lengths: tuple[tuple[int, float], ...]  # tokens of one text, and the median of the seconds per token
+    weights_bytes: int  # size of its weights files
+    loaded_bytes: int | None  # resident memory after loading; None if the system does not report it
+    peak_bytes: int | None  # peak of the resident memory after that
 
     @property
     def above_weights_bytes(self) -> int | None:
-        """The peak of memory above the weights: interpreter and libraries, and what scoring takes."""
+        """Peak memory minus the size of the weights: the interpreter, the libraries, and what scoring takes."""
         return None if self.peak_bytes is None else self.peak_bytes - self.weights_bytes
 
 
@@ -160,7 +159,7 @@ def bench(
     threads: int | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Report:
-    """Measure every graph of a bundle that suits the provider on the rows of a file; fp32 first, where there is one.
+    """Measure every graph of a bundle that suits the provider on the rows of a file; fp32 comes first if it exists.
 
     Raises RewardRTError.
     """
@@ -168,7 +167,7 @@ def bench(
     spec = bundle.manifest.spec
     selected = select_provider(provider).provider
     candidates = list_candidates(bundle, threads, selected)
-    bundle = with_graphs(bundle, [variant for variant, _ in candidates.values()])  # before workers download them
+    bundle = with_graphs(bundle, [variant for variant, _ in candidates.values()])  # before the workers do
     workers = [Worker(name, model_command(bundle.address, options)) for name, (_, options) in candidates.items()]
     try:
         progress(f"loading {', '.join(candidates)}")
@@ -177,7 +176,7 @@ def bench(
         workload = read_workload(workers[0], spec, file, rows=rows, max_length=max_length)
         progress(f"{len(workload.texts)} texts, {workload.tokens} tokens, {rounds} rounds")
         for worker in workers:
-            worker.score(workload.texts[:2])  # what is set up at the first call is no part of a rate
+            worker.score(workload.texts[:2])  # warm up: the first call's setup is not part of a rate
         results = run_rounds(workers, workload.texts, rounds)
         figures: list[Figures] = []
         for worker in workers:
@@ -202,10 +201,10 @@ def bench(
 def list_candidates(
     bundle: Bundle, threads: int | None = None, provider: Provider = "cpu"
 ) -> dict[str, tuple[Variant, dict[str, Any]]]:
-    """Return the ways to score with a bundle on a provider, by name: the graph, and the options of RewardModel.load.
+    """Return the candidates by name: each graph that suits the provider, and its options for RewardModel.load.
 
-    fp32 is the first, where there is one. No prefix is kept from one call to the next: every round then does all of its
-    work. Raises BundleError where no graph suits the provider.
+    fp32 comes first if it exists. The prefix cache is off, so that every round does all of its work. Raises BundleError
+    if no graph suits the provider.
     """
     options = {
         "provider": provider,
@@ -249,7 +248,7 @@ def _figures(
 
 
 def format_report(report: Report) -> str:
-    """Lay out a report for a person."""
+    """Format a report as text."""
     first = report.figures[0].name
     lines = [
         f"{report.bundle} on {report.file}: {report.rows} rows, {report.texts} texts, {report.tokens} tokens; "

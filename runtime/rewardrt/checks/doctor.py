@@ -1,4 +1,4 @@
-"""What this machine has for scoring, what really starts on it, and what to do about the rest."""
+"""Examine this machine: what is installed, which providers really start, and how to fix the others."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from rewardrt.machine.providers import (
 )
 
 _REQUIRED = ("numpy", "tokenizers", "jinja2", "click")
-_EXPORT = ("torch", "transformers")  # looked up, never imported
+_EXPORT = ("torch", "transformers")  # only their metadata is read; they are not imported
 _WAYS: dict[Way, str] = {"tensorrt": "by the classic provider", "tensorrt-rtx": "by the plug-in"}
 
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution, its version (None: not installed), and whether scoring cannot do without it."""
+    """A distribution, its version (None: not installed), and whether scoring requires it."""
 
     name: str
     version: str | None
@@ -61,7 +61,7 @@ class WayReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `examine` found. `ok` says that texts can be scored here, on the CPU at least."""
+    """The result of `examine`. `ok` means that texts can be scored here, at least on the CPU."""
 
     ok: bool
     rewardrt: str
@@ -79,7 +79,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at the installation and the machine, and run a small graph on every provider that could be had."""
+    """Examine the installation and the machine, and run a small graph on every available provider."""
     conflict = onnxruntime_conflict()
     packages = _packages()
     providers = _providers()
@@ -104,7 +104,7 @@ def examine() -> Report:
 
 
 def format_report(report: Report) -> str:
-    """Lay the report out for a person, one finding a line."""
+    """Format the report as text, one finding per line."""
     processor = report.processor
     sets = "unknown" if processor.instruction_sets is None else " ".join(processor.instruction_sets) or "none of note"
     limit = "" if processor.cpu_limit is None else f", limited to {processor.cpu_limit:g}"
@@ -132,7 +132,7 @@ def format_report(report: Report) -> str:
 def _packages() -> tuple[Package, ...]:
     found = [Package(name, _version(name), required=True) for name in _REQUIRED]
     wheels = [Package(name, version, required=True) for name, version in onnxruntime_distributions().items()]
-    found += wheels or [Package("onnxruntime", _version("onnxruntime"), required=False)]  # it may be built from source
+    found += wheels or [Package("onnxruntime", _version("onnxruntime"), required=False)]  # perhaps built from source
     return (*found, *(Package(name, _version(name), required=False) for name in _EXPORT))
 
 
@@ -146,7 +146,7 @@ def _providers() -> tuple[ProviderReport, ...]:
 
 
 def _ways() -> tuple[WayReport, ...]:
-    """Try each way to TensorRT by itself."""
+    """Try each way to TensorRT separately."""
     try:
         import_onnxruntime()
     except ProviderError:

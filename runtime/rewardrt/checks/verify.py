@@ -1,7 +1,7 @@
-"""Whether this machine gives the rewards that torch gave at export.
+"""Check that this machine gives the rewards that torch gave at export.
 
-golden.jsonl holds the texts, their token ids and torch's raw rewards; nothing here needs torch. Export certifies a new
-bundle with the same function that `rewardrt verify` calls years later.
+golden.jsonl contains texts, their token ids and torch's raw rewards, so torch is not needed here. Export certifies a
+new bundle with the same function that `rewardrt verify` calls later.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from rewardrt.text.items import Item
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import EncodedText
 
-PADDED_TOKENS = 4096  # of the padded batches: several texts each, and little memory
+PADDED_TOKENS = 4096  # tokens of a padded batch: enough for several texts, and little memory
 
 
 @dataclass(frozen=True)
 class GoldenText:
     """One line of golden.jsonl."""
 
-    row: dict[str, Any]  # holds one text; two responses are one text where the model reads two answers together
-    max_length: int | None  # a limit in tokens below the spec's, where the text has one of its own
-    ids: tuple[int, ...]  # as scored: after the cut
+    row: dict[str, Any]  # a row with one text; two responses are one text for models that read two answers together
+    max_length: int | None  # this text's own limit in tokens, below the spec's; None: the spec's
+    ids: tuple[int, ...]  # as scored, after the cut
     type_ids: tuple[int, ...] | None  # for models that read a pair of texts
     truncated: int
     positions: tuple[int, ...]  # indices into ids, as EncodedText has them
-    rewards: tuple[float, ...]  # torch's, raw: one; one for each step; or the vector that the text is compared by
+    rewards: tuple[float, ...]  # torch's raw rewards: one, one for each step, or the vector of a pairwise model
 
     @property
     def item(self) -> Item:
-        """The row's one text."""
+        """The one text of the row."""
         return text_of(parse_row(self.row))
 
     @property
@@ -59,7 +59,7 @@ class GoldenText:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` measured; `problems` is empty when the bundle is within the tolerance here."""
+    """The measurements of `verify`; `problems` is empty if the bundle is within the tolerance here."""
 
     precision: str
     provider: Provider
@@ -68,20 +68,20 @@ class Verification:
     tolerance_std: float
     single: Deviation  # every text alone
     batched: Deviation  # all texts together, in right-padded batches
-    pair_order_agreement: float  # share of the pairs that the reference does not tie, ranked the same way
+    pair_order_agreement: float  # share of pairs ranked the same way, of those that are not ties in the reference
     problems: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether there is no problem."""
+        """Whether there are no problems."""
         return not self.problems
 
 
 def verify(model: RewardModel, *, count: Count = uncounted) -> Verification:
-    """Score the bundle's golden texts on this machine, alone and batched, and compare with torch's rewards.
+    """Score the bundle's golden texts on this machine, alone and in batches, and compare with torch's rewards.
 
-    `count` is called with each text that is scored alone. Raises BundleError for an uncertified bundle and a
-    golden.jsonl that cannot be read; differences are in the result.
+    `count` is called for each text that is scored alone. Raises BundleError if the bundle is uncertified or
+    golden.jsonl cannot be read; differences from torch are in the result.
     """
     if model.bundle.manifest.uncertified:
         raise BundleError(
@@ -102,7 +102,7 @@ def verify(model: RewardModel, *, count: Count = uncounted) -> Verification:
         count(number, len(encoded))
         alone += model.runner.run([each])
     single = _rewards(alone, texts, failures)
-    # Padded batches are how an accelerator is fed: checked on a CPU too, although it takes texts as they are.
+    # Accelerators score padded batches. They are checked on a CPU too, although scoring does not pad there.
     batched = _rewards(model.runner.run(encoded, padding=True, batch_tokens=PADDED_TOKENS), texts, failures)
     tolerance = PRECISIONS[model.precision].tolerance_std
     deviations = [_deviation(values, expected, std) for values in (single, batched)]
@@ -127,7 +127,7 @@ def verify(model: RewardModel, *, count: Count = uncounted) -> Verification:
 
 
 def _text_problems(model: RewardModel, texts: Sequence[GoldenText]) -> list[str]:
-    """Say which texts this machine tokenizes otherwise. A template that prints today's date is excused."""
+    """Name the texts that are tokenized differently here, unless the chat template prints the current date."""
     if model.answers.uses_date:
         return []
     other = []
@@ -141,7 +141,7 @@ def _text_problems(model: RewardModel, texts: Sequence[GoldenText]) -> list[str]
 
 
 def read_golden(path: Path) -> list[GoldenText]:
-    """Read golden.jsonl, strictly; raises BundleError naming the line."""
+    """Read golden.jsonl strictly. Raises BundleError naming the line."""
     texts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         where = f"{path}, line {number}"
@@ -172,7 +172,7 @@ def write_golden(path: Path, texts: Iterable[GoldenText]) -> None:
 def _rewards(
     results: Sequence[Values | InferenceError], texts: Sequence[GoldenText], failures: list[str]
 ) -> npt.NDArray[np.float64]:
-    """Return all rewards in one row, as many for each text as torch gave; NaN where there are none."""
+    """Return the rewards of all texts as one array, as many per text as torch gave; NaN if the graph failed."""
     failures += [str(result) for result in results if isinstance(result, InferenceError)]
     rewards = []
     for result, text in zip(results, texts, strict=True):
@@ -192,7 +192,7 @@ def _deviation(found: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]
 
 
 def pair_order_agreement(found: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]) -> float:
-    """Return the share of all pairs that `expected` does not tie and that both rank the same way, 0..1."""
+    """Return the share of pairs ranked the same way, 0..1, of those whose expected rewards differ."""
     same = pairs = 0
     for index in range(len(expected)):
         wanted, got = np.sign(expected[index:] - expected[index]), np.sign(found[index:] - found[index])

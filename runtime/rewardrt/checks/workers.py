@@ -1,7 +1,7 @@
-"""Processes that hold a model each and answer lines of JSON.
+"""Worker processes that each hold one model and answer requests as lines of JSON.
 
-What is measured of one model then holds for it alone: its peak of memory is its own. The lines say nothing of what the
-model is, so the repository's benchmarks put other systems behind the same ones.
+What is measured in a worker, such as its peak memory, then belongs to one model only. The protocol says nothing about
+the model, so the repository's benchmarks use it for other systems too.
 
     {"texts": [{"ids": [...], "positions": [...]}, ...]}   -> {"outputs": [[...], ...], "seconds": ...}
     ... with "callers": n                                  -> the same, scored by n threads at once
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from rewardrt.errors import WorkerError
 from rewardrt.text.tokens import EncodedText
 
-Outputs = list[list[float]]  # of each text the graph's outputs, raw: the reward first
+Outputs = list[list[float]]  # the graph's raw outputs for each text; the first one is the reward
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Timed:
 
 
 class Worker:
-    """A process that holds one model. It is started at once, and waited for where it is first asked something."""
+    """A process that holds one model. It starts at once; the first request waits until the model is loaded."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
-        # A session of its own: Ctrl+C is for whoever started it, who ends it.
+        # In a session of its own, so that Ctrl+C only reaches the parent, which ends the worker.
         self._process = subprocess.Popen(
             list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment,
             start_new_session=True,
@@ -49,7 +49,7 @@ class Worker:
         self.loaded: dict[str, Any] | None = None
 
     def wait(self) -> dict[str, Any]:
-        """Wait until the model is loaded; returns what the worker says of it. Raises WorkerError."""
+        """Wait until the model is loaded; return the worker's description of it. Raises WorkerError."""
         if self.loaded is None:
             self.loaded = self._read()
         return self.loaded
@@ -58,23 +58,23 @@ class Worker:
         """Send one request and return its answer. Raises WorkerError."""
         self.wait()
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # what it died of is in what follows
+        with contextlib.suppress(BrokenPipeError):  # the worker died; _read reports why
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         return self._read()
 
     def score(self, texts: Sequence[EncodedText], **options: str | int) -> Timed:
-        """Score texts once; what the options of a request are is the worker's business. Raises WorkerError."""
+        """Score texts once. `options` are added to the request, for the worker to interpret. Raises WorkerError."""
         answer = self.ask({"texts": [text_to_json(text) for text in texts], **options})
         return Timed([[float(value) for value in values] for values in answer["outputs"]], float(answer["seconds"]))
 
     def peak_bytes(self) -> int | None:
-        """Return the most memory that was resident since the model was loaded; None where the system does not tell."""
+        """Return the peak resident memory in bytes since the model was loaded; None if the system does not tell."""
         peak = self.ask({"memory": True})["peak_bytes"]
         return None if peak is None else int(peak)
 
     def kill(self) -> None:
-        """Let the process not finish what it is at; `close` follows."""
+        """Kill the process at once; call `close` afterwards."""
         self._process.kill()
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class Worker:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith("{"):  # libraries print to the standard output too
+            if line.startswith("{"):  # libraries may print other lines to standard output
                 answer: dict[str, Any] = json.loads(line)
                 if "error" in answer:
                     raise WorkerError(f"{self.name}: {answer['error']}")
@@ -105,9 +105,9 @@ def serve(
     requests: TextIO = sys.stdin,
     answers: TextIO = sys.stdout,
 ) -> None:
-    """Be a worker: load a model, say so, and answer requests until there are no more.
+    """Run a worker: load a model, report it, and answer requests until the input ends.
 
-    `load` returns what to say of the model, and the function that answers a request; an exception of it is an answer.
+    `load` returns a description of the model and the function that answers a request. Exceptions are sent as answers.
     """
 
     def say(answer: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ def serve(
 
 
 def text_to_json(text: EncodedText) -> dict[str, Any]:
-    """Return what a request says of a text."""
+    """Return a text as a request contains it."""
     ids, positions = text.ids.tolist(), text.positions.tolist()
     return {"ids": ids, "positions": positions} | (
         {} if text.type_ids is None else {"type_ids": text.type_ids.tolist()}
@@ -138,7 +138,7 @@ def text_to_json(text: EncodedText) -> dict[str, Any]:
 
 
 def text_from_json(data: dict[str, Any]) -> EncodedText:
-    """Return the text that a request holds."""
+    """Return the text in a request."""
 
     def array(values: list[int]) -> npt.NDArray[np.int64]:
         return np.array(values, dtype=np.int64)
@@ -148,7 +148,7 @@ def text_from_json(data: dict[str, Any]) -> EncodedText:
 
 
 def _status_bytes(field: str) -> int | None:
-    """Return a size out of Linux's account of this process: VmRSS is resident now, VmHWM the most that was."""
+    """Return a size in bytes from /proc/self/status: VmRSS is the resident memory now, VmHWM its peak."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -157,6 +157,6 @@ def _status_bytes(field: str) -> int | None:
 
 
 def _forget_peak() -> None:
-    """Start VmHWM anew from what is resident now, so that what loading took for a moment is not in it."""
+    """Reset VmHWM to what is resident now, so that it does not include the temporary memory of loading."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -1,4 +1,4 @@
-"""What is measured: the texts of a file, and how near the rewards of two graphs for them are."""
+"""The texts of a file to measure with, and how close the rewards of two graphs are on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rewardrt.text.tokens import EncodedText
 
 @dataclass(frozen=True)
 class Workload:
-    """Rows of a file, and the texts that are scored for them in their order: what every candidate gets."""
+    """Rows of a file, and the texts that are scored for them, in order; all candidates score the same texts."""
 
     name: str
     rows: tuple[Row, ...]
@@ -31,7 +31,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """The tokens of all texts, as they are given."""
+        """The number of tokens of all texts, each counted in full."""
         return sum(len(text.ids) for text in self.texts)
 
     def answers(self, outputs: Outputs) -> list[list[float]]:
@@ -45,9 +45,9 @@ class Workload:
 
 
 def read_workload(worker: Worker, spec: Spec, file: Path, *, rows: int | None, max_length: int | None) -> Workload:
-    """Read the first `rows` of a file and let a worker encode their texts; rows with an error are left out.
+    """Read the first `rows` rows of a file and let a worker encode their texts; rows with an error are left out.
 
-    Raises RowError for a file that has no row to score.
+    Raises RowError if no row can be scored.
     """
     found: list[dict[str, Any]] = []
     parsed: list[Row] = []
@@ -67,15 +67,15 @@ def read_workload(worker: Worker, spec: Spec, file: Path, *, rows: int | None, m
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near rewards come to those of the reference."""
+    """How close rewards are to those of the reference."""
 
     rms_std: float  # root mean square of the differences, in standard deviations of the reference's rewards
-    preferences: int  # pairs of answers to one prompt that the reference does not tie
-    agreement: float | None  # share of them that are ordered the same way, 0..1; None without any
+    preferences: int  # pairs of answers to one prompt that have different rewards in the reference
+    agreement: float | None  # share of these pairs that are ordered the same way, 0..1; None if there are none
 
 
 def compare(workload: Workload, outputs: Outputs, reference: Outputs) -> Fidelity:
-    """Compare rewards with the reference's: each text's reward, and the order of the answers of each row."""
+    """Compare outputs with the reference's: the reward of each text, and the order of each row's answers."""
     found = np.array([value for values in outputs for value in values], dtype=np.float64)
     expected = np.array([value for values in reference for value in values], dtype=np.float64)
     std = float(expected.std())
@@ -90,7 +90,7 @@ def compare(workload: Workload, outputs: Outputs, reference: Outputs) -> Fidelit
 
 
 def texts_of_length(workload: Workload, spec: Spec, tokens: int) -> Iterator[EncodedText]:
-    """Yield texts of exactly so many tokens out of a workload's, each beginning elsewhere; read at the last token."""
+    """Yield texts of exactly `tokens` tokens, cut from a workload's at different offsets and read at the last token."""
     ids = np.concatenate([text.ids for text in workload.texts])
     positions = np.full(max(len(spec.taps), 1), tokens - 1, dtype=np.int64)
     type_ids = np.zeros(tokens, dtype=np.int64) if spec.text.type_ids else None

@@ -1,8 +1,8 @@
 """The `rewardrt` command: a group of small modules, one for each subcommand, that parse, call and print.
 
 Results go to standard output, progress and logs to standard error. Exit status: 0, 1 (some rows failed, verification
-failed), 2 (refused), 3 (a fault of ours); see `toplevel`. Commands of other packages (export) are found by entry point
-and imported only when they are run.
+failed), 2 (refused), 3 (a bug of RewardRT); see `toplevel`. Commands of other packages (export) are found by their
+entry points, and imported only when they are run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from rewardrt.cli.trainer import trainer
 from rewardrt.cli.verify import verify
 from rewardrt.cli.warm import warm
 
-COMMANDS = "rewardrt.commands"  # the entry point group of further commands
+COMMANDS = "rewardrt.commands"  # entry point group of commands in other packages
 
 
-# The commands in the order of use, as the help lists them; those that are not here come last.
+# The commands in the order in which the help lists them; all others come last.
 GROUPS = {
     "Begin": ("export", "score"),
     "Use": ("serve", "trainer", "evaluate", "normalize", "push"),
@@ -41,7 +41,7 @@ LAST = "More"
 
 
 class _Commands(click.Group):
-    """The commands of this package, and those of installed packages that declare some."""
+    """The commands of this package, and those that installed packages declare."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         found = {*super().list_commands(ctx), *_entry_points()}
@@ -74,7 +74,7 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command, or name those that are nearly called so."""
+        """Find the command, or fail with a message that suggests similar names."""
         close = difflib.get_close_matches(args[0], self.list_commands(ctx))
         if self.get_command(ctx, args[0]) is None and close:
             ctx.fail(f"No such command '{args[0]}'; did you mean {' or '.join(close)}?")
@@ -96,14 +96,14 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 def app() -> None:
     """Export a trained reward model once; score text anywhere with onnxruntime.
 
-    A BUNDLE is the folder that an export writes, or one on the Hugging Face Hub by its name: hf://ORG/NAME, or
+    A BUNDLE is the folder that an export writes, or the name of one on the Hugging Face Hub: hf://ORG/NAME or
     hf://ORG/NAME@REVISION.
     """
 
 
 def main() -> None:
-    """Run the command line; `toplevel` says how it ends."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each of its retries would be a line, and the error is ours
+    """Run the command line; `toplevel` decides how it ends."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line for each retry; we report the error
     toplevel.run(app)
 
 

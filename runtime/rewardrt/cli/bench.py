@@ -20,7 +20,7 @@ from rewardrt.machine.providers import ProviderChoice
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path), metavar="INPUT.jsonl")
 @click.option("--rows", type=click.IntRange(min=1), help="Only the first rows of the file.  [default: all]")
-@click.option("--max-length", type=click.IntRange(min=1), help="Cut texts at so many tokens.  [default: the model's]")
+@click.option("--max-length", type=click.IntRange(min=1), help="Cut texts at this many tokens.  [default: the model's]")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Times to score the file.")
 @provider_option
 @threads_option
@@ -37,14 +37,14 @@ def bench(
 ) -> None:
     """Measure every graph of a bundle on the rows of a file: speed, agreement with fp32, memory, latency.
 
-    Those that were made for another provider are left out. The graphs take turns, each in a process of its own; all of
-    them are in memory at once. What a GPU holds is not in the figure of memory.
+    Graphs made for another provider are left out. The graphs take turns, each in a process of its own, and all are in
+    memory at once. GPU memory is not measured.
     """
     from rewardrt.checks.bench import bench as run
     from rewardrt.checks.bench import format_report
     from rewardrt.data.outputs import open_output
 
-    with open_output(output) if output is not None else nullcontext() as stream:  # found out now if it can be written
+    with open_output(output) if output is not None else nullcontext() as stream:  # fails now if it cannot be written
         report = run(
             bundle,
             file,

@@ -13,7 +13,7 @@ from rewardrt.cli.output import show, show_json
 @click.command(short_help="Show what works on this machine.", epilog=example("rewardrt doctor"))
 @json_option
 def doctor(as_json: bool) -> None:
-    """Show what is installed, which providers really start here, and what to do about the rest."""
+    """Show what is installed, which providers really start here, and how to fix the others."""
     from rewardrt.bundle.spec import to_json
     from rewardrt.checks.doctor import examine, format_report
 

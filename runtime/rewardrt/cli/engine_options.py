@@ -1,4 +1,4 @@
-"""Where TensorRT's engines are kept, and what is said while one is built."""
+"""The option for the folder of TensorRT engines, and the messages while an engine is built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rewardrt.machine.engine_cache import VARIABLE
 
 
 def _name_cache(context: click.Context, option: click.Parameter, folder: str | None) -> None:
-    """Name the folder to this process and to those that it starts."""
+    """Set the folder for this process and its child processes."""
     if folder is not None:
         os.environ[VARIABLE] = folder
 
@@ -31,7 +31,7 @@ engine_cache_option = click.option(
 
 @contextmanager
 def engine_log() -> Iterator[None]:
-    """Show on standard error what building an engine is at."""
+    """Show the progress of building an engine on standard error."""
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

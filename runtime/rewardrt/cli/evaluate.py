@@ -1,4 +1,4 @@
-"""`rewardrt evaluate`: benchmarks through a bundle, with intervals, comparisons and a report."""
+"""`rewardrt evaluate`: run benchmarks on a bundle, with intervals, comparisons and a report."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Write a page and its data to DIR.")
-@click.option("--by", metavar="FIELD", help="Also the score of the rows with each value of FIELD.")
+@click.option("--by", metavar="FIELD", help="Also report the score for each value of FIELD.")
 @click.option(
     "--against",
     metavar="OTHER",
     help="Compare with another bundle, or with the rewards in fields of the rows: FIELD[,FIELD...].",
 )
 @click.option(
-    "--layout", type=click.Choice(list(BENCHMARKS)), help="What the files are.  [default: as their fields say]"
+    "--layout", type=click.Choice(list(BENCHMARKS)), help="The files' format.  [default: recognised by their fields]"
 )
 @click.option(
     "--columns",
     callback=_parse_columns,
     default="",
     metavar="FIELD=NAME,...",
-    help="What the files call fields: prompt=question,chosen=better.",
+    help="The files' names of fields, such as prompt=question,chosen=better.",
 )
 @click.option("--rows", type=click.IntRange(min=1), help="Only the first rows of each file.  [default: all]")
 @provider_option
@@ -71,14 +71,14 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
     type=float,
     default=0.5,
     show_default=True,
-    help="Of steps: below this reward a step is taken to be wrong.",
+    help="For steps: a step with a lower reward is predicted to be wrong.",
 )
 @click.option(
     "--resamples",
     type=click.IntRange(min=100, max=100_000),
     default=RESAMPLES,
     show_default=True,
-    help="Bootstrap samples, of which intervals are made.",
+    help="Number of bootstrap samples for the intervals.",
 )
 @threads_option
 @json_option
@@ -99,12 +99,13 @@ def evaluate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Say how good a reward model is, by benchmarks as they are distributed.
+    """Measure how good a reward model is, on files of published benchmarks or of your own.
 
-    RewardBench, RewardBench 2, RM-Bench, JudgeBench and ProcessBench are known by the fields of their rows. So are
+    RewardBench, RewardBench 2, RM-Bench, JudgeBench and ProcessBench are recognised by the fields of their rows. So are
     other files of pairs (chosen, rejected) and of several answers (responses with correct, or lists of chosen and
     rejected).
-    Nothing is downloaded. Files are JSON arrays, JSONL, Parquet, and what else `rewardrt score` reads.
+
+    Nothing is downloaded. Files are JSON arrays, JSONL, Parquet, and the other formats that `rewardrt score` reads.
     """
     if report is not None:
         prepare(report)

@@ -1,4 +1,4 @@
-"""A fault of RewardRT's own, as it is said: what to report it with, and nothing of what was scored."""
+"""Describe a bug of RewardRT in one line for a report, without any of the scored texts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 
 PACKAGES = ("rewardrt", "rewardrt_export")
-FRAMES = 4  # of our own code in a report, the last ones
+FRAMES = 4  # most stack frames of our own code in a report, the innermost ones
 
 
 def report(error: BaseException) -> str:
-    """Return the one line that a fault of ours is reported with."""
+    """Return the one line with which a bug of ours is reported."""
     versions = [f"rewardrt {_version('rewardrt')}", f"Python {platform.python_version()}"]
     versions += [f"{platform.system()} {platform.machine()}"]
     versions += [f"{name} {found}" for name in _onnxruntimes() if (found := _version(name))]
@@ -28,7 +28,7 @@ def report(error: BaseException) -> str:
 
 
 def where_to_report() -> str:
-    """Return where a fault is to be reported, as the distribution says."""
+    """Say where to report a bug, from the distribution's metadata."""
     with suppress(importlib.metadata.PackageNotFoundError):
         for entry in importlib.metadata.metadata("rewardrt").get_all("Project-URL") or ():
             label, _, address = entry.partition(",")
@@ -49,7 +49,7 @@ def _onnxruntimes() -> tuple[str, ...]:
 
 
 def _place(frame: traceback.FrameSummary) -> str:
-    """Return file and line, named from the package on: the folders above it are the user's business."""
+    """Return file and line, relative to the package: the folders above it are private to the user."""
     parts = Path(frame.filename).parts
     roots = [index for index, part in enumerate(parts) if part in PACKAGES or part == "site-packages"]
     if roots:
@@ -59,7 +59,7 @@ def _place(frame: traceback.FrameSummary) -> str:
 
 
 def _names_in_code(trace: TracebackType | None) -> set[str]:
-    """Return the names and words that stand in the code that ran: in a message, these are no user's text."""
+    """Return all names and strings in the code that ran: a message that quotes them quotes no user's text."""
     names = {*dir(builtins), "NoneType"}
     for frame, _ in traceback.walk_tb(trace):
         code = frame.f_code
@@ -68,7 +68,7 @@ def _names_in_code(trace: TracebackType | None) -> set[str]:
 
 
 def _without_content(message: str, known: set[str]) -> str:
-    """Return an error's message without what is quoted in it, unless it is a name of the code, and without paths."""
+    """Return an error's message without paths, and without quoted texts unless they are names in the code."""
     message = " ".join(message.split())
     quoted = re.findall(r"'([^']*)'|\"([^\"]*)\"", message)
     marks = sum(message.count(mark) for mark in "'\"")

@@ -33,7 +33,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 
 def describe_manifest(name: str, manifest: Any) -> str:
-    """Lay out a manifest for a person."""
+    """Format a manifest as text."""
     spec, origin = manifest.spec, manifest.provenance
     rule = spec.text
     taps = ", ".join(tap.rule + (f" {list(tap.ids)}" if tap.ids else "") for tap in spec.taps)

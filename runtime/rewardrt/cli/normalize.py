@@ -35,11 +35,11 @@ from rewardrt.reward_model import RewardModel
 def normalize(
     bundle: Path, file: str, output: Path, provider: ProviderChoice, precision: str, threads: int | None
 ) -> None:
-    """Measure mean and std of the rewards of your own data, and write a bundle that can be normalised by them.
+    """Measure mean and std of the rewards of your own data, and write a bundle that can normalise rewards by them.
 
-    FILE has rows as `rewardrt score` takes them. The new bundle shares its files with the old one by hard links where
-    the disk allows it; its manifest has mean, std and the SHA-256 of FILE, which `rewardrt inspect` shows. Rewards stay
-    raw unless --normalize is asked for.
+    FILE has rows as `rewardrt score` takes them. The new bundle shares its files with the old one by hard links if the
+    disk supports them. Its manifest contains mean, std and the SHA-256 of FILE; `rewardrt inspect` shows them. Rewards
+    stay raw unless --normalize is given.
     """
     from rewardrt.evaluate.normalise import check, measure, write_normalised
 

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rewardrt.machine.providers import PROVIDER_CHOICES
 
 
 def example(*lines: str) -> str:
-    """Return the end of a command's help: command lines that a newcomer can type."""
+    """Return the end of a command's help: example command lines."""
     return "\b\n" + "\n".join([f"Example{'s' if len(lines) > 1 else ''}:", *(f"  {line}" for line in lines)])
 
 
@@ -21,12 +21,12 @@ _provider_option = click.option(
     type=click.Choice(PROVIDER_CHOICES),
     default="auto",
     show_default=True,
-    help="Execution provider. A named one is obtained or refused; auto takes CUDA where it starts, else the CPU.",
+    help="Execution provider. auto: CUDA if it works here, else the CPU. A named one must work, or the command fails.",
 )
 
 
 def provider_option(command: Any) -> Any:
-    """Add --provider to a command, and with it where engines are kept."""
+    """Add --provider to a command, and --engine-cache."""
     return _provider_option(engine_cache_option(command))
 
 

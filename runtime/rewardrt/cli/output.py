@@ -1,6 +1,6 @@
-"""What commands print: lines for people in the terminal's encoding, JSON for programs in UTF-8.
+"""What commands print: lines for people in the terminal's encoding, or JSON for programs in UTF-8.
 
-In lines for people an escape stands for what the terminal cannot show, and for control characters.
+In lines for people, control characters and characters that the terminal cannot show are escaped.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, TextIO
 from rewardrt.data.outputs import open_output
 from rewardrt.display import visible, visible_lines
 
-WIDTH = 98  # of lines for people that go to no terminal
-NARROWEST = 40  # terminals below it wrap lines
+WIDTH = 98  # width of lines for people if the output is not a terminal
+NARROWEST = 40  # least width; narrower terminals wrap the lines
 
 
 def show(text: str) -> None:
@@ -25,7 +25,7 @@ def show(text: str) -> None:
 
 
 def for_people(text: str) -> bytes:
-    """Return lines for people as the terminal takes them."""
+    """Return lines for people as bytes in the terminal's encoding."""
     return f"{visible_lines(text)}\n".encode(sys.stdout.encoding or "utf-8", "backslashreplace")
 
 
@@ -39,13 +39,13 @@ def json_bytes(value: Any) -> bytes:
     """Return a value as indented JSON, in UTF-8."""
     try:
         return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()
-    except UnicodeEncodeError:  # a lone surrogate, of a folder's name for one: only an escape can carry it
+    except UnicodeEncodeError:  # a lone surrogate, for example in a folder's name: it must be escaped
         return f"{json.dumps(value, indent=2)}\n".encode()
 
 
 def one_line(text: str, width: int) -> str:
-    """Return a text on one line of at most so many columns of a terminal, with an ellipsis where it is cut."""
-    flat = visible(" ".join(text.split())[: 4 * width])  # a longer one is cut, unless most of it takes no column
+    """Return a text on one line of at most `width` terminal columns, with an ellipsis if it is cut."""
+    flat = visible(" ".join(text.split())[: 4 * width])  # more than enough, unless most characters are of zero width
     if columns(flat) <= width:
         return flat
     kept, room = [], width - 1
@@ -58,7 +58,7 @@ def one_line(text: str, width: int) -> str:
 
 
 def columns(text: str) -> int:
-    """Return how many columns a terminal gives a text: two for a wide character, none for one that joins another."""
+    """Return the width of a text in terminal columns: two for wide characters, none for combining ones."""
     if text.isascii():
         return len(text)
     return sum(
@@ -69,9 +69,9 @@ def columns(text: str) -> int:
 
 
 def width_of(stream: TextIO) -> int:
-    """Return the columns of the terminal that a stream goes to; WIDTH where it goes elsewhere.
+    """Return the width of the terminal that a stream is connected to, or WIDTH if it is not a terminal.
 
-    The variable COLUMNS comes first, as everywhere.
+    The environment variable COLUMNS takes precedence.
     """
     given = os.environ.get("COLUMNS", "")
     if given.isdecimal() and int(given):

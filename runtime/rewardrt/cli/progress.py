@@ -1,6 +1,6 @@
-"""How far a long job is: one line that changes on a terminal, a line every half minute in a log; on standard error.
+"""Progress of a long job on standard error: one changing line on a terminal, or a line every 30 seconds in a log.
 
-That line is tqdm's, which `tokenizers` brings with it: it knows terminals of every kind.
+The changing line is drawn by tqdm, which `tokenizers` depends on and which supports all kinds of terminals.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ BAR_SECONDS = 0.2
 
 
 class Progress:
-    """Rows, share, speed, time left, errors and what prefixes saved, of the rows that a `Summary` counts."""
+    """Progress of scoring: rows, share, speed, time left, errors, and the tokens saved by prefix reuse."""
 
     def __init__(
         self, share: Callable[[float], float], statistics: Callable[[], Statistics], before: Summary | None = None
     ) -> None:
-        """Take what tells the share, from 0 to 1, that so many rows are, and the tokens so far.
+        """Take a function that returns the share, 0..1, for a number of rows, and one that returns the token counts.
 
-        `before` is of the rows that were scored in an earlier run.
+        `before` counts the rows that an earlier run has scored.
         """
         self._share, self._statistics = share, statistics
         self._first = self._last = statistics()
@@ -41,12 +41,12 @@ class Progress:
         self._bar = _changing_line("{percentage:3.0f}% |{bar:20}| {desc}")
 
     def __call__(self, summary: Summary) -> None:
-        """Take what was done so far."""
+        """Take the counts so far."""
         self.summary = summary
         self._last = self._statistics()
 
     def tick(self) -> None:
-        """Show it, if it is time to."""
+        """Show the progress if it is time to."""
         if self._bar is not None:
             with suppress(OSError, ValueError):  # scoring goes on without a terminal
                 share, words = self._now()
@@ -60,7 +60,7 @@ class Progress:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Take the bar away while something else is written to the terminal."""
+        """Hide the bar while something else is written to the terminal."""
         if self._bar is None:
             yield
             return
@@ -69,11 +69,11 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """The seconds since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._start
 
     def finish(self) -> float:
-        """Take the bar away, and return the seconds since the start."""
+        """Remove the bar; return the seconds since the start."""
         if self._bar is not None:
             with suppress(OSError, ValueError):
                 _wipe(self._bar)
@@ -82,9 +82,9 @@ class Progress:
         return self.seconds
 
     def _now(self) -> tuple[float, str]:
-        """Return the share of the rows that is done, and all else in words.
+        """Return the share of the rows that is done, and the other figures in words.
 
-        Rows are counted when a window of them is done; how much of the next one is, the tokens tell.
+        Rows are counted when their window is done; the part of the next window that is done is estimated from tokens.
         """
         now = self._statistics()
         given, computed = now.given - self._first.given, now.computed - self._first.computed
@@ -103,20 +103,24 @@ class Progress:
 
 
 class Steps:
-    """The steps of a long job, in a `with` block; called with each `Step`.
+    """Shows the steps of a long job inside a `with` block; it is called with each `Step`.
 
-    On a terminal a step has one line, with its part and its time, which stays with its whole time when the next begins.
-    In a log it has one line when it begins, with the time since the start, and further ones every LOG_SECONDS.
+    On a terminal each step has one line with its current part and time; when the next step begins, the line stays, with
+    the step's total time. In a log a step has one line when it begins, with the time since the start, and another every
+    LOG_SECONDS.
     """
 
     def __init__(self, *, lasting: bool = True) -> None:
-        """Begin to count the time; without `lasting`, steps are shown only while they last, and in a log if long."""
+        """Start measuring time.
+
+        Without `lasting`, a step's line is removed when the step ends, and a log only shows steps that take long.
+        """
         self._lasting = lasting
         self._start = self._began = self._said = time.monotonic()
         self._step: Step | None = None
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._line = _changing_line("{desc}")
-        # A thread of its own: the job may be in a library for minutes.
+        # A separate thread, because the job may spend minutes inside a library.
         self._thread = threading.Thread(target=self._tick, name=f"{toplevel.OUR_THREADS}steps", daemon=True)
 
     def __enter__(self) -> Steps:
@@ -137,11 +141,11 @@ class Steps:
 
     @property
     def seconds(self) -> float:
-        """The seconds since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._start
 
     def __call__(self, step: Step) -> None:
-        """Take a step that begins, a part of it, or a note."""
+        """Take the beginning of a step, a part of it, or a note."""
         with self._lock:
             if step.note:
                 self._say(step.name)
@@ -178,7 +182,7 @@ class Steps:
         self._step = None
 
     def _say(self, words: str) -> None:
-        """Write a line that stays, above the one that changes."""
+        """Write a lasting line above the changing one."""
         if self._line is not None:
             with suppress(OSError, ValueError):
                 _wipe(self._line)
@@ -186,7 +190,7 @@ class Steps:
 
 
 def _changing_line(layout: str) -> Any:
-    """Return tqdm's line in a layout of its own where standard error is a terminal, else None."""
+    """Return a tqdm line with this layout if standard error is a terminal, else None."""
     if not sys.stderr.isatty():
         return None
     with suppress(ImportError):
@@ -199,13 +203,13 @@ def _changing_line(layout: str) -> Any:
 
 
 def _wipe(line: Any) -> None:
-    """Take the line away, and with it what the terminal has written at its end: `^C`."""
+    """Clear the line, including what the terminal itself has written to it, such as `^C`."""
     line.display(" " * (width_of(sys.stderr) - 1))
     line.clear()
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: 3.1 s, 75 s, 2 min 5 s, 1 h 2 min."""
+    """Return a time in words: 3.1 s, 75 s, 2 min 5 s, 1 h 2 min."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,4 +1,4 @@
-"""`rewardrt push`: a bundle to the Hugging Face Hub."""
+"""`rewardrt push`: upload a bundle to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rewardrt.cli.output import show
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="ORG/NAME", required=False)
-@click.option("--private", is_flag=True, help="Make the repository private; one that is there has to be.")
+@click.option("--private", is_flag=True, help="Make the repository private; an existing one must be private already.")
 @click.option("--revision", metavar="BRANCH", default="", help="The branch to push to.  [default: main]")
-@click.option("--message", metavar="M", help="What the commit is called.  [default: says which model it is]")
+@click.option("--message", metavar="M", help="The commit message.  [default: names the model]")
 @click.option("--new-card", is_flag=True, help="Replace the model card that the repository has.")
-@click.option("--show-card", is_flag=True, help="Print the model card and push nothing; asks nobody.")
+@click.option("--show-card", is_flag=True, help="Print the model card and push nothing; needs no network.")
 def push(
     bundle: Path,
     repository: str | None,
@@ -30,12 +30,12 @@ def push(
     new_card: bool,
     show_card: bool,
 ) -> None:
-    """Push a bundle to a repository of the Hugging Face Hub, which is made if it is not there.
+    """Push a bundle to a repository of the Hugging Face Hub, which is created if it does not exist.
 
-    Every file's hash is checked first. The files that the manifest lists, the manifest, and a model card made of it
-    (README.md) go up in one commit; nothing else of the folder does. A card that is there stays. The token is that of
-    HF_TOKEN or `hf auth login`. golden.jsonl goes up too: it holds the texts that the export was certified on, those of
-    --golden among them. Needs the extra `hub`.
+    Every file's hash is checked first. One commit uploads the manifest, the files that it lists, and a model card made
+    from it (README.md), and nothing else in the folder. An existing card is kept. The token is that of HF_TOKEN or `hf
+    auth login`. golden.jsonl is uploaded too: it contains the texts that the export was certified on, including those
+    of --golden. Needs the extra `hub`.
     """
     from rewardrt.bundle import hub
     from rewardrt.bundle.card import model_card

@@ -1,4 +1,4 @@
-"""`rewardrt score`: rows of files, or one prompt with its answers."""
+"""`rewardrt score`: score rows of files, or one prompt with its answers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from rewardrt.text.rows import INPUT_FIELDS, TEMPLATE_FIELDS
 
 
 def read_columns(value: str, names: Collection[str]) -> dict[str, str]:
-    """Return the names of `prompt=question,response=answer`, by ours, which are some of `names`."""
+    """Parse `prompt=question,response=answer` to the user's names by ours, which must be among `names`."""
     found: dict[str, str] = {}
     for part in filter(None, value.split(",")):
         ours, _, theirs = part.partition("=")
@@ -75,22 +75,24 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
     type=click.Choice(list(OUTPUT_FORMATS)),
     help="The output's format.  [default: as its name says, else jsonl]",
 )
-@click.option("--resume", is_flag=True, help="Go on with an --output that was not finished.")
+@click.option("--resume", is_flag=True, help="Continue an --output that was not finished.")
 @click.option(
     "--columns",
     callback=_parse_columns,
     default="",
     metavar="FIELD=NAME,...",
-    help="What the input calls fields: prompt=question,response=answer.",
+    help="The input's names of fields, such as prompt=question,response=answer.",
 )
-@click.option("--group-by", metavar="FIELD", help="Make one row with responses of the rows with the same FIELD.")
-@click.option("--best", is_flag=True, help="Of rows with several answers keep the best one, with its reward.")
-@click.option("--top", type=click.IntRange(min=1), metavar="K", help="Of rows with several answers keep the K best.")
+@click.option(
+    "--group-by", metavar="FIELD", help="Join consecutive rows with the same FIELD to one row with responses."
+)
+@click.option("--best", is_flag=True, help="Keep only the best answer of a row with several, with its reward.")
+@click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep the K best answers of a row with several.")
 @click.option(
     "--min-margin",
     type=float,
     metavar="REWARD",
-    help="Keep rows whose best answer is so far above the second, or chosen above rejected.",
+    help="Keep rows whose best answer is at least this far above the second, or chosen above rejected.",
 )
 @click.option(
     "--ray",
@@ -100,30 +102,34 @@ def _parse_columns(context: click.Context, option: click.Parameter, value: str) 
     metavar="[ADDRESS]",
     help="Score on Ray: on this machine, or the cluster at ADDRESS (auto, HOST:PORT, ray://...). Write it last.",
 )
-@click.option("--actors", type=click.IntRange(min=1), help="Processes on Ray.  [default: one a GPU, or one a machine]")
+@click.option(
+    "--actors", type=click.IntRange(min=1), help="Processes on Ray.  [default: one per GPU, or one per machine]"
+)
 @click.option("--shard", metavar="I/N", help="Score the I-th of N parts of the rows; rows of one prompt stay together.")
 @click.option("--prompt", help="Score one prompt instead of a file.")
 @click.option("--response", "responses", multiple=True, help="An answer to --prompt; several are ranked.")
 @click.option(
-    "--instruction", help="What is judged, for a model that reads one, in rows that do not say it themselves."
+    "--instruction", help="The instruction (what is judged) of rows that have none, for models that read one."
 )
 @provider_option
 @precision_option
 @normalize_option
-@click.option("--objectives", is_flag=True, help="Add the values that the reward is made of, by name.")
+@click.option("--objectives", is_flag=True, help="Add the named values that the reward is made of.")
 @click.option(
     "--aggregate",
     type=click.Choice(AGGREGATE_RULES),
-    help="One reward of those of the steps, for models that give those.",
+    help="How to combine the rewards of an answer's steps, for models that reward steps.",
 )
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens in one batch, padding included.")
-@click.option("--no-prefix-reuse", is_flag=True, help="Compute every text from its first token, shared or not.")
+@click.option(
+    "--no-prefix-reuse", is_flag=True, help="Compute every text from its first token, even if texts share a prefix."
+)
 @click.option(
     "--prefix-cache-mb",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Memory for beginnings that later parts of a long file share.",
+    help="Memory for prefixes that later parts of a long file share, in MiB.",
 )
 @threads_option
 @click.option("--table", is_flag=True, help="Print answers ranked, for people, instead of JSONL rows.")
@@ -159,9 +165,10 @@ def score(
 ) -> None:
     """Score rows of files, folders, globs, URIs or standard input, or one --prompt with its --response.
 
-    Files are JSONL (also packed with gzip or zstd), a JSON array, Parquet, Arrow, or a folder that `datasets` saved. A
-    row holds text, or messages, or prompt (or messages) with response, responses, steps, or chosen and rejected. It
-    comes out with its rewards added, in the same order; a row that cannot be scored comes out with `error`.
+    Files are JSONL (optionally compressed by gzip or zstd), a JSON array, Parquet, Arrow, or a folder saved by
+    `datasets`. A row has text, or messages, or prompt (or messages) with response, responses, steps, or chosen and
+    rejected. Rows come out in the same order with their rewards added; a row that cannot be scored comes out with
+    `error`.
     """
     of_files = bool(resume or columns or group_by or best or top or shard) or min_margin is not None
     wrong = {

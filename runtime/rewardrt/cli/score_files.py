@@ -1,4 +1,4 @@
-"""What `rewardrt score` does with files: an output that can be gone on with, what is said meanwhile and at the end."""
+"""What `rewardrt score` does with files: a resumable output, and the messages during and after the job."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rewardrt.scoring.prefix import Statistics
 
 
 def score_files(job: Job, output: str | None, format_name: str, *, resume: bool, table: bool) -> None:
-    """Score the rows of files, to a file that can be gone on with, to standard output, or as tables for people."""
+    """Score the rows of files, to a file that can be resumed, to standard output, or as tables for people."""
     target = Path(output).resolve() if output not in (None, STANDARD_INPUT) else None
     model = job.model
     said: list[str] = []
@@ -61,7 +61,7 @@ def score_files(job: Job, output: str | None, format_name: str, *, resume: bool,
 def score_pieces(
     job: Job, work: PieceWork, *, resume: bool, ray_address: str | None, actors: int | None, joined: bool
 ) -> None:
-    """Score the rows of files in pieces, here or on Ray: into a folder of parts, or `joined` to one file."""
+    """Score the rows of files in pieces, here or on Ray: into a folder of parts, or `joined` into one file."""
     if job.reader.files[0].size is None:
         raise RewardRTError("standard input is read once, and cannot be scored in pieces; name files")
     target = Path(work.folder).resolve()
@@ -75,7 +75,7 @@ def score_pieces(
     total = max(1, pieces.rows)
     progress = Progress(
         lambda rows: min(1.0, rows / total),
-        # On Ray other processes know what prefixes saved.
+        # On Ray only the other processes know how many tokens prefix reuse saved.
         lambda: job.model.statistics if ray_address is None else Statistics(*[pieces.summary.tokens] * 2),
         pieces.summary,
     )
@@ -113,7 +113,7 @@ def _end(model: RewardModel, summary: Summary, progress: Progress, said: Sequenc
 
 
 def _stream(job: Job, output: str | None, format_name: str, table: bool, progress: Progress) -> Summary:
-    """Write rows to standard output, or a device, as they are scored."""
+    """Write rows to standard output or a device while they are scored."""
     each = OUTPUT_FORMATS[format_name]
     if each.pack is None:
         raise RewardRTError(f"{format_name} is written to a file; name one with --output")
@@ -148,7 +148,7 @@ def _stream(job: Job, output: str | None, format_name: str, table: bool, progres
 
 
 def _how_to_go_on(job: Job, part: Unfinished) -> str:
-    """Return how many rows are safe, and the command that goes on."""
+    """Say how many rows are safe, and which command resumes the job."""
     rows = part.safe_rows
     if not rows:
         part.forget()
@@ -159,7 +159,7 @@ def _how_to_go_on(job: Job, part: Unfinished) -> str:
 
 
 def _same_command() -> str:
-    """Return the command line that goes on with this one's output."""
+    """Return the command line that resumes this one's output."""
     given = sys.argv[1:]
     return shlex.join(["rewardrt", *given[:1], *([] if "--resume" in given else ["--resume"]), *given[1:]])
 
@@ -187,6 +187,6 @@ def _say_summary(model: RewardModel, summary: Summary, seconds: float, said: Seq
 
 
 def say_truncated(cut: int, texts: int, limit: int) -> None:
-    """Say how many texts were cut, if any was."""
+    """Say how many texts were cut, if any were."""
     if cut:
         toplevel.say(f"{cut} of {texts} texts were cut at {limit} tokens; `truncated` says by how much")

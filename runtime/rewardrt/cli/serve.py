@@ -19,18 +19,24 @@ from rewardrt.machine.providers import ProviderChoice
     epilog=example("rewardrt serve bundle", "rewardrt serve bundle --port 8000 --api-key-file keys.txt"),
 )
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option("--bundle", "more", multiple=True, metavar="NAME=PATH", help="A further bundle, chosen by `model`.")
-@click.option("--served-name", "names", multiple=True, help="What clients call BUNDLE.  [default: its own name]")
+@click.option(
+    "--bundle", "more", multiple=True, metavar="NAME=PATH", help="A further bundle; requests choose it by `model`."
+)
+@click.option("--served-name", "names", multiple=True, help="The name of BUNDLE for clients.  [default: its own name]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", type=click.IntRange(0, 65535), default=5000, show_default=True, help="0: any that is free.")
+@click.option("--port", type=click.IntRange(0, 65535), default=5000, show_default=True, help="0: any free port.")
 @click.option("--uds", type=click.Path(path_type=Path), help="Listen at a unix socket instead of --host and --port.")
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Serve HTTPS: the certificate (chain), PEM.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.  [default: in --tls-cert]")
-@click.option("--api-key", help="Asked of every client.  [environment: REWARDRT_API_KEY]")
-@click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys, one a line: one for each client.")
-@click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="A name that pages and proxies reach it by.")
-@click.option("--root-path", default="", help="What a proxy takes off the beginning of paths.")
-@click.option("--forwarded-allow-ips", default="", help="Proxies whose X-Forwarded-For is believed.  [default: none]")
+@click.option("--api-key", help="Key required of every client.  [environment: REWARDRT_API_KEY]")
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path), help="File of keys, one per line: one for each client."
+)
+@click.option(
+    "--allow-host", "hosts", multiple=True, metavar="NAME", help="A host name of this server, for browsers and proxies."
+)
+@click.option("--root-path", default="", help="Path prefix that a proxy removes.")
+@click.option("--forwarded-allow-ips", default="", help="Proxies whose X-Forwarded-For is trusted.  [default: none]")
 @provider_option
 @precision_option
 @threads_option
@@ -41,49 +47,55 @@ from rewardrt.machine.providers import ProviderChoice
     type=click.Choice(("error", "cut")),
     default="cut",
     show_default=True,
-    help="Of long texts.",
+    help="What to do with texts over the limit.",
 )
 @click.option(
     "--prefix-cache-mb",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Memory of each model for beginnings that later requests share.",
+    help="Memory of each model for prefixes that later requests share, in MiB.",
 )
 @click.option(
     "--max-queue-tokens",
     type=click.IntRange(min=1),
     default=262_144,
     show_default=True,
-    help="What waits; a request over it waits outside.",
+    help="Most tokens in the queue; further requests wait to be accepted.",
 )
 @click.option(
     "--max-wait-seconds",
     type=click.FloatRange(min=0),
     default=120,
     show_default=True,
-    help="Of such a request, at most, before it is refused.",
+    help="How long such a request waits before it is refused.",
 )
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--max-items", type=click.IntRange(min=1), default=1024, show_default=True, help="Texts in one request.")
 @click.option(
     "--max-text-chars",
     type=click.IntRange(min=1),
-    help="Characters of a text.  [default: 262144, or 8 for each token of the model's limit]",
+    help="Most characters of a text.  [default: 262144, or 8 for each token of the model's limit]",
 )
 @click.option("--max-connections", type=click.IntRange(min=1), default=1024, show_default=True)
-@click.option("--header-seconds", type=click.FloatRange(min=0.1), default=10, show_default=True, help="For a header.")
-@click.option("--body-seconds", type=click.FloatRange(min=0.1), default=30, show_default=True, help="For a body.")
+@click.option(
+    "--header-seconds", type=click.FloatRange(min=0.1), default=10, show_default=True, help="Time limit for a header."
+)
+@click.option(
+    "--body-seconds", type=click.FloatRange(min=0.1), default=30, show_default=True, help="Time limit for a body."
+)
 @click.option(
     "--write-seconds",
     type=click.FloatRange(min=0.1),
     default=30,
     show_default=True,
-    help="For a client that does not read its answer.",
+    help="Time limit for a client that does not read its answer.",
 )
-@click.option("--drain-seconds", type=click.FloatRange(min=0), default=30, show_default=True, help="After SIGTERM.")
+@click.option(
+    "--drain-seconds", type=click.FloatRange(min=0), default=30, show_default=True, help="Time to end after SIGTERM."
+)
 @click.option("--open-metrics", is_flag=True, help="Give /metrics to clients without the key.")
-@click.option("--log-texts", is_flag=True, help="Write what was scored to the log.")
+@click.option("--log-texts", is_flag=True, help="Write the scored texts to the log.")
 def serve(
     bundle: Path | None,
     more: tuple[str, ...],
@@ -120,8 +132,8 @@ def serve(
 ) -> None:
     """Serve rewards over HTTP, to trainers and to the clients of vLLM, SGLang, TEI, Cohere, Jina and KServe.
 
-    The bundle is loaded once. SIGTERM and SIGHUP answer what was accepted, and new requests with 503, before it ends;
-    SIGUSR1 and POST /v1/reload load it anew.
+    On SIGTERM or SIGHUP the server answers the requests that it has accepted, refuses new ones with 503, and ends. On
+    SIGUSR1 or POST /v1/reload it reloads the bundle.
     """
     bundles = [_named_bundle(value) for value in more]
     if bundle is not None:

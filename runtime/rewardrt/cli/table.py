@@ -1,4 +1,4 @@
-"""Scored rows laid out for people, in lines of a width in columns."""
+"""Scored rows as text for people, in lines of a given width in columns."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rewardrt.reward_model import RewardModel
 
 
 def describe_row(row: dict[str, Any], model: RewardModel, *, objectives: bool, width: int) -> str:
-    """Show one scored row to a person: its prompt, and its answers best first."""
+    """Format one scored row: its prompt, and its answers with the best first."""
     if "error" in row:
         named = next((row[name] for name in ("prompt", "text") if isinstance(row.get(name), str) and row[name]), None)
         which = "" if named is None else f"{one_line(named, width)}\n"
-        return f"{which}error: {visible(row['error'])}\n"  # whole, however long: it says what to do
+        return f"{which}error: {visible(row['error'])}\n"  # never cut, because its end says what to do
     if not objectives:
-        row.pop("objectives", None)  # the row's own field of this name, if it has one
+        row.pop("objectives", None)  # a field of the input row, if any
     shown = _shown(next((row[name] for name in ("prompt", "messages", "text", "chosen") if row.get(name)), ""))
-    kind = model.answers.parse(row).kind  # other fields than those of its kind are the row's own, whatever their names
+    kind = model.answers.parse(row).kind  # ignores other fields of the row, whatever their names
     if kind == "ranking":
         return f"{one_line(shown, width)}\n{ranking_table(row, width)}\n"
     if kind == "pair":
@@ -30,7 +30,7 @@ def describe_row(row: dict[str, Any], model: RewardModel, *, objectives: bool, w
         pair |= {name: row[name] for name in ("tokens", "truncated", "objectives") if name in row}
         return f"{one_line(shown, width)}\n{ranking_table(pair, width, marks=('chosen', 'rejected'))}\n"
     if model.spec.input == "steps":
-        steps = row.get("steps") or [""] * len(row["step_rewards"])  # a text holds its steps itself
+        steps = row.get("steps") or [""] * len(row["step_rewards"])  # the steps are inside the text
         lines = [_line(step, reward, width) for step, reward in zip(steps, row["step_rewards"], strict=True)]
         return "\n".join([_line(shown, row.get("reward"), width), *lines]) + "\n"
     values = f"{objectives_lines(row['objectives'], width)}\n" if "objectives" in row else ""
@@ -39,18 +39,18 @@ def describe_row(row: dict[str, Any], model: RewardModel, *, objectives: bool, w
 
 
 def _line(text: str, reward: float | None, width: int) -> str:
-    """Return a text after its reward, if it has one."""
+    """Return a text on one line, after its reward if it has one."""
     number = "" if reward is None else f"{reward:9.4f}  "
     return number + one_line(text, width - len(number))
 
 
 def _shown(value: Any) -> str:
-    """Return the text of a field that is a string, or of the last message where it is a conversation."""
+    """Return a field's text: the string itself, or the last message of a conversation."""
     return value if isinstance(value, str) else str(value[-1].get("content") or "")
 
 
 def ranking_table(row: dict[str, Any], width: int, marks: Sequence[str] = ()) -> str:
-    """Lay out a row with `responses` and `rewards` as a table, best first; `marks` are words for each response."""
+    """Format a row with `responses` and `rewards` as a table, best first; `marks` are labels of the responses."""
     order = sorted(range(len(row["rewards"])), key=lambda index: -row["rewards"][index])
     rewards = [f"{reward:.4f}" for reward in row["rewards"]]
     wide, marked = max(9, *map(len, rewards)), max(map(len, marks), default=0)
@@ -66,5 +66,5 @@ def ranking_table(row: dict[str, Any], width: int, marks: Sequence[str] = ()) ->
 
 
 def objectives_lines(values: dict[str, float], width: int) -> str:
-    """Lay out one text's objectives under its line."""
+    """Format one text's objectives, one per line."""
     return "\n".join(f"{value:15.4f}  {one_line(label, max(8, width - 17))}" for label, value in values.items())

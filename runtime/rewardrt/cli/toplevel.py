@@ -1,16 +1,16 @@
-"""The outermost layer of the command: its standard streams, and the one rule by which it ends.
+"""The outermost layer of the command: its standard streams, and how it ends.
 
-| what ended it | on standard error | exit status |
+| cause of the end | standard error | exit status |
 | --- | --- | --- |
-| nothing | | that of the command: 0, or 1 |
+| success | | the command's own: 0, or 1 |
 | an error of ours, or of the command line | one line | 2 |
 | the machine: a full disk, no permission, a closed stream, out of memory, a broken installation | one line | 2 |
-| the reader of the output has gone, as `head` does | nothing | 1 |
-| Ctrl+C; SIGTERM where a job can be gone on with, or leaves something to be removed | one line | 130; 143 |
-| anything else: a fault of RewardRT | one line, and one to report it with | 3 |
+| the reader of the output has closed it, as `head` does | nothing | 1 |
+| Ctrl+C; SIGTERM, if the job can be resumed or has files to remove | one line | 130; 143 |
+| anything else: a bug of RewardRT | one line, and one line for a report | 3 |
 
-There is no traceback. The line to report holds versions, the error and the places in the code, and none of the texts
-that were scored, nor paths of the machine.
+There is never a traceback. The line for a report contains versions, the error and places in the code. It contains none
+of the scored texts and no paths of the machine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rewardrt.errors import RewardRTError
 
 _Result = TypeVar("_Result")
 
-OUR_THREADS = "rewardrt-"  # what the names of all threads begin with that RewardRT starts
+OUR_THREADS = "rewardrt-"  # prefix of the names of all threads that RewardRT starts
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -72,27 +72,28 @@ def run(command: click.Command) -> NoReturn:
         sys.stdout.flush()
         if interrupted.is_set():
             raise KeyboardInterrupt
-    except BaseException as error:  # nothing may get past this rule, a panic of a library's own base class neither
-        # A library that was being imported may have made an error of its own of Ctrl+C.
+    except BaseException as error:  # also panics of libraries, which are BaseExceptions
+        # During an import, a library may have turned Ctrl+C into an error of its own.
         made_of_it = interrupted.is_set() and not isinstance(error, KeyboardInterrupt | BrokenPipeError)
         status = _end(KeyboardInterrupt() if made_of_it else error)
     if in_main and signal.getsignal(signal.SIGINT) is interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     _discard_unwritten()
     ours = {each.name for each in set(threading.enumerate()) - before if each.daemon}
-    # pyarrow's own threads abort the process too, if an error stopped it while it read.
+    # pyarrow's own threads abort the process too, if an error stopped it while reading.
     at_once = any(name.startswith(OUR_THREADS) for name in ours) or ("pyarrow" in sys.modules and not had_pyarrow)
     _leave(status, at_once=at_once)
 
 
 def _leave(status: int, *, at_once: bool) -> NoReturn:
-    """Exit; `at_once` without Python's own end of daemon threads, while some of ours or of a library's may be there.
+    """Exit; with `at_once`, without Python's finalization, if daemon threads of ours or of a library may still run.
 
-    Until Python 3.14 it unwinds the stack of a thread that comes back from a library's code, and C++ code there aborts
-    the whole process instead. Such a thread reads ahead of an output that failed, or computes for a server that ends.
+    Before Python 3.14, finalization unwinds the stack of a daemon thread that returns from a library's code; if there
+    is C++ code on the stack, that aborts the whole process. Such a thread may be reading ahead for an output that
+    failed, or computing for a server that ends.
     """
     if at_once:
-        # Ray's own end crashes beside a thread that waits for Ray; the processes that it started end with this one.
+        # Ray's exit handler crashes while a thread waits for Ray; its processes end with this one anyway.
         if "ray" not in sys.modules:
             atexit._run_exitfuncs()
         _discard_unwritten()
@@ -101,21 +102,21 @@ def _leave(status: int, *, at_once: bool) -> NoReturn:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a long job as Ctrl+C does."""
+    """SIGTERM, which ends a long job in the same way as Ctrl+C."""
 
 
 def interruptible(work: Callable[[], _Result], tick: Callable[[], None]) -> _Result:
-    """Do some work in a thread, and return or raise what it does; call `tick` meanwhile, several times a second.
+    """Do work in a thread and return its result or raise its error; call `tick` several times a second meanwhile.
 
-    The thread that waits answers Ctrl+C and SIGTERM at once, whatever a library computes: it raises KeyboardInterrupt
-    or Terminated, and the process is to end without waiting for the work.
+    The waiting thread reacts to Ctrl+C and SIGTERM at once, whatever a library is computing: it raises
+    KeyboardInterrupt or Terminated, and the process should end without waiting for the work.
     """
     done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             done.put((True, work()))
-        except BaseException as error:  # raised below, where it is waited for
+        except BaseException as error:  # raised again below
             done.put((False, error))
 
     with sigterm_interrupts():
@@ -133,7 +134,7 @@ def interruptible(work: Callable[[], _Result], tick: Callable[[], None]) -> _Res
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM raise Terminated in a job that leaves something to be gone on with, or to be removed."""
+    """Make SIGTERM raise Terminated, for a job that can be resumed or has files to remove."""
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated
@@ -148,16 +149,16 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """Write lines to standard error, for people; scoring does not depend on whether anybody can read them."""
+    """Write lines for people to standard error; failing to write them never stops the command."""
     with suppress(OSError, ValueError):
         click.echo(visible_lines(message), err=True)
 
 
 def _invoke(command: click.Command) -> int:
-    if "_REWARDRT_COMPLETE" in os.environ:  # a shell asks for completions: click's own business
+    if "_REWARDRT_COMPLETE" in os.environ:  # shell completion is handled by click
         command.main(prog_name="rewardrt")
     try:
-        # Not command.main(), which has a rule of its own for some errors, and prints where this one does.
+        # Not command.main(), which handles and prints some errors in its own way.
         with command.make_context("rewardrt", sys.argv[1:]) as context:
             command.invoke(context)
     except click.exceptions.Exit as end:
@@ -168,12 +169,12 @@ def _invoke(command: click.Command) -> int:
 
 
 def _end(error: BaseException) -> int:
-    """Say what ended the command, and return its exit status."""
+    """Report what ended the command; return its exit status."""
     if isinstance(error, BrokenPipeError):
         return 1
     if isinstance(error, KeyboardInterrupt | click.Abort):
         status = 143 if isinstance(error, Terminated) else 130
-        if threading.current_thread() is threading.main_thread():  # another Ctrl+C: it is said, and Python still ends
+        if threading.current_thread() is threading.main_thread():  # a second Ctrl+C while Python exits
             signal.signal(signal.SIGINT, lambda number, frame: os._exit(status))
         say(": ".join(["error: interrupted", *filter(None, [str(error)])]))
         return status
@@ -189,7 +190,7 @@ def _end(error: BaseException) -> int:
 
 
 def _reason(error: BaseException) -> str | None:
-    """Return what to say of an error that is no fault of RewardRT, or None."""
+    """Return the message for an error that is not a bug of RewardRT, or None."""
     if isinstance(error, RewardRTError):
         return str(error)
     if isinstance(error, click.UsageError):
@@ -219,7 +220,7 @@ class _ClosedBytes(io.RawIOBase):
 
 
 class _ClosedOutput(io.TextIOBase):
-    """Stands for a standard output that was closed before the command began: whoever writes to it is told."""
+    """Replaces a standard output that was closed before the command began; writing to it raises OSError."""
 
     buffer = _ClosedBytes()
 
@@ -228,10 +229,10 @@ class _ClosedOutput(io.TextIOBase):
 
 
 def _prepare_streams() -> None:
-    """Make the three standard streams usable, whatever the terminal can show and whichever were closed.
+    """Make the three standard streams usable, even if some were closed or the terminal cannot show some characters.
 
-    The next files that a process opens take the numbers of its closed streams, and then get what a library writes to
-    standard error: /dev/null takes them first.
+    If a standard stream is closed, the next file that the process opens gets its number, and then receives what a
+    library writes to standard error. So /dev/null is opened for these numbers first.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -246,7 +247,7 @@ def _prepare_streams() -> None:
 
 
 def _discard_unwritten() -> None:
-    """Let go of what cannot be written any more, about which Python would complain when it ends."""
+    """Discard output that cannot be written any more, which Python would complain about at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

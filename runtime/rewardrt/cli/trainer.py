@@ -1,4 +1,4 @@
-"""`rewardrt trainer`: the file or the lines that give a trainer its rewards."""
+"""`rewardrt trainer`: print the file or the lines that give a trainer its rewards."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rewardrt.cli.output import show
     ),
 )
 @click.argument("name", required=False)
-@click.option("--bundle", help="A bundle, which each process of the trainer opens.")
+@click.option("--bundle", help="A bundle, which each process of the trainer loads.")
 @click.option("--url", "urls", multiple=True, help="A server's address (rewardrt serve); several for several servers.")
 def trainer(name: str | None, bundle: str | None, urls: tuple[str, ...]) -> None:
     """Print the file, or the lines, that give a trainer its rewards; without NAME, list the trainers.
 
-    Save the file as rewards.py. A server's key is read from the variable REWARDRT_API_KEY.
+    Save the file as rewards.py. A server's key is read from the environment variable REWARDRT_API_KEY.
     """
     from rewardrt.bundle.folder import find_manifest
     from rewardrt.client.address import address

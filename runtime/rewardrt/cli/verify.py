@@ -22,10 +22,10 @@ from rewardrt.steps import Step, begin
 @threads_option
 @json_option
 def verify(bundle: Path, provider: ProviderChoice, precision: str, threads: int | None, as_json: bool) -> None:
-    """Score the bundle's golden texts on this machine and compare with what torch gave at export.
+    """Score the bundle's golden texts on this machine and compare with torch's rewards from the export.
 
-    Exit status 1 when a reward, or a text's tokens, differ by more than the certificate allows, and 2 when the bundle
-    is uncertified: there is nothing to compare with.
+    The exit status is 1 if a reward, or a text's tokens, differ by more than the certificate allows, and 2 if the
+    bundle is uncertified, so that there is nothing to compare with.
     """
     from rewardrt.checks.verify import verify as run
     from rewardrt.reward_model import RewardModel

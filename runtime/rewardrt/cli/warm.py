@@ -1,4 +1,4 @@
-"""`rewardrt warm`: the engine of a bundle is built before it is needed."""
+"""`rewardrt warm`: build the engine of a bundle before it is needed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from rewardrt.scoring.batching import BATCH_TOKENS
     type=click.IntRange(min=1),
     default=BATCH_TOKENS,
     show_default=True,
-    help="Tokens in one batch, padding included, as scoring will have them.",
+    help="Tokens in one batch, padding included; use the value that scoring will use.",
 )
 def warm(bundle: Path, provider: ProviderChoice, precision: str, batch_tokens: int) -> None:
-    """Build a bundle's TensorRT engine for this machine, and run every shape that batches come in.
+    """Build a bundle's TensorRT engine for this machine, and run it on every shape of batch once.
 
-    What comes after finds it in the cache: score, verify and serve start at once, and auto takes TensorRT.
+    Later commands find the engine in the cache: score, verify and serve start at once, and --provider auto takes
+    TensorRT.
     """
     from rewardrt.reward_model import RewardModel
 

@@ -1,1 +1,1 @@
-"""What `RewardClient` does between rows and a server: wire, batches, servers."""
+"""What is between `RewardClient` and a server: rows as JSON, batches of rows, the choice of a server."""

@@ -8,7 +8,7 @@ SCHEMES = ("http://", "https://", "unix:")
 
 
 def address(url: str) -> str:
-    """Return a server's address without what does not matter, or raise ServerError."""
+    """Return a server's address without white space and a final slash, or raise ServerError."""
     text = url.strip().rstrip("/")
     if text.startswith("unix:") and len(text) > len("unix:"):
         return text

@@ -1,7 +1,7 @@
-"""Rows of all callers, sent together: by number, by size and by time, and several requests at once.
+"""Send the rows of all callers together: batches by number, size and time, several requests at once.
 
-One thread has an event loop, on which a few workers take rows and send them. Callers of different threads and
-coroutines share it, so that many calls of one text are few requests.
+One thread runs an event loop, on which a few workers take rows and send them. Callers in different threads and
+coroutines share it, so that many calls with one text become few requests.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rewardrt.client.wire import Options, encode_row
 from rewardrt.errors import RewardRTError, RowError, ServerError
 from rewardrt.scoring.scored import ScoredRow
 
-BATCH_BYTES = 2 * 2**20  # of a request's rows; a server takes 8 MiB unless it is told otherwise
+BATCH_BYTES = 2 * 2**20  # size of a request's rows; by default a server accepts 8 MiB
 Result = ScoredRow | RewardRTError
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How rows are put into requests: at most so many rows, gathered for so many seconds, so many requests at once."""
+    """How rows are put into requests: at most `rows` rows, gathered for `seconds`, `concurrency` requests at once."""
 
     rows: int = 64
     seconds: float = 0.002
@@ -35,20 +35,20 @@ class Batching:
 
 @dataclass(eq=False)
 class _Job:
-    """The rows of one call, and what became of them."""
+    """The rows of one call, and their results."""
 
     rows: Sequence[Any]
     options: Options
     future: Future[list[Result]]
-    next: int = 0  # the first row that was not sent yet
-    left: int = 0
+    next: int = 0  # index of the first row that was not sent yet
+    left: int = 0  # number of rows without a result
     results: list[Any] = field(default_factory=list)
 
     def settle(self, index: int, result: Result) -> None:
         self.results[index] = result
         self.left -= 1
         if self.left == 0:
-            with suppress(InvalidStateError):  # it failed, or nobody waits for it any more
+            with suppress(InvalidStateError):  # the call failed or was cancelled
                 self.future.set_result(self.results)
 
     def fail(self, error: BaseException) -> None:
@@ -57,11 +57,11 @@ class _Job:
             self.future.set_exception(error)
 
 
-_Taken = tuple[_Job, int, bytes]  # a row of a job, as it is sent
+_Taken = tuple[_Job, int, bytes]  # a job, the index of one of its rows, and that row as JSON
 
 
 class Connection:
-    """The thread of a client that sends; made when it is first used, in each process."""
+    """The thread of a client that sends requests; each process makes one when it first needs it."""
 
     def __init__(self, access: Access, batching: Batching) -> None:
         """Start the thread."""
@@ -74,7 +74,10 @@ class Connection:
         started.result()
 
     def submit(self, rows: Sequence[Any], options: Options) -> Future[list[Result]]:
-        """Have rows scored; the result is theirs in order. Cancelling it drops what was not sent."""
+        """Have rows scored; the future's result has their results in order.
+
+        Cancelling it drops rows that were not sent.
+        """
         future: Future[list[Result]] = Future()
         if not rows:
             future.set_result([])
@@ -84,11 +87,11 @@ class Connection:
         return future
 
     def describe(self, model: str | None) -> dict[str, Any]:
-        """Return what a server says of the model."""
+        """Return a server's description of the model. Raises ServerError."""
         return asyncio.run_coroutine_threadsafe(self._servers.describe(model), self._loop).result()
 
     def close(self) -> None:
-        """End the thread; calls that wait fail."""
+        """End the thread; waiting calls fail with ServerError."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join(10)
@@ -137,9 +140,9 @@ class Connection:
                 await self._send(taken, options)
 
     def _take(self) -> tuple[list[_Taken], Options]:
-        """Return the rows of the next request: some of the first job, and of others with the same options.
+        """Return the rows of the next request: rows of the first job, and of others with the same options.
 
-        A job of which rows are left goes behind the others, so that a large one does not hold up the small.
+        A job with rows left goes behind the others, so that a large job does not delay small ones.
         """
         taken: list[_Taken] = []
         options = self._jobs[0].options if self._jobs else Options()
@@ -178,7 +181,7 @@ class Connection:
             return
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # a fault of ours too is the callers', who wait
+        except BaseException as error:  # the callers are waiting, so they get any error, even a bug of ours
             for job, _, _ in taken:
                 job.fail(error)
                 self._begun.discard(job)

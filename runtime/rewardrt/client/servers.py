@@ -1,8 +1,8 @@
-"""Servers of one bundle: which of them is asked, what is tried again, and whether it is the bundle that was expected.
+"""The servers of one bundle: which one is asked, what is retried, and whether it serves the expected bundle.
 
-A request that a server did not answer, or answered with 429, 502, 503 or 504, goes to the next server that is up, and
-after waiting to one that was not. Scoring changes nothing on a server, so a request may be sent twice. What is
-refused otherwise (4xx) is not tried again; a failure of the server's own (500) is, twice.
+A request that a server did not answer, or answered with 429, 502, 503 or 504, is sent to the next server that is up,
+or, after a wait, to one that was not. Scoring changes nothing on a server, so a request may be sent twice. Other
+refusals (4xx) are not retried; a failure of the server itself (500) is retried twice.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"RewardClient needs httpx2 ({error}): pip install 'rewardrt[client]'") from error
 
-BUSY = (429, 502, 503, 504)  # and what to try again
-FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds, of a server that did not answer
-FAILURES = 2  # of one request by a server's own fault, that are tried again
+BUSY = (429, 502, 503, 504)  # HTTP statuses that are retried
+FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds to wait for a server that did not answer
+FAILURES = 2  # how often a request that failed with 500 is retried
 
 
 @dataclass(frozen=True)
 class Access:
-    """How servers are reached, and what is expected of them. Times are in seconds."""
+    """How servers are reached, and what is expected of them. `timeout` and `patience` are in seconds."""
 
     urls: tuple[str, ...]
     api_key: str | None = None
@@ -44,28 +44,28 @@ class Access:
 
 
 class TooManyError(Exception):
-    """A request of more rows, or more bytes, than the server takes."""
+    """A request has more rows, or more bytes, than the server accepts."""
 
 
 @dataclass
 class _Server:
-    """One address."""
+    """One address and its state."""
 
     url: str
     http: httpx2.AsyncClient
     base: str
     under_way: int = 0
     failures: int = 0
-    up_again: float = 0.0  # not asked before, unless no other is
+    up_again: float = 0.0  # time before which the server is not asked, unless all others are down too
     about: dict[str, Any] | None = None
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Servers:
-    """The addresses of a client, for one event loop."""
+    """The servers of a client, for one event loop."""
 
     def __init__(self, access: Access) -> None:
-        """Connect to nothing yet."""
+        """Prepare the clients of all addresses; nothing is sent yet."""
         self._access = access
         self._sha256 = access.expect_sha256
         self._servers = [self._server(url) for url in access.urls]
@@ -88,17 +88,20 @@ class Servers:
             await server.http.aclose()
 
     async def describe(self, model: str | None) -> dict[str, Any]:
-        """Return what a server says of the model. Raises ServerError."""
+        """Return a server's description of the model. Raises ServerError."""
         about: dict[str, Any] = await self._try(lambda server: self._about(server, model))
         return about
 
     async def score(self, rows: Sequence[bytes], options: Options) -> list[ScoredRow | RowError]:
-        """Return the results of rows. Raises TooManyError for several rows that are too many for one request."""
+        """Return the results of rows.
+
+        Raises ServerError, and TooManyError if several rows are too many for one request.
+        """
         found: list[ScoredRow | RowError] = await self._try(lambda server: self._score(server, rows, options))
         return found
 
     async def _try(self, work: Any) -> Any:
-        """Do some work with one server after the other, until one has done it or time is up."""
+        """Do some work with one server after another, until one has done it or the patience is used up."""
         began = time.monotonic()
         faults = 0
         while True:
@@ -115,7 +118,7 @@ class Servers:
                 server.failures += 1
                 wait = error.after or min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(server.failures - 1, 10))
                 now = time.monotonic()
-                server.up_again = now + wait * random.uniform(0.75, 1.25)  # not all clients at the same moment
+                server.up_again = now + wait * random.uniform(0.75, 1.25)  # clients retry at different times
                 rest = max(0.0, self._choose().up_again - now)
                 if faults > FAILURES or now - began + rest > self._access.patience:
                     others = f" (and {len(self._servers) - 1} more)" if len(self._servers) > 1 else ""
@@ -125,7 +128,7 @@ class Servers:
                 server.under_way -= 1
 
     def _choose(self) -> _Server:
-        """Return the server that is up and has the least to do, or the one that is up again first."""
+        """Return the least busy server that is up, or else the one that will be asked again first."""
         now = time.monotonic()
         return min(self._servers, key=lambda server: (max(0.0, server.up_again - now), server.under_way))
 
@@ -139,12 +142,12 @@ class Servers:
                 raise TooManyError
             return [RowError(f"{server.url}: {_message(response)}")]
         self._check(server, response)
-        if sha256 := response.headers.get("x-rewardrt-bundle"):  # it may have been loaded anew, or started again
+        if sha256 := response.headers.get("x-rewardrt-bundle"):  # the server may have reloaded or restarted
             self._expect(server, sha256)
         return decode_answer(response.content, len(rows), labels, server.url)
 
     async def _about(self, server: _Server, model: str | None) -> dict[str, Any]:
-        """Return what a server says of its model, asked once; and refuse another bundle than was expected."""
+        """Return a server's description of its model, requested only once; refuse any other bundle than expected."""
         async with server.asking:
             if server.about is None:
                 server.about = await self._ask(server, model)
@@ -158,7 +161,7 @@ class Servers:
             if isinstance(info, dict) and info.get("server") == "rewardrt":
                 known = {each["name"]: each for each in info["models"]}
                 if model is not None and model not in known:
-                    response = await self._send(server, "GET", f"/v1/models/{model}")  # by another of its names
+                    response = await self._send(server, "GET", f"/v1/models/{model}")  # an alias of the model
                     self._check(server, response)
                     model = response.json()["root"]
                 about: dict[str, Any] = known[model] if model is not None else info["models"][0]
@@ -169,7 +172,7 @@ class Servers:
         raise ServerError(f"{server.url}: expected a RewardRT server, found another (GET /info is not one's)")
 
     def _expect(self, server: _Server, sha256: str | None) -> None:
-        """Hold every server, at any time, to one bundle: rewards of two are not to be mixed."""
+        """Raise ServerError unless a server serves the same bundle as all others: rewards of two must not be mixed."""
         if self._sha256 is None:
             self._sha256 = sha256
         if sha256 == self._sha256:
@@ -196,7 +199,7 @@ class Servers:
         return response
 
     def _check(self, server: _Server, response: httpx2.Response) -> None:
-        """Raise ServerError for an answer that is none."""
+        """Raise ServerError if the status is not 200."""
         status = response.status_code
         if status == 200:
             return
@@ -209,7 +212,10 @@ class Servers:
 
 
 class _AgainError(Exception):
-    """A request that can be tried again: after so many seconds, where the server says; `fault` if it failed itself."""
+    """A request that can be retried, after `after` seconds if the server says so.
+
+    `fault` is set if the server itself failed.
+    """
 
     def __init__(self, message: str, *, after: float | None = None, fault: bool = False) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
-"""Rows as a server's `POST /v1/reward` takes them, and its answers as scores.
+"""Rows as `POST /v1/reward` of a server takes them, and its answers as scores.
 
-Only the fields that are scored are sent. Rewards come as the shortest decimals that name a float32, and are that
-float32 again here: bit for bit what the server's model gave.
+Only the fields that are scored are sent. The server sends each reward as the shortest decimal of a float32, and this
+module reads it as that float32: bit for bit the value of the server's model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIELDS = (*INPUT_FIELDS, *TEMPLATE_FIELDS, "steps", "instruction")
 
 @dataclass(frozen=True)
 class Options:
-    """What all rows of a request are scored with."""
+    """The options for all rows of a request."""
 
     model: str | None = None
     normalize: bool | None = None
@@ -31,7 +31,7 @@ class Options:
 
 
 def encode_row(row: object) -> bytes:
-    """Return what is sent of a row, as JSON. Raises RowError for what is no row, with the words of offline scoring."""
+    """Return the JSON to send for a row. Raises RowError for an invalid row, with the messages of offline scoring."""
     parse_row(row)
     assert isinstance(row, dict)
     sent = {name: row[name] for name in FIELDS if row.get(name) is not None}
@@ -50,7 +50,7 @@ def encode_request(rows: Sequence[bytes], options: Options, *, objectives: bool)
 
 
 def decode_answer(body: bytes, count: int, labels: Sequence[str], where: str) -> list[ScoredRow | RowError]:
-    """Return the results of an answer's rows. Raises ServerError for a body that is no answer to so many rows."""
+    """Return the results of the rows in an answer. Raises ServerError if the body is not an answer to `count` rows."""
     try:
         rows = json.loads(body)["rows"]
         if len(rows) != count:

@@ -1,1 +1,1 @@
-"""Files of rows: which format they are in, how they are read, scored and written."""
+"""Files of rows: their formats, and how they are read, scored and written."""

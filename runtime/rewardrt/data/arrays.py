@@ -1,4 +1,4 @@
-"""The items of a JSON array, one after the other, however the array is laid out over lines and however long it is."""
+"""The items of a JSON array one by one, for arrays of any length and any layout over lines."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rewardrt.data.formats import LINE_BYTES
 from rewardrt.errors import RewardRTError
 
 _CHUNK = 2**20
-_OUTSIDE, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')  # of a string
+_OUTSIDE, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')  # bytes to stop at outside and inside a string
 
 
 def array_items(stream: BinaryIO, name: str, first: bytes = b"") -> Iterator[bytes]:
-    """Yield the bytes of each item of the array that a stream is; what an item is, its reader says.
+    """Yield the bytes of each item of the JSON array in a stream, without parsing the items.
 
-    `first` are the stream's first bytes, where they were read before.
-    Raises RewardRTError where the array does not end, or something follows it.
+    `first` are bytes of the stream that were already read. Raises RewardRTError if the array does not end, if something
+    follows it, or if an item is longer than LINE_BYTES.
     """
-    data, at, start = first, 0, 0  # what is held, how far it was looked through, where the item begins
+    data, at, start = first, 0, 0  # the buffer, the offset scanned to, the offset of the current item
     depth, in_string, items = 0, False, 0
     while True:
         found = (_INSIDE if in_string else _OUTSIDE).search(data, at)

@@ -1,4 +1,4 @@
-"""Tables of pyarrow to files: Parquet, Arrow, a folder of `datasets`; and tables of lines of JSON."""
+"""Write pyarrow tables to Parquet, Arrow or a folder of `datasets`; make tables from lines of JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from rewardrt.data.columns import column_of
 from rewardrt.data.compression import import_pyarrow
 
-GROUP_ROWS, GROUP_BYTES = 131_072, 64 * 2**20  # of a row group, or record batch, that is written
+GROUP_ROWS, GROUP_BYTES = 131_072, 64 * 2**20  # size from which a row group or record batch is written
 
 
 def infer_schema(path: Path, known: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Return a schema that all rows of a JSONL file fit in, and the columns whose values are of no one type.
+    """Return a schema that fits all rows of a JSONL file, and the names of columns with values of several types.
 
-    Those are columns of JSON in strings. `known` are types of columns that are not to be guessed, and come last.
+    Those columns will contain JSON in strings. `known` are columns whose types are given; they come last.
     """
     pa = import_pyarrow("columns")
     found: dict[str, Any] = {}
@@ -29,12 +29,12 @@ def infer_schema(path: Path, known: dict[str, Any]) -> tuple[Any, list[str]]:
                 kind = pa.array([row.get(name) for row in rows]).type
                 schemas = [pa.schema([(name, each)]) for each in (found.get(name), kind) if each is not None]
                 found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
-                if _has_empty_object(found[name]):  # which Parquet has no columns for
+                if _has_empty_object(found[name]):  # Parquet cannot store it
                     raise pa.ArrowInvalid("an object without fields")
             except (ValueError, TypeError, NotImplementedError, OverflowError):  # pyarrow's are of these kinds
                 mixed.append(name)
     kinds = found | known
-    for rows in _object_batches(path):  # each value by itself: what fits one type in some rows may not in all
+    for rows in _object_batches(path):  # check again: the type of all rows together may not fit each value
         for name, kind in kinds.items():
             if name not in mixed:
                 try:
@@ -46,7 +46,7 @@ def infer_schema(path: Path, known: dict[str, Any]) -> tuple[Any, list[str]]:
 
 
 def read_objects(path: Path, schema: Any, mixed: Sequence[str]) -> Iterator[Any]:
-    """Yield the rows of a JSONL file as tables of a schema."""
+    """Yield the rows of a JSONL file as pyarrow tables of a schema; columns in `mixed` become JSON in strings."""
     pa = import_pyarrow("columns")
     for rows in _object_batches(path):
         arrays = []
@@ -64,7 +64,7 @@ def _as_json(value: Any) -> str:
 
 
 def _has_empty_object(kind: Any) -> bool:
-    """Return whether there are objects without fields in values of a type."""
+    """Return whether a type contains objects without fields."""
     pa = import_pyarrow("columns")
     if pa.types.is_list(kind):
         return _has_empty_object(kind.value_type)
@@ -123,7 +123,7 @@ def write_dataset(tables: Iterator[Any], schema: Any, target: Path) -> None:
 
 
 def _grouped(tables: Iterator[Any]) -> Iterator[Any]:
-    """Join tables to ones of some size: each becomes a row group, or record batches."""
+    """Join tables into larger ones, each of which becomes a row group or record batches."""
     pa = import_pyarrow("columns")
     held: list[Any] = []
     for table in tables:

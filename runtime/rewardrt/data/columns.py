@@ -1,6 +1,6 @@
-"""Files with columns: Parquet, and Arrow's file and stream formats, read in batches by pyarrow.
+"""Files with columns: Parquet and Arrow's file and stream formats, read in batches by pyarrow.
 
-pyarrow is the extra `data`, and imported where it is used.
+pyarrow comes with the extra `data`, and is imported where it is used.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from rewardrt.data.lines import Line
 from rewardrt.errors import RewardRTError
 
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
-BATCH_ROWS = 512  # that are turned to objects at a time
+BATCH_ROWS = 512  # rows converted to Python objects at a time
 
 
 @dataclass(frozen=True)
 class Table:
-    """An open file with columns: its schema, its rows if that is known, and its batches from a row on."""
+    """An open file with columns: its schema, its number of rows if known, and a function that reads it.
+
+    `batches(skip)` yields pyarrow record batches, after the first `skip` rows.
+    """
 
     schema: Any
     rows: int | None
@@ -31,12 +34,12 @@ class Table:
 
 
 def is_table(head: bytes) -> bool:
-    """Return whether a file that begins so has columns."""
+    """Return whether a file that begins with `head` has columns."""
     return head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM))
 
 
 def open_table(file: InputFile, head: bytes) -> Table:
-    """Open a file that begins with `head`. Raises RewardRTError for one that is damaged, and MissingExtraError."""
+    """Open a file with columns that begins with `head`. Raises RewardRTError if it is damaged, or MissingExtraError."""
     pa = import_pyarrow(file.name)
     with reading(file.name):
         if head.startswith(PARQUET):
@@ -92,7 +95,7 @@ def _after(batches: Iterable[Any], skip: int) -> Iterator[Any]:
 
 
 def table_of(batch: Any) -> Any:
-    """Return a pyarrow table of a table, a data frame of pandas, or columns by their names."""
+    """Return a pyarrow table, given one, a pandas data frame, or a dictionary of columns by name."""
     pa = import_pyarrow("columns")
     if isinstance(batch, pa.Table):
         return batch
@@ -104,12 +107,12 @@ def table_of(batch: Any) -> Any:
 
 
 def in_memory(table: Any) -> Table:
-    """Return a pyarrow table as an open one."""
+    """Return a pyarrow table as an open Table."""
     return Table(table.schema, table.num_rows, lambda skip: _after(table.to_batches(), skip))
 
 
 def table_lines(table: Table, skip: int) -> Iterator[Line]:
-    """Yield the rows of a table after the first `skip`, each with its place."""
+    """Yield the rows of a table after the first `skip`, each with its place in the record batches."""
     number = skip
     for batch in table.batches(skip):
         columns = [_values(column) for column in batch.columns]
@@ -121,7 +124,7 @@ def table_lines(table: Table, skip: int) -> Iterator[Line]:
 
 
 class InvalidText:
-    """Stands for bytes of a column of strings that are no UTF-8."""
+    """Stands for the bytes of a string that is not valid UTF-8."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -131,9 +134,9 @@ class InvalidText:
 
 
 def _values(column: Any) -> list[Any]:
-    """Return the values of a column as Python has them; as text those that it has no type for, such as nanoseconds."""
+    """Return a column as Python objects; types that Python lacks, such as nanoseconds, become strings."""
     pa = import_pyarrow("columns")
-    in_utc = [pa.timestamp(column.type.unit)] if pa.types.is_timestamp(column.type) else []  # of a zone not known here
+    in_utc = [pa.timestamp(column.type.unit)] if pa.types.is_timestamp(column.type) else []  # the zone may be unknown
     for kinds in ([], [pa.string()], [*in_utc, pa.string()]):
         try:
             found = column
@@ -149,14 +152,14 @@ def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        # Within a list or an object it is not told which of the texts it is.
+        # The error does not say which text in a list or an object is invalid.
         return InvalidText(scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else b"\xff")
     except (ArithmeticError, ImportError, LookupError, ValueError, NotImplementedError):
         return str(scalar)
 
 
 def _given(value: Any) -> Any:
-    """Return a value without the fields of objects that are null: Arrow has every field in every object."""
+    """Return a value without null fields of objects: in Arrow every object has every field."""
     if isinstance(value, dict):
         return {name: _given(item) for name, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -165,7 +168,7 @@ def _given(value: Any) -> Any:
 
 
 def _size(value: Any) -> int:
-    """Return about how many bytes a value has."""
+    """Return the approximate size of a value in bytes."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
@@ -174,7 +177,7 @@ def _size(value: Any) -> int:
 
 
 def plain(value: Any) -> Any:
-    """Return a value of a column as JSON has it: times in ISO 8601, decimals as strings, no number for NaN."""
+    """Return a column's value as JSON has it: times in ISO 8601, decimals as strings, null for NaN and infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -191,7 +194,7 @@ def plain(value: Any) -> Any:
 
 
 def rows_of(lines: Sequence[Line]) -> Any:
-    """Return a pyarrow table of the rows that lines have their places in."""
+    """Return a pyarrow table of the rows at the lines' places."""
     pa = import_pyarrow("columns")
     slices: list[Any] = []
     start = 0
@@ -203,13 +206,13 @@ def rows_of(lines: Sequence[Line]) -> Any:
         if here is None or here[0] is not batch or here[1] != at + index - start:
             slices.append(batch.slice(at, index - start))
             start = index
-    # Files may differ in which of their columns may be null.
+    # Files may differ in which of their columns are nullable.
     whole = [each if each.schema.equals(slices[0].schema) else each.cast(slices[0].schema) for each in slices]
     return pa.Table.from_batches(whole)
 
 
 def pack_table(table: Any) -> bytes:
-    """Return a table as one Arrow stream, with its schema; streams may follow each other in a file."""
+    """Return a table as one Arrow stream with its schema; a file may contain several streams in a row."""
     pa = import_pyarrow("columns")
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -218,14 +221,14 @@ def pack_table(table: Any) -> bytes:
 
 
 def unpack_tables(stream: BinaryIO, size: int) -> Iterator[Any]:
-    """Yield the tables of a file that `pack_table` wrote."""
+    """Yield the tables of a file of `size` bytes that consists of `pack_table`'s streams."""
     pa = import_pyarrow("columns")
     while stream.tell() < size:
         yield pa.ipc.open_stream(stream).read_all()
 
 
 def column_of(values: list[Any], kind: Any) -> Any:
-    """Return values as an array; of a file with rows of several shapes, one number is a list of one."""
+    """Return values as a pyarrow array of a type; where the type is a list, a single value becomes a list of one."""
     pa = import_pyarrow("columns")
     if pa.types.is_list(kind):
         values = [value if value is None or isinstance(value, list) else [value] for value in values]
@@ -233,7 +236,7 @@ def column_of(values: list[Any], kind: Any) -> Any:
 
 
 def check_same(schema: Any, other: Any, name: str) -> None:
-    """Raise RewardRTError where a file has other columns than those before it."""
+    """Raise RewardRTError if a file's columns differ from those of the files before it."""
     if [(field.name, field.type) for field in schema] == [(field.name, field.type) for field in other]:
         return
     for field in schema:
@@ -249,7 +252,7 @@ def check_same(schema: Any, other: Any, name: str) -> None:
 
 
 def check_names(schema: Any, name: str) -> None:
-    """Raise RewardRTError where two columns have one name."""
+    """Raise RewardRTError if two columns have the same name."""
     twice = next((each for each in schema.names if schema.names.count(each) > 1), None)
     if twice is not None:
         raise RewardRTError(f"{name}: has two columns with the name {twice!r}; rename one of them")

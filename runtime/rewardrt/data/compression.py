@@ -1,4 +1,4 @@
-"""Bytes that were packed: gzip with Python's own module, zstd with pyarrow's."""
+"""Compressed bytes: gzip with Python's own module, zstd with pyarrow's."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _HEAD_BYTES = 64
 
 
 class Headed(io.RawIOBase):
-    """A stream that can be looked at: its first bytes are in `head`, and are read again."""
+    """A stream whose first bytes, `head`, can be inspected; reading the stream still starts with them."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._read = getattr(stream, "read1", stream.read)  # what is there already, of a pipe
+        self._read = getattr(stream, "read1", stream.read)  # read1 does not wait for more bytes of a pipe
         head = b""
         while len(head) < _HEAD_BYTES and (more := self._read(_HEAD_BYTES - len(head))):
             head += more
-            if head.endswith(b"\n"):  # a terminal, or a pipe: the next line may be long in coming
+            if head.endswith(b"\n"):  # on a terminal or a pipe the next line may take long to arrive
                 break
         self.head = head
         self._left = head
-        self.count = 0  # bytes that were read on
+        self.count = 0  # bytes read so far
 
     def readable(self) -> bool:
-        """Return True: it is for reading."""
+        """Return True: the stream is for reading."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer, first with the bytes that were looked at."""
+        """Fill the buffer, starting with the bytes in `head`."""
         data = self._left[: len(buffer)] or self._read(len(buffer))
         self._left = self._left[len(buffer) :]
         buffer[: len(data)] = data
@@ -43,14 +43,14 @@ class Headed(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        """Close the stream below."""
+        """Close the underlying stream."""
         if not self.closed:
             self._stream.close()
         super().close()
 
 
 def unpacked(stream: Headed) -> io.BufferedReader:
-    """Return the stream's bytes, unpacked if its first bytes say that they are packed."""
+    """Return the stream's bytes, decompressed if its first bytes are those of gzip or zstd."""
     buffered = cast(io.BufferedReader, io.BufferedReader(stream, 2**20))
     if stream.head.startswith(GZIP):
         return io.BufferedReader(_Members(buffered), 2**16)
@@ -60,20 +60,20 @@ def unpacked(stream: Headed) -> io.BufferedReader:
 
 
 class _Members(io.RawIOBase):
-    """Packed members of gzip, one after the other, as one stream: all that can be unpacked before what is damaged."""
+    """The members of a gzip file as one decompressed stream, up to any damage in the file."""
 
-    _SLICE = 4096  # packed bytes: what is unpacked of a slice with damage in it is lost
+    _SLICE = 4096  # compressed bytes decoded at a time; a damaged slice is lost as a whole
 
     def __init__(self, packed: io.BufferedReader) -> None:
         self._packed, self._left, self._ready = packed, b"", b""
         self._member: Any = None
 
     def readable(self) -> bool:
-        """Return True: it is for reading."""
+        """Return True: the stream is for reading."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer. Raises EOFError and zlib.error where the file is cut short or damaged."""
+        """Fill the buffer. Raises EOFError or zlib.error if the file is truncated or damaged."""
         while not self._ready and self._more():
             pass
         data, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
@@ -81,10 +81,10 @@ class _Members(io.RawIOBase):
         return len(data)
 
     def _more(self) -> bool:
-        """Unpack a slice; returns whether there was one."""
+        """Decompress one slice; return whether there was one."""
         self._left = self._left or self._packed.read(self._SLICE)
         if self._member is None:
-            self._left = self._left.lstrip(b"\0")  # members may be padded
+            self._left = self._left.lstrip(b"\0")  # zeros may pad the space between members
             self._member = zlib.decompressobj(zlib.MAX_WBITS | 16) if self._left else None
         if not self._left:
             if self._member is not None:
@@ -98,13 +98,13 @@ class _Members(io.RawIOBase):
 
 
 class _Frames(io.RawIOBase):
-    """Packed frames of zstd, one after the other, as one stream."""
+    """The frames of a zstd file as one decompressed stream."""
 
     def __init__(self, packed: BinaryIO) -> None:
         self._packed = import_pyarrow("a file packed with zstd").CompressedInputStream(packed, "zstd")
 
     def readable(self) -> bool:
-        """Return True: it is for reading."""
+        """Return True: the stream is for reading."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -115,18 +115,21 @@ class _Frames(io.RawIOBase):
 
 
 def pack_gzip(data: bytes) -> bytes:
-    """Return one member of a gzip file; members follow each other, and the same bytes give the same member."""
+    """Return the bytes compressed as one member of a gzip file; equal bytes give equal members.
+
+    A gzip file may consist of several members, one after the other.
+    """
     return gzip.compress(data, mtime=0)
 
 
 def pack_zstd(data: bytes) -> bytes:
-    """Return one frame of a zstd file; frames follow each other."""
+    """Return the bytes compressed as one frame of a zstd file, which may consist of several frames."""
     return cast(bytes, import_pyarrow("a file packed with zstd").Codec("zstd").compress(data, asbytes=True))
 
 
 @contextmanager
 def reading(name: str, where: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Make what is wrong with a file that is read a RewardRTError that names it, and `where` it is."""
+    """Turn errors in reading a file inside the block into a RewardRTError that names the file, and `where` in it."""
     try:
         yield
     except RewardRTError:
@@ -139,7 +142,7 @@ def reading(name: str, where: Callable[[], str] = lambda: "") -> Iterator[None]:
 
 
 def import_pyarrow(what: str) -> Any:
-    """Return pyarrow, or raise MissingExtraError saying what needs it."""
+    """Return pyarrow, or raise MissingExtraError saying that `what` needs it."""
     try:
         import pyarrow as pa
     except ImportError as error:

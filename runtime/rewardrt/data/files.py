@@ -1,7 +1,7 @@
-"""Rows in, scored rows out: row n out is row n in, whatever row n holds.
+"""Score rows and write them: output row n is input row n, whatever it contains.
 
-Files are streamed: what is held at a time is one window of rows, whose texts are scored in one call, and the next one,
-which is read and tokenized meanwhile.
+Files are streamed. Two windows of rows are in memory at a time: one whose texts are scored in one call, and the next
+one, which is read and tokenized meanwhile.
 """
 
 from __future__ import annotations
@@ -19,38 +19,39 @@ from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, error_
 from rewardrt.text.fields import unread
 
 WINDOW_ROWS = 4096
-FIRST_ROWS = 100  # the first window, after which a file of which no row can be scored is given up
-WINDOW_BYTES = 32 * 2**20  # of input lines; the last line of a window may go over
+FIRST_ROWS = 100  # size of the first window; if none of its rows can be scored, the file is given up
+WINDOW_BYTES = 32 * 2**20  # size of a window's input lines; its last line may exceed it
 
 _TOO_DEEP = "nested too deeply; expected a JSON object of fewer levels"
 
-Ready = TypeVar("Ready")  # rows that were made ready to be scored
+Ready = TypeVar("Ready")  # rows prepared for scoring
 
 
 @dataclass
 class Summary:
-    """What was done with a file so far. Texts, tokens and pairs are those of the scored rows.
+    """Counts of a job so far. Texts, tokens and pairs are counted for the scored rows.
 
-    `rows` are those that were scored or failed; `read` those of the input, of which `--group-by` makes fewer.
+    `rows` is the number of rows that were scored or failed; `read` is the number of input rows, which is larger with
+    `--group-by`.
     """
 
     rows: int = 0
     read: int = 0
     scored: int = 0
     failed: int = 0
-    left_out: int = 0  # scored, and not kept by the selection
+    left_out: int = 0  # scored, but not kept by the selection
     texts: int = 0
     tokens: int = 0
     truncated_texts: int = 0
     pairs: int = 0
     pairs_right: int = 0  # chosen above rejected
     ties: int = 0
-    unread: dict[str, int] = field(default_factory=dict)  # fields of text that nothing read: in how many rows
-    shapes: list[str] = field(default_factory=list)  # of the rows that were scored: single, ranking, pair
-    first_error: str = ""  # of the rows before the first that was scored
+    unread: dict[str, int] = field(default_factory=dict)  # text fields that are not read -> number of rows with them
+    shapes: list[str] = field(default_factory=list)  # shapes of the scored rows: single, ranking, pair
+    first_error: str = ""  # the first error, if it came before any row was scored
 
     def count(self, line: Line, result: ScoredRow | RewardRTError, *, kept: bool = True) -> None:
-        """Count one row, which was scored or not."""
+        """Count one row, scored or failed."""
         self.rows += 1
         self.read += max(1, len(line.members))
         if isinstance(result, RewardRTError):
@@ -75,7 +76,7 @@ class Summary:
             self.ties += result.chosen_reward == result.rejected_reward
 
     def add(self, other: Summary) -> None:
-        """Count what was done with other rows as well."""
+        """Add the counts of other rows."""
         for name, value in vars(other).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
@@ -85,12 +86,12 @@ class Summary:
 
 
 class Encoder(Protocol):
-    """Makes bytes of scored rows, and counts them."""
+    """Turns scored rows into bytes, and counts them."""
 
     def __call__(
         self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary
     ) -> list[bytes]:
-        """Return what is to be written of some rows, in their order."""
+        """Return the bytes to write for some rows, in their order."""
 
 
 def score_file(
@@ -105,15 +106,14 @@ def score_file(
     summary: Summary | None = None,
     give_up: bool = True,
 ) -> Summary:
-    """Score every row and write each, scored or with `error`, in the order of the input.
+    """Score every row and write each, scored or with `error`, in the order of the input; return the counts.
 
-    `prepare` and `score` are `RewardModel.answers.prepare` and `RewardModel.score_prepared`, or do what they do: an
-    error among the rows stays an error. The rows of a window are prepared together, in a thread, one window ahead of
-    those that are scored. `encode` makes the bytes, by itself lines of JSON. `progress` is called after each window,
-    when all of it is written. `summary` is of the rows before, where a file is gone on with.
+    `prepare` and `score` do what `RewardModel.answers.prepare` and `RewardModel.score_prepared` do: an error among the
+    rows stays an error. The rows of a window are prepared together in a thread, one window ahead of scoring. `encode`
+    makes the bytes, by default lines of JSON. `progress` is called after each window, when all of it is written. When a
+    job is resumed, `summary` has the counts of the rows before.
 
-    Raises RewardRTError, before anything is written, when none of the first FIRST_ROWS rows can be scored and it is to
-    `give_up` then.
+    With `give_up`, raises RewardRTError before anything is written if none of the first FIRST_ROWS rows can be scored.
     """
     encode = encode or JsonEncoder()
 
@@ -137,7 +137,7 @@ def score_file(
 
 
 class JsonEncoder:
-    """Lines of JSON: each row with its scores, or with `error`."""
+    """Encodes each row as a line of JSON, with its scores or with `error`."""
 
     def __init__(
         self,
@@ -145,9 +145,9 @@ class JsonEncoder:
         selection: Selection = EVERYTHING,
         finish: Callable[[Any], Any] = lambda value: value,
     ) -> None:
-        """Take the names of the objectives, where they are written, and what is kept.
+        """Take the names of the objectives, if they are to be written, and what is kept.
 
-        `finish` makes values that JSON has of those that a row has.
+        `finish` converts a row's values to values that JSON has.
         """
         self._labels = tuple(labels)
         self._selection = selection
@@ -156,7 +156,7 @@ class JsonEncoder:
     def __call__(
         self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary
     ) -> list[bytes]:
-        """Return a line for each row that is kept."""
+        """Return one line for each row that is kept."""
         return [
             written
             for line, result in zip(lines, results, strict=True)
@@ -167,7 +167,7 @@ class JsonEncoder:
         try:
             settled = self._selection.settle(line, result, self._labels)
             written = [to_line(self._finish(self._selection.fields(kept))) for kept in settled.kept]
-        except RecursionError:  # the thread that read it had more room
+        except RecursionError:  # the thread that parsed it had more stack left
             error = RowError(f"line {line.number}: {_TOO_DEEP}")
             summary.count(line, error)
             return [to_line(error_row({}, str(error)))]
@@ -179,7 +179,7 @@ _Some = TypeVar("_Some")
 
 
 def _ahead(source: Iterator[_Some]) -> Iterator[_Some]:
-    """Yield what an iterator gives; while one item is worked on, a thread asks for the next one."""
+    """Yield an iterator's items; while one item is being processed, a thread fetches the next."""
     answer = _ask(source)
     while True:
         found = answer.get()
@@ -197,18 +197,19 @@ def _ask(source: Iterator[_Some]) -> queue.SimpleQueue[_Some | BaseException]:
     def ask() -> None:
         try:
             answer.put(next(source))
-        except BaseException as error:  # it is raised where the item is waited for
+        except BaseException as error:  # raised again in the thread that waits for the item
             answer.put(error)
 
-    # A daemon: one that waits for a line of standard input must not hold up the end of an interrupted process.
+    # A daemon thread: waiting for a line of standard input must not delay the end of an interrupted process.
     threading.Thread(target=ask, name="rewardrt-reader", daemon=True).start()
     return answer
 
 
 def _windows(lines: Iterable[Line], rows: int, goes_on: bool) -> Iterator[list[Line]]:
-    """Yield the lines in lists of at most `rows`, first FIRST_ROWS, cut earlier once a list is over WINDOW_BYTES.
+    """Yield the lines in lists of at most `rows`, and end a list early once it exceeds WINDOW_BYTES.
 
-    What was read before an error comes before it.
+    The first list has at most FIRST_ROWS, unless the job `goes_on` after earlier rows. Lines read before an error are
+    yielded before it is raised.
     """
     some: list[Line] = []
     size, most = 0, rows if goes_on else min(rows, FIRST_ROWS)

@@ -1,6 +1,6 @@
-"""What a file is that was given for rows and is none that is read, seen by its first bytes and not by its name.
+"""Recognise files that are not in a supported format, by their first bytes and not by their name.
 
-Each of these would otherwise come out as an error on every line, or on lines that a format only seems to have.
+Without this, such a file would give an error on every line, or on lines that it only seems to have.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 from rewardrt.errors import RewardRTError
 
-LINE_BYTES = 256 * 2**20  # a longer line is not held in memory: what is yielded of it is one byte longer than this
-HEAD_BYTES = 65536  # of the first line, which of a binary file may have no end
+LINE_BYTES = 256 * 2**20  # a longer line is not read into memory: only its first LINE_BYTES + 1 bytes are yielded
+HEAD_BYTES = 65536  # bytes read of the first line, because a binary file may have no line break
 
 _PANDAS = "write its rows as JSONL, with pandas: `to_json(FILE, orient='records', lines=True)`"
 _UNPACK = "unpack it, as in `{} FILE | rewardrt score BUNDLE -`"
@@ -43,9 +43,10 @@ _OBJECT = ("a JSON object over several lines", "put each object on one line: `jq
 
 
 def begins_array(first: bytes, after: bytes) -> bool:
-    """Return whether a file is a JSON array of rows, and no JSONL whose first row is a list.
+    """Return whether a file is a JSON array of rows, not JSONL whose first row is a list.
 
-    It is where the list does not end on the `first` line, or is one of objects with nothing `after` it.
+    It is an array if the list does not end on the `first` line, or if it contains objects and nothing follows it.
+    `after` are the next bytes of the file.
     """
     text = first.removeprefix(codecs.BOM_UTF8).decode(errors="replace").strip()
     if not text.startswith("["):
@@ -60,10 +61,10 @@ def begins_array(first: bytes, after: bytes) -> bool:
 
 
 def jsonl_lines(stream: BinaryIO, name: str, first: bytes | None = None) -> Iterator[bytes]:
-    """Yield the lines of a stream that looks like JSONL; for another, raise a RewardRTError that says what it is.
+    """Yield the lines of a JSONL stream; raise RewardRTError for another format, saying what it is.
 
-    The first line is looked at, and the second where the first leaves it open. `first` are the at most HEAD_BYTES of
-    the first line that were read before.
+    The first line is checked, and the second if the first does not decide it. `first` are the bytes of the first line
+    that were already read, at most HEAD_BYTES.
     """
     first = stream.readline(HEAD_BYTES) if first is None else first
     if found := _binary(first):
@@ -72,7 +73,7 @@ def jsonl_lines(stream: BinaryIO, name: str, first: bytes | None = None) -> Iter
         first += stream.readline(LINE_BYTES + 1 - len(first))
     rest = _lines(stream, first)
     second = next(rest, b"") if _may_go_on(first) else b""
-    if second.strip() and not second.startswith(b"{"):  # a row that was cut off is followed by a row
+    if second.strip() and not second.startswith(b"{"):  # after a row that was cut off, the next line is a row again
         raise _refusal(name, *_OBJECT)
     yield first
     if second:
@@ -81,11 +82,11 @@ def jsonl_lines(stream: BinaryIO, name: str, first: bytes | None = None) -> Iter
 
 
 def _lines(stream: BinaryIO, before: bytes) -> Iterator[bytes]:
-    """Yield the lines that follow; of one that is too long only as much as shows it."""
+    """Yield the lines that follow; of a line that is too long, only LINE_BYTES + 1 bytes."""
     line = before
     while line:
         if len(line) > LINE_BYTES:
-            while line and not line.endswith(b"\n"):  # what is left of a line that was yielded
+            while line and not line.endswith(b"\n"):  # skip the rest of the line
                 line = stream.readline(LINE_BYTES)
         line = stream.readline(LINE_BYTES + 1)
         if line:
@@ -97,7 +98,7 @@ def _refusal(name: str, found: str, remedy: str) -> RewardRTError:
 
 
 def _binary(head: bytes) -> tuple[str, str] | None:
-    """Return what a file is by its first bytes, and what to do with it; None for what may be JSONL."""
+    """Return the format of a file by its first bytes, and what to do with it; None if it may be JSONL."""
     if not head:
         return "an empty file", "nothing is there to score; look at what was to write it"
     for start, found, remedy in _STARTS:
@@ -114,15 +115,15 @@ def _binary(head: bytes) -> tuple[str, str] | None:
 
 
 def _columns(line: bytes) -> set[bytes]:
-    """Return the names of columns, if that is what a line holds."""
+    """Return the column names in a line of CSV, or an empty set."""
     mark = next((mark for mark in (b"\t", b",", b";") if mark in line), None)
     return {name.strip().strip(b'"') for name in line.split(mark)} if mark else set()
 
 
 def _may_go_on(first: bytes) -> bool:
-    """Return whether the first line may be the beginning of an object that goes on on the next one."""
+    """Return whether the first line may begin an object that continues on the next line."""
     text = first.removeprefix(codecs.BOM_UTF8).decode(errors="replace").strip()
-    if not text.startswith("{") or len(text) > 10**6:  # not parsed twice
+    if not text.startswith("{") or len(text) > 10**6:  # do not parse a very long line twice
         return False
     try:
         json.loads(text)

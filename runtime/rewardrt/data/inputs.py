@@ -1,4 +1,4 @@
-"""Which files a command was given: by name, glob, folder or URI, on this machine or in an object store."""
+"""Find the input files of a command: by name, glob, folder or URI, on this machine or in an object store."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rewardrt.data.compression import import_pyarrow
 from rewardrt.errors import RowError
 
 STANDARD_INPUT = "-"
-UNFINISHED = (".part", ".journal")  # what stands beside an output until it is whole
-DATASET = ("state.json", "dataset_info.json")  # of a folder that `datasets` wrote with save_to_disk
+UNFINISHED = (".part", ".journal")  # suffixes of the files next to an output until it is complete
+DATASET = ("state.json", "dataset_info.json")  # files of a folder that `datasets` wrote with save_to_disk
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of rows. `changed` changes when the file does; `size` is in bytes, None of standard input."""
+    """One file of rows. `size` is in bytes, None for a pipe. `changed` is a text that changes when the file does."""
 
     name: str
     open: Callable[[], BinaryIO]
@@ -32,9 +32,9 @@ class InputFile:
 
 
 def find_inputs(names: Sequence[str], output: str | None = None) -> list[InputFile]:
-    """Return the files of all names in their order, those of a folder or a glob sorted. Raises RowError.
+    """Return the files of all names in order; those of a folder or a glob are sorted. Raises RowError.
 
-    The `output` of the command, and what is unfinished of it, is none of a folder's or a glob's files.
+    The command's own `output`, and its unfinished files, are left out of folders and globs.
     """
     if "" in names:
         raise RowError("an input has no name; expected a file of rows, a folder, or - for standard input")
@@ -52,17 +52,17 @@ def find_inputs(names: Sequence[str], output: str | None = None) -> list[InputFi
 
 
 def absolute(names: Sequence[str]) -> tuple[str, ...]:
-    """Return names that another process finds too, whatever its working folder."""
+    """Return names that work in another process too, whatever its working directory."""
     return tuple(name if is_uri(name) or name == STANDARD_INPUT else os.path.abspath(name) for name in names)
 
 
 def is_uri(name: str) -> bool:
-    """Return whether a name is of an object store."""
+    """Return whether a name is a URI of an object store."""
     return "://" in name
 
 
 def open_filesystem(uri: str) -> tuple[Any, str]:
-    """Return pyarrow's file system of a URI, and the path in it. Raises RowError."""
+    """Return pyarrow's file system for a URI, and the path in it. Raises RowError or MissingExtraError."""
     import_pyarrow(uri)
     from pyarrow import fs
 
@@ -75,7 +75,7 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
 def _open_standard_input() -> BinaryIO:
     if sys.stdin is None:
         raise RowError("standard input is closed; send it rows, or name a file")
-    # Not sys.stdin.buffer: Python takes its lock when it ends, which a thread that waits for a line holds.
+    # Not sys.stdin.buffer: at exit Python waits for its lock, which a thread waiting for a line would hold.
     return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
@@ -102,15 +102,15 @@ def _local(name: str, written: set[str]) -> list[InputFile]:
 
 def _file(path: Path) -> InputFile:
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe: what is read of it is gone
+    if not stat.S_ISREG(status.st_mode):  # a pipe can be read only once
         return InputFile(str(path), lambda: path.open("rb"), None, "")
-    with path.open("rb"):  # may it be read?
+    with path.open("rb"):  # check the permission to read
         pass
     return InputFile(str(path), lambda: path.open("rb"), status.st_size, str(status.st_mtime_ns))
 
 
 def _folder(path: Path, written: set[str]) -> list[InputFile]:
-    """Return the files of a folder: those that a data set's state names, or else all that are not hidden."""
+    """Return the files of a folder: those listed by a saved data set, or else all that are not hidden."""
     if (path / "dataset_dict.json").is_file():
         splits = _read_names(path / "dataset_dict.json", lambda value: value["splits"])
         raise RowError(f"{path}: has the splits {', '.join(splits)}; name one of them, as {path}/{splits[0]}")
@@ -125,7 +125,7 @@ def _folder(path: Path, written: set[str]) -> list[InputFile]:
 
 
 def _read_names(path: Path, names: Callable[[Any], list[Any]]) -> list[str]:
-    """Return names that a file of `datasets` lists, at least one."""
+    """Return the names, at least one, that a file written by `datasets` lists. Raises RowError."""
     try:
         found = names(json.loads(path.read_text(encoding="utf-8")))
         if found and all(isinstance(name, str) for name in found):

@@ -1,4 +1,4 @@
-"""One scoring job: files of rows in, one output out, gone on with after whatever ended it.
+"""One scoring job: from files of rows to one output, which can be resumed after an interruption.
 
 find_inputs -> RowReader.lines -> renamed -> grouped_lines -> score_file -> encoder -> Unfinished -> finish
 """
@@ -33,8 +33,8 @@ from rewardrt.scoring.scored import ScoredRow
 class JobOptions:
     """What is done with the rows: options of `rewardrt score`.
 
-    `columns` are the user's names of the row contract's fields, `rows` the first row that is scored and the one after
-    the last.
+    `columns` maps the row contract's field names to the user's. `rows` are the first row to score and the row after the
+    last.
     """
 
     normalize: bool | None = None
@@ -47,14 +47,14 @@ class JobOptions:
 
     @property
     def prompt_field(self) -> str:
-        """The input's field that rows of one prompt have in common; "" where it is called as in the row contract."""
+        """The input's field that is equal for rows of one prompt; "" for the row contract's own names."""
         if self.selection.group_by is not None:
             return self.columns.get(self.selection.group_by, self.selection.group_by)
         return self.columns.get("prompt", "")
 
 
 class Job:
-    """The rows of a reader, scored by a model under options."""
+    """The rows of a reader, a model that scores them, and the options."""
 
     def __init__(self, model: RewardModel, reader: Rows, options: JobOptions) -> None:
         """Check what can be checked before rows are read. Raises RewardRTError."""
@@ -68,13 +68,14 @@ class Job:
             for ours, theirs in options.columns.items():
                 if ours in reader.schema.names and ours not in options.columns.values():
                     raise RewardRTError(
-                        f"{reader.files[0].name}: has a column {ours!r} beside {theirs!r}, which --columns calls so"
+                        f"{reader.files[0].name}: has a column {ours!r} and also {theirs!r}, which --columns renames "
+                        "to it"
                     )
         if options.instruction is not None:
             model.answers.use_instruction(options.instruction)
 
     def identity(self, format_name: str) -> dict[str, Any]:
-        """Return what has to be the same for an output to be gone on with."""
+        """Return what has to be equal for an unfinished output to be resumed."""
         options = asdict(self.options)
         return {
             "bundle": manifest_sha256(self.model.bundle.path),
@@ -86,14 +87,17 @@ class Job:
         }
 
     def staging(self, format_name: str) -> str:
-        """Return what is written until an output of a format is finished: formats that share it can be exchanged."""
+        """Return the form in which rows are written until the output is finished.
+
+        An unfinished output can be resumed with another format of the same form.
+        """
         each = OUTPUT_FORMATS[format_name]
         if each.table is not None and self.reader.schema is not None:
             return "tables"
         return format_name if each.pack is not None else "jsonl"
 
     def encoder(self, format_name: str) -> Encoder:
-        """Return what makes bytes of scored rows, for the output of a format: lines, or packed tables."""
+        """Return the encoder of scored rows for an output format: to lines, or to packed tables."""
         options = self.options
         if self.reader.schema is None or OUTPUT_FORMATS[format_name].table is None:
             pack = OUTPUT_FORMATS[format_name].pack
@@ -103,7 +107,7 @@ class Job:
         return self.table_encoder()
 
     def table_encoder(self) -> TableEncoder:
-        """Return the encoder of a file with columns to one with columns."""
+        """Return the encoder from a file with columns to an output with columns."""
         names = {theirs: ours for ours, theirs in self.options.columns.items()}
         schema = self.reader.schema
         for index, name in enumerate(schema.names):
@@ -125,11 +129,11 @@ class Job:
         summary: Summary | None = None,
         progress: Callable[[Summary], None] | None = None,
     ) -> Summary:
-        """Score the rows, after those that a `summary` says were read, and write each."""
+        """Score the rows and write each; `summary` counts the rows that were already done and are skipped."""
         start, stop = self.options.rows
         done = summary.read if summary is not None else 0
         grouped = self.options.selection.group_by is not None
-        passed = 0 if grouped else done  # groups are read again: one of them may come a second time
+        passed = 0 if grouped else done  # groups are read again, to find one that occurs twice
         lines = self.reader.lines(start + passed)
         if stop is not None:
             lines = itertools.islice(lines, stop - start - passed)
@@ -144,7 +148,7 @@ class Job:
             write,
             encode=encoder,
             window=WINDOW_ROWS,
-            give_up=start == 0,  # of a shard or a piece, what is before it says whether the file is of rows
+            give_up=start == 0,  # not in a later shard or piece: the rows before it may be fine
             summary=summary,
             progress=progress,
         )
@@ -152,7 +156,7 @@ class Job:
     def write(
         self, output: Unfinished, format_name: str, *, progress: Callable[[Summary], None] | None = None
     ) -> tuple[Summary, list[str]]:
-        """Score what is left of the rows, and make the output; returns what is to be said of it."""
+        """Score the remaining rows and make the output; return the counts, and remarks for the user."""
         encoder = self.encoder(format_name)
 
         def safe(summary: Summary) -> None:
@@ -167,13 +171,13 @@ class Job:
         return summary, said
 
     def finish(self, encoder: Encoder, format_name: str, part: Path, target: Path, summary: Summary) -> list[str]:
-        """Make the output of what an encoder wrote; returns what is to be said of it."""
+        """Make the output from what an encoder wrote to the part file; return remarks for the user."""
         schema = encoder.schema if isinstance(encoder, TableEncoder) else None
         known = self.known_types(summary) if OUTPUT_FORMATS[format_name].table is not None else {}
         return finish(format_name, part, target, schema, known)
 
     def known_types(self, summary: Summary) -> dict[str, Any]:
-        """Return the types of what scoring added to rows of JSON, where they are to be columns."""
+        """Return the column types of what scoring added to rows of JSON, for an output with columns."""
         best = self.options.selection.best
         return score_types(
             single="single" in summary.shapes or (best and "ranking" in summary.shapes),
@@ -186,7 +190,7 @@ class Job:
 
 
 class _Packed:
-    """The lines of a window, packed together."""
+    """An encoder that compresses the lines of each window together."""
 
     def __init__(self, lines: JsonEncoder, pack: Callable[[bytes], bytes]) -> None:
         self._lines, self._pack = lines, pack
@@ -199,7 +203,7 @@ class _Packed:
 
 
 def _after(groups: Iterator[Line], rows: int) -> Iterator[Line]:
-    """Pass over the groups of the first so many rows."""
+    """Skip the groups that contain the first `rows` rows."""
     for group in groups:
         if rows <= 0:
             yield group
@@ -207,7 +211,7 @@ def _after(groups: Iterator[Line], rows: int) -> Iterator[Line]:
 
 
 def renamed(lines: Iterator[Line], columns: dict[str, str]) -> Iterator[Line]:
-    """Give fields the names that they have in the row contract."""
+    """Rename fields to their names in the row contract."""
     names = {theirs: ours for ours, theirs in columns.items()}
     for line in lines:
         row = line.fields
@@ -217,10 +221,11 @@ def renamed(lines: Iterator[Line], columns: dict[str, str]) -> Iterator[Line]:
             if ours not in names and row.get(ours) is not None and row.get(theirs) is not None
         )
         if (both := next(twice, None)) is not None:
-            error = RowError(f"row {line.number}: has {both!r} beside {columns[both]!r}, which --columns calls so")
+            message = f"row {line.number}: has {both!r} and also {columns[both]!r}, which --columns renames to it"
+            error = RowError(message)
             yield replace(line, error=error)
         else:
-            # A field that is null is not there, and gives its name to the one that is called so.
+            # A field that is null counts as missing, so the renamed field may take its name.
             kept = {
                 name: value
                 for name, value in row.items()
@@ -230,13 +235,13 @@ def renamed(lines: Iterator[Line], columns: dict[str, str]) -> Iterator[Line]:
 
 
 def _renamed_back(columns: dict[str, str], finished: Callable[[Any], Any] | None, row: dict[str, Any]) -> Any:
-    # A row with a field of both names is an error, and keeps them.
+    # A row that has fields under both names is an error; it keeps both.
     named = {name if columns.get(name) in row else columns.get(name, name): value for name, value in row.items()}
     return finished(named) if finished is not None else named
 
 
 def _digest(file: InputFile) -> str:
-    """Return what changes when a file does: a hash of what is in it, or of an object store its time."""
+    """Return a text that changes when a file does: a hash of its contents, or its time in an object store."""
     if "://" in file.name or file.size is None:
         return file.changed
     digest = hashlib.blake2b(digest_size=16)

@@ -1,8 +1,8 @@
-"""An output that is not whole yet, and the journal of what of it is safe.
+"""An unfinished output, and a journal of the part of it that is safely on disk.
 
-Beside OUTPUT stand, until it is whole, `OUTPUT.part` with what was written, and `OUTPUT.journal`: lines of JSON, first
-what the job is, then a line for each window of rows with the size of the part after it. What is in the part beyond the
-last line is cut off when the job goes on: a process may end at any moment.
+Until OUTPUT is complete, there are two files next to it. `OUTPUT.part` has what was written so far. `OUTPUT.journal`
+has lines of JSON: first what the job is, then for each window of rows the size of the part file after it. When the job
+is resumed, the part file is cut to the last size in the journal, because the process may have ended at any moment.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PART, JOURNAL = UNFINISHED
 
 
 class Unfinished:
-    """The part and the journal of one output. Only one process at a time has them."""
+    """The part file and the journal of one output, locked against other processes."""
 
     def __init__(self, target: Path, identity: dict[str, Any], *, resume: bool) -> None:
-        """Begin the output, or go on with it. Raises RewardRTError.
+        """Begin the output, or with `resume` continue it. Raises RewardRTError.
 
-        `identity` is what has to be the same for the output to be gone on with: the bundle, the inputs, the options.
+        `identity` is what has to be equal for the output to be continued: the bundle, the inputs, the options.
         """
         self.target = target
         self.part = target.with_name(target.name + PART)
@@ -56,18 +56,18 @@ class Unfinished:
 
     @property
     def safe_rows(self) -> int:
-        """The rows that are written, whatever becomes of this process."""
+        """The number of input rows that are safely on disk."""
         return self._safe
 
     def write(self, data: bytes) -> None:
-        """Write some of the output; it is safe after the next `commit`."""
+        """Write a part of the output; it is safe after the next `commit`."""
         try:
             self._file.write(data)
         except OSError as error:
             refuse(self.target, error)
 
     def commit(self, summary: Summary) -> None:
-        """Make safe what was written so far."""
+        """Force everything written so far to disk, and record it in the journal."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -80,9 +80,9 @@ class Unfinished:
         self._safe = summary.read
 
     def close(self) -> None:
-        """Let go of the files, which stay unless nothing in them is safe."""
+        """Close the files. They are kept, unless nothing in them is safe."""
         for file in (self._file, self._log):
-            with suppress(OSError):  # of a full disk, which was said before
+            with suppress(OSError):  # a full disk, which was reported before
                 file.close()
         if not self._safe:
             self.forget()
@@ -94,9 +94,9 @@ class Unfinished:
                 path.unlink()
 
     def _tidy(self) -> None:
-        """Take away what a process left that ended before its first row was safe, or after the last one."""
+        """Delete the files of a process that ended before its first row was safe, or after its output was complete."""
         with suppress(OSError), self.journal.open("rb") as journal:
-            _lock(journal, self.part)  # another process may be at these moments
+            _lock(journal, self.part)  # another process may be doing this now
             if b"\n" not in journal.read():
                 self.forget()
             elif not self.part.exists() and self.target.exists():
@@ -148,7 +148,7 @@ class Unfinished:
 
 @contextmanager
 def unfinished(target: Path, identity: dict[str, Any], *, resume: bool) -> Iterator[Unfinished]:
-    """Have an output begun or gone on with; in the end its part stays, unless it was moved or nothing is in it."""
+    """Begin or continue an output; afterwards its part file is kept, unless it was renamed or is empty."""
     output = Unfinished(target, identity, resume=resume)
     try:
         yield output
@@ -157,7 +157,7 @@ def unfinished(target: Path, identity: dict[str, Any], *, resume: bool) -> Itera
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
-    """Return the job of a journal, its whole lines, and where they end: the last one may have been cut off."""
+    """Return a journal's job, its complete lines, and the offset where they end; the last line may be truncated."""
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
     try:
@@ -177,7 +177,7 @@ def _rows(journal: Path) -> str:
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Return what of a job is not as it was, in words; None where all is."""
+    """Return how a job differs from an earlier one, in words; None if it does not."""
     now = json.loads(json.dumps(now))
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
@@ -190,10 +190,10 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def _lock(file: BinaryIO, part: Path) -> None:
-    """Keep other processes from the journal for as long as it is open here."""
+    """Lock the journal against other processes for as long as it is open here. Raises RewardRTError."""
     try:
         import fcntl
-    except ImportError:  # Windows, where open files cannot be moved
+    except ImportError:  # Windows, where open files cannot be renamed
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

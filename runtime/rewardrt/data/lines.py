@@ -1,4 +1,4 @@
-"""Rows of JSON as bytes, one after the other: what each holds, or what is wrong with it; and a row as a line again."""
+"""One JSON row as bytes: parse it to an object or an error, and write a row as a line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from rewardrt.errors import RowError
 
 @dataclass(frozen=True)
 class Line:
-    """One input row: its number in its file from 1, its size in bytes, and its object or what is wrong with it.
+    """One input row: its number in its file from 1, its size in bytes, and its object or the error in reading it.
 
-    A row of a file with columns knows its place there, a record batch of pyarrow and an index. `members` are the rows
-    that were put together to this one, by `--group-by`. After a line that is not `whole` comes one of the same rows: a
-    file cannot be gone on with between them. `error` is what is wrong with a row that could be read.
+    A row of a file with columns has a `place`: a record batch of pyarrow and an index into it. `members` are the rows
+    that `--group-by` joined into this one. A line that is not `whole` is followed by a line from the same group of
+    input rows, and an interrupted job cannot be resumed between the two. `error` is what is wrong with a row that could
+    be read.
     """
 
     number: int
@@ -32,23 +33,23 @@ class Line:
 
     @property
     def given(self) -> dict[str, Any] | RowError:
-        """What is to be scored: the row, or what is wrong with it."""
+        """What is to be scored: the row, or its error."""
         return self.row if self.error is None else self.error
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What is known of the row."""
+        """The row's object; empty if it could not be read."""
         return {} if isinstance(self.row, RowError) else self.row
 
 
 def read_lines(lines: Iterable[bytes]) -> Iterator[Line]:
-    """Yield one Line for each line of a JSONL stream, blank and damaged ones included."""
+    """Yield one Line for each line of a JSONL stream, including blank and damaged ones."""
     for number, data in enumerate(lines, 1):
         yield read_line(number, data)
 
 
 def read_line(number: int, data: bytes, word: str = "line") -> Line:
-    """Return one row of JSON; `word` is what it is called in messages."""
+    """Parse one row of JSON; `word` is what messages call it, "line" or "item"."""
     row: dict[str, Any] | RowError
     try:
         if len(data) > LINE_BYTES:
@@ -60,10 +61,10 @@ def read_line(number: int, data: bytes, word: str = "line") -> Line:
 
 
 def to_line(row: dict[str, Any]) -> bytes:
-    """Return one line of JSON, in UTF-8."""
+    """Return the row as one line of JSON in UTF-8, with the line break."""
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate in a field that is not scored: only an escape can carry it
+    except UnicodeEncodeError:  # a lone surrogate in a field that is not scored: it must be written as an escape
         return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 

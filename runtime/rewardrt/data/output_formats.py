@@ -1,7 +1,7 @@
-"""The formats that scored rows are written in: one row of a table each.
+"""The formats in which scored rows are written, as a table.
 
-While rows are scored they are written one window after the other, as lines of JSON or as packed tables; `finish` makes
-the output of that. Lines that are the output already, packed or not, only take its name.
+During scoring, windows of rows are appended to a part file, as lines of JSON or as packed tables; `finish` turns it
+into the output. If the lines, compressed or not, already are the output, it only renames the file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from rewardrt.errors import RewardRTError
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """One format: what its names end with, and how it is written.
+    """One format: the suffixes of its file names, and how it is written.
 
-    `pack` is of lines, as they are written; `table` writes tables of pyarrow, `lines` a file of lines, to a path.
+    `pack` compresses lines as they are written. `table` writes pyarrow tables with a schema to a path. `lines` converts
+    a file of lines to another path. A format has exactly one of the three.
     """
 
     suffixes: tuple[str, ...]
@@ -34,7 +35,7 @@ class OutputFormat:
 
 
 def _write_array(part: Path, target: Path) -> None:
-    """Write lines as a JSON array, an item a line."""
+    """Write lines as a JSON array with one item per line."""
     with part.open("rb") as lines, target.open("wb") as file:
         start = b"["
         for line in lines:
@@ -55,7 +56,7 @@ OUTPUT_FORMATS = {
 
 
 def format_of(name: str) -> str:
-    """Return the format that an output's name stands for; JSONL where it says none."""
+    """Return the format for an output's name; JSONL if its suffix is none of the known ones."""
     for format_name, each in OUTPUT_FORMATS.items():
         if name.lower().endswith(each.suffixes):
             return format_name
@@ -63,15 +64,15 @@ def format_of(name: str) -> str:
 
 
 def finish(format_name: str, part: Path, target: Path, schema: Any, known: dict[str, Any]) -> list[str]:
-    """Make the output of a whole part, which is gone then; return what is to be said of it.
+    """Turn a complete part file into the output and delete it; return remarks for the user.
 
-    `schema` is that of packed tables, None of lines; `known` are the types of what scoring added to lines.
-    Raises RewardRTError, and the part stays.
+    `schema` is that of packed tables, None for lines; `known` are the types of the columns that scoring added to lines.
+    Raises RewardRTError, and then the part file is kept.
     """
     each, said = OUTPUT_FORMATS[format_name], list[str]()
     made = target.with_name(f".{target.name}.whole")
     try:
-        _remove(made)  # of a process that ended while it made it
+        _remove(made)  # left by a process that ended here
         if each.table is not None or each.lines is not None:
             said = _make(each, part, made, schema, known)
         else:
@@ -98,7 +99,7 @@ def finish(format_name: str, part: Path, target: Path, schema: Any, known: dict[
 
 
 def _make(each: OutputFormat, part: Path, made: Path, schema: Any, known: dict[str, Any]) -> list[str]:
-    """Write a whole part in a format that is written when all is there; return what is to be said of it."""
+    """Write a part file in a format that needs all rows; return remarks for the user."""
     if each.lines is not None:
         each.lines(part, made)
         return []

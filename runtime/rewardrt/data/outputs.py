@@ -1,4 +1,4 @@
-"""Where bytes go: a file that takes its name when it is whole, a device, or standard output."""
+"""Where output bytes go: a file that gets its name only when it is complete, a device, or standard output."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rewardrt.errors import RewardRTError
 
 
 class Output:
-    """Bytes on their way to a file or to standard output; what stops them is a RewardRTError that names the place."""
+    """Writes bytes to a file or to standard output; a failure is a RewardRTError that names the destination."""
 
     def __init__(self, name: str | Path, file: BinaryIO) -> None:
         self._name = name
         self._file = file
 
     def write(self, data: bytes) -> None:
-        """Write all of the bytes, now or with the next flush."""
+        """Write all the bytes, now or at the next flush. Raises RewardRTError."""
         with self._named():
             self._file.write(data)
 
     def flush(self) -> None:
-        """Have everything written that was given so far."""
+        """Write out everything given so far. Raises RewardRTError."""
         with self._named():
             self._file.flush()
 
@@ -34,9 +34,9 @@ class Output:
     def _named(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:  # the reader of our output has had enough
+        except BrokenPipeError:  # the reader of our output has closed it
             raise
-        except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
+        except (OSError, ValueError) as error:  # ValueError: the file was closed meanwhile
             refuse(self._name, error)
 
 
@@ -44,11 +44,11 @@ class Output:
 def open_output(path: str | Path | None) -> Iterator[Output]:
     """Open the output for writing bytes: a file, or standard output for None and "-".
 
-    A file is written under another name in its folder, and takes its own name when the block ends well. What is there
-    but is not a plain file, such as /dev/null, is written to directly.
+    A file is written under a temporary name in its folder, and renamed when the block ends without an error. If the
+    path exists and is not a regular file, such as /dev/null, it is written directly. Raises RewardRTError.
     """
     if path is None or str(path) == "-":
-        sys.stdout.flush()  # what was printed before comes before
+        sys.stdout.flush()  # keep the order of what was printed before
         output = Output("standard output", sys.stdout.buffer)
         yield output
         output.flush()
@@ -66,7 +66,7 @@ def open_output(path: str | Path | None) -> Iterator[Output]:
             yield output
             output.flush()
         finally:
-            with suppress(OSError):  # of a full disk, which the block was told of, or is told by the line above
+            with suppress(OSError):  # a full disk: the block has already raised for it
                 file.close()
         if not in_place:
             try:
@@ -81,14 +81,14 @@ def open_output(path: str | Path | None) -> Iterator[Output]:
 
 
 def take_name(made: Path, target: Path) -> None:
-    """Let what was made take the name of the output, in the place of a file that is there. Raises OSError."""
+    """Rename a finished file to the output's name, replacing an existing file. Raises OSError."""
     if target.is_file():
-        made.chmod(target.stat().st_mode & 0o777)  # what was private stays private
+        made.chmod(target.stat().st_mode & 0o777)  # a private file stays private
     made.replace(target)
 
 
 def refuse(path: str | Path, error: Exception) -> NoReturn:
-    """Raise the RewardRTError of a place that cannot be written."""
+    """Raise a RewardRTError for a path that cannot be written."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -1,8 +1,9 @@
-"""A job in pieces: contiguous parts of the rows, each scored and written by itself, here or by many processes.
+"""A job in pieces: contiguous parts of the rows, each scored and written separately, by one or many processes.
 
-The pieces stand in a folder, of this machine or of an object store, as `part-00000.parquet` and so on. A piece that is
-there is whole; its `_00000.json` beside it says what was counted, and `_job.json` what the job is. So a job goes on
-after whatever ended it, and it does not matter who scored which piece. When all are there, `_SUCCESS` stands for these.
+The pieces are written to a folder, on this machine or in an object store, as `part-00000.parquet` and so on. A piece
+that exists is complete. For each, `_00000.json` has its counts; `_job.json` says what the job is. So a job can be
+resumed after any interruption, and any process can score any piece. When all pieces exist, `_SUCCESS` replaces these
+files.
 """
 
 from __future__ import annotations
@@ -28,29 +29,29 @@ from rewardrt.data.shards import piece_bounds
 from rewardrt.errors import RewardRTError
 from rewardrt.reward_model import RewardModel
 
-PIECE_ROWS = 16_384  # of a part that stays
-JOINED_ROWS = 4_096  # of one that is joined to others: many, so that all processes have work to the end
+PIECE_ROWS = 16_384  # rows of a piece that stays a file of its own
+JOINED_ROWS = 4_096  # rows of a piece that is joined to others: small, so that all processes are busy until the end
 JOB, DONE = "_job.json", "_SUCCESS"
 
 
 class Folder(Protocol):
-    """Where pieces stand: small files by name."""
+    """Where pieces are stored: small files by name."""
 
     def names(self) -> set[str]:
-        """Return the names of what is there."""
+        """Return the names of all files."""
 
     def read(self, name: str) -> bytes:
-        """Return what a file holds."""
+        """Return the contents of a file."""
 
     def put(self, name: str, path: Path) -> None:
-        """Have a file there under a name, all of it at once."""
+        """Store a file under a name; it appears only when it is complete."""
 
     def delete(self, name: str) -> None:
-        """Take a file away."""
+        """Delete a file."""
 
 
 class LocalFolder:
-    """A folder of this machine, or of a disk that machines share."""
+    """A folder on this machine, or on a disk shared by several machines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,15 +61,15 @@ class LocalFolder:
             refuse(path, error)
 
     def names(self) -> set[str]:
-        """Return the names of what is there."""
+        """Return the names of all files."""
         return {each.name for each in self.path.iterdir()}
 
     def read(self, name: str) -> bytes:
-        """Return what a file holds."""
+        """Return the contents of a file."""
         return (self.path / name).read_bytes()
 
     def put(self, name: str, path: Path) -> None:
-        """Have a file there under a name, all of it at once."""
+        """Store a file under a name; it appears only when it is complete."""
         moved = self.path / f"_{name}.{secrets.token_hex(4)}"
         try:
             shutil.copyfile(path, moved)
@@ -78,19 +79,19 @@ class LocalFolder:
             refuse(self.path / name, error)
 
     def delete(self, name: str) -> None:
-        """Take a file away."""
+        """Delete a file."""
         (self.path / name).unlink(missing_ok=True)
 
 
 class RemoteFolder:
-    """A folder of an object store, by pyarrow."""
+    """A folder in an object store, accessed by pyarrow."""
 
     def __init__(self, uri: str) -> None:
         self._filesystem, self._path = open_filesystem(uri)
         self._uri = uri
 
     def names(self) -> set[str]:
-        """Return the names of what is there."""
+        """Return the names of all files."""
         from pyarrow import fs
 
         with reading(self._uri):
@@ -98,12 +99,12 @@ class RemoteFolder:
             return {each.base_name for each in self._filesystem.get_file_info(selector)}
 
     def read(self, name: str) -> bytes:
-        """Return what a file holds."""
+        """Return the contents of a file."""
         with reading(f"{self._uri}/{name}"), self._filesystem.open_input_stream(f"{self._path}/{name}") as stream:
             return bytes(stream.read())
 
     def put(self, name: str, path: Path) -> None:
-        """Have a file there under a name: an object appears when it is whole."""
+        """Store a file under a name; in an object store it appears only when it is complete."""
         try:
             self._filesystem.create_dir(self._path)
             with path.open("rb") as file, self._filesystem.open_output_stream(f"{self._path}/{name}") as stream:
@@ -112,21 +113,21 @@ class RemoteFolder:
             refuse(f"{self._uri}/{name}", error)
 
     def delete(self, name: str) -> None:
-        """Take a file away."""
+        """Delete a file."""
         self._filesystem.delete_file(f"{self._path}/{name}")
 
 
 def open_folder(name: str) -> Folder:
-    """Return the folder of a path or a URI."""
+    """Return the folder at a path or a URI."""
     return RemoteFolder(name.rstrip("/")) if is_uri(name) else LocalFolder(Path(name))
 
 
 @dataclass(frozen=True)
 class PieceWork:
-    """What a process needs to know to score pieces: everything but which ones.
+    """What a process needs to score pieces, except which ones.
 
-    `load` are the options of `RewardModel.load`. With `joined` the pieces are not in the output's format yet: they are
-    what a job writes before its output is finished.
+    `load` are the options of `RewardModel.load`. With `joined` the pieces are not in the output's format, but in the
+    form that a job writes before its output is finished; they are joined later.
     """
 
     bundle: str
@@ -138,13 +139,13 @@ class PieceWork:
     joined: bool = False
 
     def suffix(self) -> str:
-        """Return what the names of the pieces end with."""
+        """Return the suffix of the pieces' file names."""
         return ".piece" if self.joined else OUTPUT_FORMATS[self.format_name].suffixes[0]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of the rows: the first, and the one after the last."""
+    """Some of the rows: the first one, and the one after the last."""
 
     index: int
     start: int
@@ -152,7 +153,7 @@ class Piece:
 
     @property
     def name(self) -> str:
-        """The number in names of files."""
+        """The piece's number in file names."""
         return f"{self.index:05}"
 
 
@@ -160,14 +161,14 @@ class PieceScorer:
     """Scores pieces with one model, which is loaded once."""
 
     def __init__(self, work: PieceWork, model: RewardModel | None = None) -> None:
-        """Take the model, or load it."""
+        """Take the model, or load it from the work's bundle."""
         self.work = work
         self.model = model if model is not None else RewardModel.load(work.bundle, **work.load)
         self._folder = open_folder(work.folder)
         self._reader = RowReader(find_inputs(work.inputs))
 
     def __call__(self, piece: Piece) -> Summary:
-        """Score one piece, and have it in the folder."""
+        """Score one piece, store it in the folder, and return its counts."""
         options = replace(self.work.options, rows=(piece.start, piece.stop))
         job = Job(self.model, self._reader, options)
         encoder = job.encoder(self.work.format_name)
@@ -187,16 +188,16 @@ class PieceScorer:
 
 
 class PiecesJob:
-    """A job in pieces, from its beginning, or from where it was left."""
+    """A job in pieces, new or resumed."""
 
     def __init__(self, work: PieceWork, job: Job, *, resume: bool) -> None:
-        """Look at what is there. Raises RewardRTError."""
+        """Check what is in the folder. Raises RewardRTError."""
         if not work.joined and work.format_name == "datasets":
             raise RewardRTError("datasets: is a folder by itself; a folder of parts is of parquet, arrow or jsonl")
         if not work.joined and OUTPUT_FORMATS[work.format_name].table is not None and job.reader.schema is None:
             raise RewardRTError(
-                f"{work.folder}: lines of JSON become columns when all rows are known, and parts know their own; "
-                "write parts of jsonl, or one file"
+                f"{work.folder}: the columns of JSON rows are known only after all rows were read, so parts cannot "
+                f"be {work.format_name}; write parts of jsonl, or one file"
             )
         self.work, self._folder, self.summary = work, open_folder(work.folder), Summary()
         rows = JOINED_ROWS if work.joined else PIECE_ROWS
@@ -230,7 +231,10 @@ class PiecesJob:
     def run(
         self, results: Callable[[Sequence[Piece]], Iterable[Summary]], progress: Callable[[Summary], None]
     ) -> Summary:
-        """Have what is left scored, by what gives a summary of each piece in any order, and say that all is there."""
+        """Have the remaining pieces scored and mark the job as complete; return the counts.
+
+        `results` takes the pieces and yields the counts of each as it is done, in any order.
+        """
         for summary in results(self.left):
             self.summary.add(summary)
             progress(self.summary)
@@ -242,7 +246,7 @@ class PiecesJob:
         return self.summary
 
     def parts(self) -> Iterator[bytes]:
-        """Yield what the pieces hold, in their order."""
+        """Yield the contents of the pieces in order."""
         for piece in self.pieces:
             yield self._folder.read(f"part-{piece.name}{self.work.suffix()}")
 
@@ -254,7 +258,7 @@ class PiecesJob:
 
 
 def join(pieces: PiecesJob, job: Job, target: Path) -> list[str]:
-    """Make one output of pieces that are all there, and take them away; return what is to be said of it."""
+    """Join all pieces into one output and delete them; return remarks for the user."""
     format_name = pieces.work.format_name
     encoder = job.encoder(format_name)
     part = target.with_name(f"{target.name}.part")

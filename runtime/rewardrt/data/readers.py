@@ -1,11 +1,11 @@
-"""Rows of files, whatever their format: what a file is is seen by its first bytes, and not by its name.
+"""Read rows of files in any supported format, which is recognised by a file's first bytes, not by its name.
 
 | first bytes | read as |
 | --- | --- |
 | `PAR1`, `ARROW1`, ff ff ff ff | columns (`columns`): Parquet, Arrow's file and stream formats |
-| those of gzip and zstd | what is packed in it (`compression`) |
+| those of gzip and zstd | the decompressed contents (`compression`), as JSON |
 | `[` | the items of a JSON array (`arrays`) |
-| anything else | JSONL, or what `formats` says that it is |
+| anything else | JSONL, or refused as what `formats` recognises |
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from rewardrt.data.inputs import InputFile, find_inputs
 from rewardrt.data.lines import Line, read_line
 from rewardrt.errors import RewardRTError
 
-_MARK_ROWS = 64  # between two places whose share is known
+_MARK_ROWS = 64  # rows between two marks for the progress
 
 
 class Rows(Protocol):
-    """What a job reads: files, or a table."""
+    """What a job reads: the rows of files, or a table in memory. `schema` is pyarrow's, None for JSON."""
 
     files: Sequence[InputFile]
     schema: Any
@@ -39,14 +39,14 @@ class Rows(Protocol):
         """Yield the rows after the first `skip`."""
 
     def count(self) -> int:
-        """Return how many rows there are."""
+        """Return the number of rows."""
 
     def share(self, rows: float) -> float:
-        """Return which share of all, from 0 to 1, the first so many rows are, of those that were read."""
+        """Return the first `rows` rows as a share of all, from 0 to 1; estimated by bytes for rows already read."""
 
 
 class InMemory:
-    """A table that is read already."""
+    """The rows of a table in memory."""
 
     def __init__(self, table: Table) -> None:
         self.files: Sequence[InputFile] = (InputFile("the table", io.BytesIO, 0, ""),)
@@ -57,25 +57,25 @@ class InMemory:
         return table_lines(self._table, skip)
 
     def count(self) -> int:
-        """Return how many rows there are."""
+        """Return the number of rows."""
         return self._table.rows or 0
 
     def share(self, rows: float) -> float:
-        """Return which share of all the first so many rows are."""
+        """Return the first `rows` rows as a share of all, from 0 to 1."""
         return min(1.0, rows / max(1, self.count()))
 
 
 class RowReader:
-    """The rows of files, one file after the other. All have columns, of the same types, or none has."""
+    """The rows of several files in order. Either all files have columns, of the same types, or none has."""
 
     def __init__(self, files: Sequence[InputFile]) -> None:
-        """Look at how the files begin. Raises RewardRTError."""
-        # Of a folder, parts without rows are left out; a file alone is said to be empty.
+        """Read the beginning of each file to recognise its format. Raises RewardRTError."""
+        # Empty parts of a folder are left out; a single empty file is refused later.
         files = self.files = [file for file in files if file.size != 0] or files[:1]
         self.schema: Any = None  # pyarrow's, of files with columns
-        self._marks: list[tuple[int, float]] = []  # after so many rows, the share of the files by their sizes
+        self._marks: list[tuple[int, float]] = []  # number of rows read, share of the files' bytes
         self._pipe: Headed | None = None
-        if files[0].size is None:  # it is opened once
+        if files[0].size is None:  # a pipe can be opened only once
             self._pipe = Headed(files[0].open())
             if is_table(self._pipe.head):
                 raise RewardRTError(f"{files[0].name}: has columns; name the file: such a format is read from its end")
@@ -91,7 +91,7 @@ class RowReader:
     def lines(self, skip: int = 0) -> Iterator[Line]:
         """Yield the rows after the first `skip` of all files.
 
-        Raises RewardRTError where a file cannot be read on.
+        Raises RewardRTError if a file cannot be read.
         """
         row, done, whole = skip, 0, sum(file.size or 0 for file in self.files)
         self._marks = []
@@ -119,7 +119,7 @@ class RowReader:
             done += file.size or 0
 
     def count(self) -> int:
-        """Return how many rows the files have. Raises RewardRTError for standard input, which is read once."""
+        """Return the number of rows in the files. Raises RewardRTError for a pipe, which can be read only once."""
         if self._pipe is not None:
             raise RewardRTError(f"{self.files[0].name}: its rows are not counted before they are read; name a file")
         return sum(
@@ -128,7 +128,7 @@ class RowReader:
         )
 
     def share(self, rows: float) -> float:
-        """Return which share of all, from 0 to 1, the first so many rows are, of those that were read."""
+        """Return the first `rows` rows as a share of all, from 0 to 1, by the bytes of the files read so far."""
         after = bisect.bisect(self._marks, (int(rows), 2.0))
         return self._marks[after - 1][1] if after else 0.0
 
@@ -151,11 +151,11 @@ def _count_rows(table: Table) -> int:
 
 @dataclass
 class _Place:
-    """How far a file was read, for messages."""
+    """How far a file has been read, for messages."""
 
     word: str
     number: int = 0
-    bytes: int = 0  # as they are stored
+    bytes: int = 0  # as stored, before decompression
 
     def say(self) -> str:
         return f" after {self.word} {self.number}" if self.number else ""
@@ -164,19 +164,19 @@ class _Place:
 def _json_lines(stream: Headed | None, name: str, at: _Place, skip: int, alone: bool) -> Iterator[Line]:
     assert stream is not None
     unpacked_stream = unpacked(stream)
-    if not alone and not unpacked_stream.peek(1):  # of several files, one that holds nothing, packed
+    if not alone and not unpacked_stream.peek(1):  # one of several files, which is empty when decompressed
         return
     at.word, items = json_items(unpacked_stream, name)
     packed = stream.head.startswith((GZIP, ZSTD))
     for number, data in enumerate(items, 1):
         at.bytes = stream.count if packed else at.bytes + len(data) + (at.word == "item")
         at.number = number
-        if number > skip:  # the others are not even parsed
+        if number > skip:  # skipped rows are not parsed
             yield read_line(number, data, at.word)
 
 
 def json_items(stream: io.BufferedReader, name: str) -> tuple[str, Iterator[bytes]]:
-    """Return what the rows of a stream of JSON are called, and their bytes: lines, or items of an array."""
+    """Return what messages call the rows of a JSON stream, and their bytes: lines, or items of an array."""
     first = stream.readline(HEAD_BYTES)
     if begins_array(first, stream.peek(1)[:1] if first.startswith(b"[") else b""):
         return "item", array_items(stream, name, first)

@@ -1,8 +1,8 @@
-"""What of the scored rows is kept, and which rows are put together before: a data filter.
+"""Which of the scored rows are kept, and which input rows are joined before: a data filter.
 
-`--group-by FIELD` makes one row with `responses` of rows that follow each other with the same FIELD. The prompt and
-what goes with it stay; of every other field the row has a list, with a value for each answer. Where the best answer is
-kept, its own row comes out again.
+`--group-by FIELD` joins consecutive rows with the same FIELD into one row with `responses`. The prompt and the fields
+that belong to it stay as they are. Every other field becomes a list with one value for each answer. If only the best
+answer is kept (`--best`), its own input row is written.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from rewardrt.data.lines import Line
 from rewardrt.errors import RewardRTError, RowError
 from rewardrt.scoring.scored import ScoredAnswers, ScoredPair, ScoredRow, error_row, scores_of, with_scores
 
-# What answers of one group share; all else is each answer's own.
+# Fields that the answers of a group share; every other field belongs to one answer.
 SHARED = ("prompt", "messages", "tools", "documents", "chat_template_kwargs", "instruction")
-_OF_SEVERAL = ("best", "rewards", "comparisons")  # what an earlier run added to a row of several answers
-MOST_ANSWERS = 10_000  # of one group, whose texts are scored in one call
+_OF_SEVERAL = ("best", "rewards", "comparisons")  # fields that an earlier run added to a row of several answers
+MOST_ANSWERS = 10_000  # answers of one group, which are all scored in one call
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A row that is written: where it comes from, which of its answers, and its scores, or its `error`.
+    """A row to write: its input line, the indices of the chosen answers, and its scores or its `error`.
 
-    No answers are chosen where the row stays as it is.
+    `chosen` is empty if the row stays as it is.
     """
 
     line: Line
@@ -38,7 +38,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of a scored row: the rows that are written, none where it is left out, and how it counts."""
+    """The outcome for a scored row: the rows to write (none if it is left out), and its result for the summary."""
 
     kept: tuple[Kept, ...]
     outcome: ScoredRow | RewardRTError
@@ -46,7 +46,11 @@ class Settled:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which answers of a row with several are kept, and which rows. `group_by` names a field of the input."""
+    """Which answers of a row with several are kept, and which rows. `group_by` names a field of the input.
+
+    `best` keeps the best answer, `top` the best few, and `min_margin` the rows whose best answer is at least this much
+    above the second (or chosen above rejected).
+    """
 
     best: bool = False
     top: int | None = None
@@ -54,7 +58,7 @@ class Selection:
     group_by: str | None = None
 
     def settle(self, line: Line, result: ScoredRow | RewardRTError, labels: Sequence[str]) -> Settled:
-        """Return what is written of a row. `labels` name the objectives, where they are written."""
+        """Return what to write for a row. `labels` name the objectives, if they are to be written."""
         if isinstance(result, RewardRTError):
             return self._failed(line, result)
         try:
@@ -64,12 +68,12 @@ class Selection:
         if chosen is None:
             return Settled((), result)
         scores = self._scores(scores_of(result, labels), chosen)
-        if chosen and self.best and line.members:  # its own row, as it was
+        if chosen and self.best and line.members:  # write the best answer's own input row
             return Settled((Kept(line.members[chosen[0]], (), scores),), result)
         return Settled((Kept(line, chosen, scores),), result)
 
     def fields(self, kept: Kept) -> dict[str, Any]:
-        """Return a row of JSON as it is written: its own fields, of the chosen answers, and their scores."""
+        """Return a JSON row to write: its own fields, reduced to the chosen answers, and their scores."""
         row, chosen = kept.line.fields, kept.chosen
         if "error" in kept.scores:
             return error_row(row, kept.scores["error"])
@@ -86,13 +90,13 @@ class Selection:
         return with_scores(reordered, kept.scores)
 
     def _failed(self, line: Line, error: RewardRTError) -> Settled:
-        apart = line.members if self.best else ()  # of a group, whose best one would have been a row of its own
+        apart = line.members if self.best else ()  # with --best, each row of a failed group gets the error
         return Settled(tuple(Kept(each, (), {"error": str(error)}) for each in apart or (line,)), error)
 
     def _choose(self, scored: ScoredRow) -> tuple[int, ...] | None:
-        """Return the answers of a row that are kept, best first, or () where the row stays as it is; None: it is not.
+        """Return the answers to keep, best first; () if the row stays as it is, None if it is left out.
 
-        Raises RowError for a row of one answer where a margin is asked for.
+        Raises RowError if a margin is required and the row has only one answer.
         """
         if self.min_margin is not None and not np.float32(_margin(scored)) >= np.float32(self.min_margin):
             return None
@@ -102,7 +106,7 @@ class Selection:
         return tuple(order[: 1 if self.best else self.top])
 
     def _scores(self, scores: dict[str, Any], chosen: tuple[int, ...]) -> dict[str, Any]:
-        """Return the scores of the chosen answers; of the best one alone as those of a row with one answer."""
+        """Return the scores of the chosen answers; with `best`, in the form of a row with one answer."""
         if not chosen:
             return scores
         if self.best:
@@ -111,7 +115,7 @@ class Selection:
         return {name: _reordered(name, value, chosen) for name, value in scores.items()}
 
     def is_own(self, name: str) -> bool:
-        """Return whether a field is each answer's own, in a row that was put together."""
+        """Return whether a field belongs to each answer, in a row that was joined from several."""
         return name not in (*SHARED, self.group_by)
 
 
@@ -136,13 +140,13 @@ def _margin(scored: ScoredRow) -> float:
 
 
 def grouped_lines(lines: Iterator[Line], selection: Selection) -> Iterator[Line]:
-    """Yield a line for each group of rows, with the rows as its members; a row that has no group by itself, after it.
+    """Yield one line for each group of rows, with the rows as its members, then each row without a group.
 
-    Raises RewardRTError for rows of one group that other rows stand between, and for a group that is too large.
+    Raises RewardRTError if other rows stand between the rows of one group, or if a group is too large.
     """
     assert selection.group_by is not None
     members: list[Line] = []
-    others: list[Line] = []  # rows without a group, that came after the first of the members
+    others: list[Line] = []  # rows without a group that came after the first member
     seen: set[int] = set()
     last: str | None = None
 
@@ -182,7 +186,7 @@ def _key(line: Line, name: str) -> str | RowError:
 
 
 def _joined(members: list[Line], selection: Selection) -> Line:
-    """Return the row of a group: its prompt, the answers as `responses`, and lists of all else."""
+    """Return the row of a group: the shared fields, the answers as `responses`, and lists of the other fields."""
     rows = [line.row for line in members if not isinstance(line.row, RowError)]
     first = members[0]
     size = sum(line.bytes for line in members)

@@ -1,4 +1,4 @@
-"""A contiguous part of the rows, cut where one prompt ends and the next begins, so that prefixes stay together."""
+"""Contiguous parts of the rows, cut between prompts, so that the rows of one prompt stay together for prefix reuse."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rewardrt.errors import RewardRTError
 
 
 def shard_bounds(reader: Rows, shard: int, shards: int, group_by: str = "") -> tuple[int, int]:
-    """Return the first row of the `shard`-th of `shards` parts, from 1, and the row after its last.
+    """Return the first row of the `shard`-th of `shards` parts, counted from 1, and the row after its last.
 
-    Each of the parts has about as many rows as the others; together they are all rows, in their order.
+    The parts have about equal numbers of rows; together they are all rows in order.
     """
     total = reader.count()
     return tuple(_cut(reader, part, shards, total, group_by) for part in (shard - 1, shard))  # type: ignore[return-value]
 
 
 def piece_bounds(reader: Rows, rows: int, group_by: str = "") -> list[tuple[int, int]]:
-    """Return the bounds of pieces of at least so many rows each, but for the last; the rows are read once for it."""
+    """Return the bounds of pieces of at least `rows` rows each, except the last. This reads all rows once."""
     cuts, row, before = [0], 0, None
     for line in reader.lines():
         if row >= cuts[-1] + rows - 1:
@@ -34,7 +34,7 @@ def piece_bounds(reader: Rows, rows: int, group_by: str = "") -> list[tuple[int,
 
 
 def read_shard(text: str) -> tuple[int, int]:
-    """Return the numbers of `3/8`, or raise RewardRTError."""
+    """Return the two numbers of a text such as `3/8`, or raise RewardRTError."""
     first, _, second = text.partition("/")
     if first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second):
         return int(first), int(second)
@@ -42,7 +42,7 @@ def read_shard(text: str) -> tuple[int, int]:
 
 
 def _cut(reader: Rows, part: int, parts: int, total: int, group_by: str) -> int:
-    """Return the row where a part begins: the first of a prompt."""
+    """Return the row at which a part begins, which is the first row of a prompt."""
     row = part * total // parts
     if row in (0, total):
         return row
@@ -58,16 +58,16 @@ def _cut(reader: Rows, part: int, parts: int, total: int, group_by: str) -> int:
 
 
 def _begins(prompt: str | None, before: str | None, group_by: str) -> bool:
-    """Return whether rows may be cut before one. A row without a group may stand between those of one group."""
+    """Return whether a part may begin at a row. With `group_by`, rows without a group may stand inside a group."""
     if group_by:
         return prompt is not None and before is not None and prompt != before
     return prompt is None or prompt != before
 
 
 def prompt_of(line: Line, group_by: str) -> str | None:
-    """Return what rows of one prompt have in common, None for a row that is alone.
+    """Return a text that is equal for rows of one prompt; None for a row that belongs to no other.
 
-    That is the field `group_by`, or without one the prompt, or the messages before the answer.
+    It is made from the field `group_by`, or else from the prompt or the messages before the answer.
     """
     row = line.fields
     value: Any = row.get(group_by) if group_by else row.get("prompt") or row.get("messages")

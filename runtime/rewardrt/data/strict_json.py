@@ -1,8 +1,8 @@
-"""The one reader of JSON that comes from outside: lines of files and bodies of requests.
+"""The only reader of JSON from outside: lines of files and bodies of requests.
 
-Python's own reader takes numbers that JSON does not have, and recurses for every level. What is allowed is decided
-here, before anything is built: levels, and for a server how many values there may be, because each costs far more
-memory and time than its bytes.
+Python's own reader accepts numbers that JSON does not have, and recurses for every level of nesting. This module checks
+limits before anything is built: the levels of nesting, and for a server the number of values, because each value costs
+far more memory and time than its bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from rewardrt.errors import RowError
 
-MAX_LEVELS = 128  # of objects and lists inside each other; what recurses over them stays far from Python's own limit
+MAX_LEVELS = 128  # nested objects and lists; code that recurses over them stays far below Python's recursion limit
 _TOO_DEEP = "nested too deeply; expected a JSON object of fewer levels"
 _TOO_MANY_DIGITS = "holds an integer of too many digits; write it as a string"
 _BETWEEN = re.compile(rb'[^"\[\]{}]+')
@@ -25,18 +25,21 @@ _OPEN, _CLOSE = frozenset(b"[{"), frozenset(b"]}")
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much one document may hold. `nodes` are strings, objects and lists; `numbers` are the other values."""
+    """How much one document may contain.
+
+    `nodes` counts strings, objects and lists; `numbers` counts the other values.
+    """
 
     nodes: int
     numbers: int
 
 
 class TooManyValuesError(RowError):
-    """A document over its bounds; a part of it may be read."""
+    """A document exceeds its bounds; a smaller part of it could be read."""
 
 
 def read_json(data: bytes, bounds: Bounds | None = None) -> Any:
-    """Return the value of a JSON document in UTF-8, or raise RowError that says what is wrong with it."""
+    """Return the value of a JSON document in UTF-8, or raise RowError saying what is wrong with it."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -49,14 +52,14 @@ def read_json(data: bytes, bounds: Bounds | None = None) -> Any:
         raise RowError(f"not JSON ({error.msg} at character {error.pos + 1}); expected a JSON object") from None
     except ValueError:  # Python's limit on the digits of an integer
         raise RowError(_TOO_MANY_DIGITS) from None
-    except RecursionError:  # a caller that was already deep
+    except RecursionError:  # the caller was already deep in the stack
         raise RowError(_TOO_DEEP) from None
 
 
 def _scan(data: bytes, bounds: Bounds | None) -> None:
-    """Raise RowError for a document over the bounds; stops where it cannot be JSON, which its reader then says.
+    """Raise RowError for a document over the bounds; stop where it is not JSON, which `json.loads` then reports.
 
-    A step is a string, a bracket or what lies between them, so other threads are let in often.
+    Each step handles one string, one bracket or the bytes between them, so other threads often get to run.
     """
     levels = nodes = numbers = at = 0
     while at < len(data):
@@ -88,7 +91,7 @@ def _scan(data: bytes, bounds: Bounds | None) -> None:
 
 
 def _string_end(data: bytes, start: int) -> int:
-    """Return where a string ends that begins before `start`; -1 where it does not."""
+    """Return the offset after the end of the string whose contents begin at `start`; -1 if it does not end."""
     at = start
     while (at := data.find(_QUOTE, at)) >= 0:
         escapes = at

@@ -1,4 +1,4 @@
-"""Scored rows of files with columns: the input's own columns as they are, and the rewards after them as float32."""
+"""Scored rows of files with columns: the input's own columns unchanged, then the rewards as float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rewardrt.scoring.scored import ScoredRow
 
 
 class TableEncoder:
-    """Record batches of pyarrow, packed as a stream: rows of one schema, whatever became of each."""
+    """Encodes scored rows as packed pyarrow tables of one fixed schema, whether rows succeed or fail."""
 
     def __init__(
         self,
@@ -28,7 +28,10 @@ class TableEncoder:
         aggregated: bool,
         rename: Callable[[str], str],
     ) -> None:
-        """Take the input's schema, under the names of the row contract, which `rename` makes the user's own again."""
+        """Take the input's schema, with its columns under the names of the row contract.
+
+        `rename` turns these names back into the user's own.
+        """
         pa = import_pyarrow("columns")
         self._labels, self._selection, self._rename = tuple(labels), selection, rename
         self._grouped = selection.group_by is not None
@@ -45,7 +48,7 @@ class TableEncoder:
             aggregated=aggregated,
         )
         own = [field for field in schema if field.name not in self._added]
-        # Of rows with one answer and rows with several, the best one stands where the one does.
+        # If rows may have one answer or several, the best of several is written to the column of the single answer.
         self._both = selection.best and not self._grouped and {"response", "responses"} <= set(schema.names)
         own = [field for field in own if not (self._both and field.name == "responses")]
         self._own = [field.name for field in own]
@@ -66,7 +69,7 @@ class TableEncoder:
     def __call__(
         self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary
     ) -> list[bytes]:
-        """Return the rows that are kept, as one packed table, or nothing."""
+        """Return the rows that are kept as one packed table, or nothing."""
         try:
             table = self.table(lines, results, summary)
             return [pack_table(table)] if table is not None else []
@@ -77,7 +80,7 @@ class TableEncoder:
             ) from error
 
     def table(self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary) -> Any:
-        """Return the rows that are kept as a table of pyarrow, None where there is none."""
+        """Return the rows that are kept as a pyarrow table, or None if there are none."""
         kept: list[Kept] = []
         for line, result in zip(lines, results, strict=True):
             settled = self._selection.settle(line, result, self._labels)
@@ -96,7 +99,7 @@ class TableEncoder:
         return pa.Table.from_arrays(columns, schema=self.schema)
 
     def _rows(self, kept: Sequence[Kept]) -> list[Any]:
-        """Return the columns of rows that come out as rows, of which lists of answers may have been chosen from."""
+        """Return the columns of rows that are written as rows; lists of answers are reduced to the chosen ones."""
         pa = import_pyarrow("columns")
         table = rows_of([each.line for each in kept])
         columns = []
@@ -117,7 +120,7 @@ class TableEncoder:
         return [answers[index] for index in each.chosen] if each.chosen else answers
 
     def _lists(self, kept: Sequence[Kept]) -> list[Any]:
-        """Return the columns of groups: of what answers share the first row's, of all else lists."""
+        """Return the columns of groups: shared fields from the first row, lists of all other fields."""
         pa = import_pyarrow("columns")
         members = [member for each in kept for member in each.line.members]
         table = rows_of(members)
@@ -143,7 +146,10 @@ class TableEncoder:
 def score_types(
     *, single: bool, ranking: bool, pair: bool, spec: Spec, labels: Sequence[str], aggregated: bool
 ) -> dict[str, Any]:
-    """Return pyarrow's types of what scoring adds to rows of these shapes; with several shapes, `tokens` are lists."""
+    """Return the pyarrow types of the fields that scoring adds to rows of these shapes.
+
+    With rows of several answers, `tokens`, `truncated` and `objectives` are lists.
+    """
     pa = import_pyarrow("columns")
     number, count = pa.float32(), pa.int32()
     types: dict[str, Any] = {}

@@ -1,1 +1,1 @@
-"""How good a reward model is: benchmarks as they are distributed, numbers with their doubt, a report."""
+"""How good a reward model is: published benchmarks, scores with confidence intervals, a report."""

@@ -1,4 +1,4 @@
-"""Files of no benchmark in particular: pairs, and prompts with several answers of which some are right."""
+"""Files of no particular benchmark: pairs, and prompts with several answers of which some are right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLAGS = "expected a list of true and false, one for each of responses, or the in
 
 
 def read_pair(row: dict[str, Any], file: str) -> Question:
-    """Return the question of a row with `chosen` and `rejected`; its subset is `subset`, where it has one."""
+    """Return the question of a row with `chosen` and `rejected`; the field `subset`, if present, names its subset."""
     prompt = prompt_of(row) if row.get("prompt") is not None or row.get("messages") is not None else {}
     asked = _others(row) | prompt | {"chosen": row.get("chosen"), "rejected": row.get("rejected")}
     unit = unit_of(next(iter(prompt.values()), None) or _before_last(row.get("chosen")))
@@ -25,7 +25,7 @@ def read_pair(row: dict[str, Any], file: str) -> Question:
 
 
 def _others(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that are no answers and no prompt: what would change the text is rendered or refused."""
+    """Return the fields that are neither prompt nor answers; those that change the text are rendered or refused."""
     return {name: value for name, value in row.items() if name not in INPUT_FIELDS}
 
 
@@ -34,7 +34,7 @@ def _before_last(turns: object) -> object:
 
 
 def read_lists(row: dict[str, Any], file: str) -> Question:
-    """Return the question of a row with lists of strings `chosen` and `rejected`, all of them answers to one prompt."""
+    """Return the question of a row whose `chosen` and `rejected` are lists of answers to one prompt."""
     right, wrong, prompt = texts_of(row, "chosen"), texts_of(row, "rejected"), prompt_of(row)
     if not right or not wrong:
         raise RowError(f"{len(right)} chosen and {len(wrong)} rejected: expected at least one of each")
@@ -71,20 +71,20 @@ def read_best(row: dict[str, Any], file: str) -> Question:
 
 
 def measure_pairs(results: Results) -> Measures:
-    """Return the share of pairs whose chosen answer has the higher reward; equal rewards are not right.
+    """Return the share of pairs whose chosen answer has the higher reward; equal rewards count as wrong.
 
-    So RewardBench counts (`rewardbench/rewardbench.py` and `scripts/run_rm.py`: `chosen > rejected`).
+    RewardBench counts the same way (`rewardbench/rewardbench.py` and `scripts/run_rm.py`: `chosen > rejected`).
     """
     credit = above(results)
     return Measures(of_all(credit) | by_subset(results, credit), nothing, credit, tied(results))
 
 
 def measure_best(results: Results) -> Measures:
-    """Return how often the answer with the highest reward is a right one, of the prompts with both kinds.
+    """Return how often the answer with the highest reward is right, over prompts with right and wrong answers.
 
-    Answers that share the highest reward share the credit: c right ones of t count c / t, which is what a pick among
-    them gets on average. Of all prompts, those with one kind too, are further: how often the picked answer is right
-    (best of n), how often one that is drawn blindly, and how often the best there is.
+    If t answers share the highest reward and c of them are right, the credit is c / t, the expected result of picking
+    one of them. The parts are computed over all prompts, including those with only right or only wrong answers: how
+    often the picked answer is right (best of n), how often a randomly drawn one is, and how often any answer is.
     """
     picked, every = shared(results), np.ones(results.rows, dtype=bool)
     share = results.sums(results.right) / np.maximum(1, np.diff(results.starts))

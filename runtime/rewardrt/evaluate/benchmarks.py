@@ -1,4 +1,4 @@
-"""The table of benchmarks, one row each: a file is of the first whose fields half of its first rows have."""
+"""The table of benchmarks, in the order in which a file's layout is tried (see `layouts.recognise`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The charts of a report, as SVG to be put into a page: the page's own colours, light and dark, and its own letters.
+"""The charts of a report, as SVG elements in the colours and the font of the page, light or dark.
 
-The one home of matplotlib, which is the extra `report`. Charts are as wide as a telephone, so that their words can be
-read there. What a chart shows is in the data beside the page.
+Only this module imports matplotlib, which comes with the extra `report`. Charts are as wide as a telephone's screen, so
+that their labels can be read there. The data of each chart is in the report's JSON file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from rewardrt.errors import MissingExtraError
 from rewardrt.evaluate.evaluation import Evaluation, Number
 from rewardrt.evaluate.statistics import Calibration
 
-WIDTH = 4.5  # inches of 72 units
+WIDTH = 4.5  # inches, of 72 SVG units each
 MOST_BARS = 40
-_INK, _MUTED, _GRID, _RIGHT, _WRONG = "#000101", "#000102", "#000103", "#000104", "#000105"  # none of them is seen
+_INK, _MUTED, _GRID, _RIGHT, _WRONG = "#000101", "#000102", "#000103", "#000104", "#000105"  # placeholders
 _NAMES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _RIGHT: "right", _WRONG: "wrong"}
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -50,7 +50,7 @@ _STYLE: Any = {
 
 
 def require_matplotlib() -> None:
-    """Raise MissingExtraError where matplotlib is not installed."""
+    """Raise MissingExtraError if matplotlib is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -58,7 +58,7 @@ def require_matplotlib() -> None:
 
 
 def by_subset(evaluation: Evaluation) -> str | None:
-    """Draw the scores of sections, subsets and of what --by tells apart, with their intervals; None of one alone."""
+    """Draw the scores of sections, subsets and values of --by, with intervals; None if there are fewer than two."""
     shown = [each for each in evaluation.numbers if each.level in ("overall", "section", "subset", "by")]
     shown = [each for each in shown if each.value is not None][:MOST_BARS]
     if len(shown) < 2:
@@ -80,7 +80,7 @@ def by_subset(evaluation: Evaluation) -> str | None:
 
 
 def rewards(evaluation: Evaluation) -> str | None:
-    """Draw how rewards of right and wrong answers (or steps) are spread."""
+    """Draw the distributions of the rewards of right and wrong answers (or steps)."""
     found = evaluation.rewards
     if found is None:
         return None
@@ -99,7 +99,7 @@ def rewards(evaluation: Evaluation) -> str | None:
 
 
 def margins(evaluation: Evaluation) -> str | None:
-    """Draw how the margins between a right and a wrong answer are spread."""
+    """Draw the distribution of the margins between right and wrong answers."""
     found = evaluation.margins
     if found is None:
         return None
@@ -119,7 +119,7 @@ def margins(evaluation: Evaluation) -> str | None:
 
 
 def lengths(evaluation: Evaluation) -> str | None:
-    """Draw rewards against lengths, with the medians of ten parts of equally many answers."""
+    """Draw rewards against lengths, with the medians of ten groups of equally many answers."""
     points = evaluation.points
     if not points or len({tokens for tokens, _, _ in points}) < 2:
         return None
@@ -144,7 +144,7 @@ def lengths(evaluation: Evaluation) -> str | None:
 
 
 def calibration(evaluation: Evaluation) -> str | None:
-    """Draw how often the higher reward is right against what its margin promises."""
+    """Draw how often the answer with the higher reward is right, against the sigmoid of the margin."""
     found = evaluation.calibration
     if found is None:
         return None
@@ -162,7 +162,7 @@ def calibration(evaluation: Evaluation) -> str | None:
 
 
 def objectives(evaluation: Evaluation) -> str | None:
-    """Draw the score of each objective, were it the reward."""
+    """Draw the score of each objective if it were the reward."""
     shown = [each for each in evaluation.objectives if each.score is not None][:MOST_BARS]
     if not shown:
         return None
@@ -199,12 +199,12 @@ def _short(name: str) -> str:
 
 
 def _svg(name: str, draw: Callable[[Any], None], *, height: float = 3.1) -> str:
-    """Return a figure as an svg element that may stand in a page beside others."""
+    """Return a figure as an svg element that can be put into a page with others."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the page's letters are the reader's own
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser's fonts draw the text
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure.add_subplot())
         buffer = io.StringIO()
@@ -213,12 +213,12 @@ def _svg(name: str, draw: Callable[[Any], None], *, height: float = 3.1) -> str:
 
 
 def _themed(svg: str) -> str:
-    """Return an svg element without its preamble, whose colours are the page's and whose names are nobody's."""
+    """Return an svg element without preamble, with the page's colours and without ids that could clash."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     for color, name in _NAMES.items():
         svg = svg.replace(color, f"var(--{name})")
-    # Its size is the page's to say: the viewBox keeps the shape.
+    # The page decides the size; the viewBox keeps the proportions.
     svg = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 xmlns:xlink="http://www.w3.org/1999/xlink">', svg)
     return svg.strip()

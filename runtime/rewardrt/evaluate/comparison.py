@@ -1,4 +1,4 @@
-"""Two sets of rewards of the same rows, side by side."""
+"""Compare two sets of rewards for the same rows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rewardrt.evaluate.results import Results
 from rewardrt.evaluate.scoring import Scores
 from rewardrt.evaluate.statistics import RESAMPLES, interval, kendall, paired_p, resampled, same_order
 
-FLIPPED = 50  # rows that are listed
+FLIPPED = 50  # most rows that are listed
 
 
 @dataclass(frozen=True)
 class Flip:
-    """A row that counts more or less with the other rewards: its place among the rows, and its credit with both."""
+    """A row that counts more or less with the other rewards: its number, and its credit with both."""
 
     row: int
     id: str
@@ -27,11 +27,12 @@ class Flip:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One set of rewards beside another, on the rows that have both.
+    """One set of rewards compared with another, on the rows that have both.
 
-    `agreement` is the share of the pairs of answers to one prompt (of steps: of rows) that both judge alike, `tau`
-    Kendall's tau-b of all rewards, `difference` the score less the other's, with its interval, `p` of the paired test,
-    `better` and `worse` the rows that count more here, or there; `largest` is the largest difference of two rewards.
+    `agreement` is the share of pairs of answers to one prompt (for steps: of rows) that both judge alike. `tau` is
+    Kendall's tau-b of all rewards. `difference` is the score minus the other score, with the interval `low` to `high`,
+    and `p` is the p value of the paired test. `better` and `worse` count the rows with more credit here, or there.
+    `largest` is the largest absolute difference of two rewards.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Comparison:
 
 
 def compare(scores: Scores, other: Results, name: str, *, resamples: int = RESAMPLES) -> Comparison:
-    """Compare the rewards of scored rows with others of the same rows; those that one of the two lacks are left out."""
+    """Compare the rewards of scored rows with others for the same rows; rows that lack one of the two are left out."""
     both = np.intersect1d(scores.results.positions, other.positions)
     first = scores.results.only(np.isin(scores.results.positions, both))
     second = other.only(np.isin(other.positions, both))
@@ -80,7 +81,7 @@ def compare(scores: Scores, other: Results, name: str, *, resamples: int = RESAM
         p=paired_p(ours.credit, theirs.credit, first.units),
         better=int((difference > 0).sum()),
         worse=int((difference < 0).sum()),
-        # As float32, of which rewards of before are decimals.
+        # In float32, because earlier rewards are decimals of float32 numbers.
         largest=float(np.abs(np.float32(first.rewards) - np.float32(second.rewards)).max(initial=0.0)),
         flips=[
             Flip(int(first.positions[row]), first.ids[row], float(ours.credit[row]), float(theirs.credit[row]))

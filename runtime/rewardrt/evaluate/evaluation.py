@@ -1,4 +1,4 @@
-"""An evaluation: every number of one benchmark with its interval, and what the report draws. All of it becomes JSON."""
+"""An evaluation: all numbers of one benchmark with their intervals, and the data of the report's charts, as JSON."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from rewardrt.evaluate.statistics import (
 )
 from rewardrt.evaluate.subject import Subject
 
-BINS = 40  # of a histogram
-SAMPLE = 1200  # answers that are drawn as points
+BINS = 40  # most bins of a histogram
+SAMPLE = 1200  # most answers that are drawn as points
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a benchmark, and between what it lies in 95 of 100 bootstrap samples. None: there is none.
+    """A number of a benchmark, with the bounds of its 95% bootstrap interval; None if it does not exist.
 
-    `rows` are those that it is made of, `ties` those of them whose best right and wrong answers are equal.
+    `rows` is the number of rows behind it, and `ties` how many of them have equal best right and best wrong answers.
     """
 
     level: str
@@ -50,7 +50,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values lie between two edges; `right` and `wrong` are the two kinds of answers."""
+    """The number of values between each two edges, for right and for wrong answers."""
 
     edges: list[float]
     right: list[int]
@@ -59,7 +59,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Objective:
-    """One of the values that the reward is made of, taken for the reward: its score, and means of answers."""
+    """One of the model's objectives, used as the reward: its score, and its means over right and wrong answers."""
 
     name: str
     score: float | None
@@ -69,23 +69,23 @@ class Objective:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that is said of one benchmark."""
+    """Everything reported about one benchmark."""
 
     benchmark: str
     title: str
     asks_for: str
-    files: dict[str, str]  # names, and SHA-256
+    files: dict[str, str]  # name -> SHA-256
     rows: int
     scored: int
     failed: int
-    undecided: int  # rows that have answers of one kind only
+    undecided: int  # rows with only right or only wrong answers
     prompts: int
     texts: int
     tokens: int
     truncated_texts: int
     truncated_tokens: int
     ties: int
-    unread: dict[str, int]  # fields of text that nothing read: in how many rows
+    unread: dict[str, int]  # text fields that are not read -> number of rows with them
     threshold: float | None
     by: str
     numbers: list[Number]
@@ -101,12 +101,12 @@ class Evaluation:
 
     @property
     def score(self) -> Number:
-        """The number that is quoted."""
+        """The overall score, the number that is usually quoted."""
         return next(number for number in self.numbers if number.level == "overall")
 
 
 def evaluate(scores: Scores, subject: Subject, *, by: str = "", resamples: int = RESAMPLES) -> Evaluation:
-    """Make an evaluation of scored rows."""
+    """Return the evaluation of scored rows."""
     results, steps = scores.results, scores.layout.asks_for == "steps"
     measures = _with_by(scores.layout.measure(results), results, by)
     margins = np.zeros(0) if steps else margins_of(results)
@@ -162,7 +162,7 @@ def card_line(evaluation: Evaluation, subject: Subject, version: str) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """Return dataclasses as what JSON has; null stands for what is no number."""
+    """Convert dataclasses to JSON types; NaN and infinity become null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {each.name: as_json(getattr(value, each.name)) for each in dataclasses.fields(value)}
         return fields
@@ -208,7 +208,7 @@ def _numbers(measures: Measures, results: Results, resamples: int) -> list[Numbe
 
 
 def _where(key: Key, measures: Measures, results: Results) -> Flags | None:
-    """Return the rows that a number is made of; None of a section, which weighs its subsets."""
+    """Return the rows behind a number; None for a section, which is a weighted mean of subsets."""
     if key in measures.means:
         return measures.means[key].where
     if key.level == "overall":
@@ -217,16 +217,16 @@ def _where(key: Key, measures: Measures, results: Results) -> Flags | None:
 
 
 def _right_steps(results: Results) -> Flags:
-    """Return which steps are before the first wrong one, or in a solution without one, [m]."""
+    """Return [m] bool: which steps come before the first wrong one, or in a solution without one."""
     place = np.arange(len(results.rewards)) - results.starts[:-1][results.row_of]
     label = results.labels[results.row_of]
     return np.asarray((label < 0) | (place < label))
 
 
 def _histogram(values: Floats, right: Flags, *, around: bool = False) -> Histogram | None:
-    """Return a histogram of the middle 99%; what lies beyond is in the outermost bins.
+    """Return a histogram of the middle 99% of the values; the outermost bins also count what lies beyond.
 
-    Where values are `around` 0, it is an edge.
+    With `around`, the bins are symmetric, and 0 is an edge.
     """
     if not len(values):
         return None
@@ -260,7 +260,7 @@ def _objectives(scores: Scores, labels: Sequence[str]) -> list[Objective]:
 
 
 def _hashes(files: Sequence[InputFile]) -> dict[str, str]:
-    """Return the SHA-256 of files by their names without folders, where these tell them apart."""
+    """Return the SHA-256 of files by name, without folders if the names are unique."""
     names = [PurePath(file.name).name for file in files]
     apart = len(set(names)) == len(names)
     return {name if apart else file.name: sha256_of(file) for name, file in zip(names, files, strict=True)}

@@ -1,4 +1,4 @@
-"""What a row of a benchmark is: how its layout is recognised, and the question that a model is asked with it."""
+"""What a row of a benchmark contains: recognise its layout, and turn the row into a question for the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rewardrt.errors import RewardRTError, RowError
 from rewardrt.evaluate.measures import Measures
 from rewardrt.evaluate.results import Results
 
-LOOKED_AT = 20  # the first rows of a file, which tell its layout
+LOOKED_AT = 20  # number of first rows of a file by which its layout is recognised
 ID_CHARACTERS = 64
 
 
@@ -20,10 +20,10 @@ ID_CHARACTERS = 64
 class Question:
     """One row of a benchmark: what is scored, and which of the answers are right.
 
-    `row` is a row of the row contract with several answers, or with steps. `right` says of each answer, in the order of
-    the row, whether it is a right one; of steps it is (). `label` is the index of the first wrong step, -1 where every
-    step is right, and -1 of answers. `subset` is "" where a benchmark has none. Rows of one `unit` have the same
-    prompt: they are drawn together when an interval is made.
+    `row` follows the row contract, with several answers or with steps. `right` says for each answer, in order, whether
+    it is right; it is () for steps. For steps, `label` is the index of the first wrong one, or -1 if every step is
+    right; for answers it is -1. `subset` is "" if a benchmark has no subsets. Rows with the same `unit` have the same
+    prompt; the bootstrap draws them together.
     """
 
     row: dict[str, Any]
@@ -36,14 +36,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Need:
-    """A field that a layout needs: its name, and what it holds, of which `_HOLDS` knows the meaning."""
+    """A field that a layout requires: its name, and the kind of value it holds, a key of `_HOLDS`."""
 
     name: str
     holds: str = "text"
-    among: frozenset[str] = frozenset()  # where not empty, the values that it may have
+    among: frozenset[str] = frozenset()  # the allowed values, unless empty
 
     def met(self, row: dict[str, Any]) -> bool:
-        """Return whether a row has such a field."""
+        """Return whether a row has such a field with a value of the right kind."""
         value = row.get(self.name)
         return value is not None and _HOLDS[self.holds](value) and (not self.among or value in self.among)
 
@@ -54,10 +54,10 @@ class Need:
 
 @dataclass(frozen=True)
 class Layout:
-    """One benchmark, or kind of file: a row of the table in `benchmarks`.
+    """One benchmark, or one kind of file: an entry of the table in `benchmarks`.
 
-    `read` makes a question of a row and the name of its file without its ending, or raises RowError. `measure` makes
-    numbers of what became of the rows. `asks_for` says whether answers are rewarded, or the steps of one.
+    `read` makes a question from a row and its file's name without the ending, or raises RowError. `measure` computes
+    numbers from the scored rows. `asks_for` says whether answers are rewarded, or the steps of one answer.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Layout:
     needs_one_of: tuple[Need, ...] = ()
 
     def lacks(self, row: dict[str, Any]) -> list[str]:
-        """Return what a row would have to have, and has not."""
+        """Return the required fields that a row lacks, in words."""
         missing = [str(need) for need in self.needs if not need.met(row)]
         if self.needs_one_of and not any(need.met(row) for need in self.needs_one_of):
             missing.append(" or ".join(map(str, self.needs_one_of)))
@@ -77,7 +77,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """How many fields it needs."""
+        """The number of required fields."""
         return len(self.needs) + bool(self.needs_one_of)
 
 
@@ -116,9 +116,10 @@ _WORDS = {
 
 
 def recognise(rows: Sequence[dict[str, Any]], layouts: Iterable[Layout], name: str) -> Layout:
-    """Return the first of the layouts that half of the rows of a file have, or else the one that most have.
+    """Return the first layout that fits at least half of a file's rows, or else the one that fits most.
 
-    `name` is that of the file. Raises RewardRTError where no row has any, with the nearest and what it needs besides.
+    `name` is the file's name. Raises RewardRTError if no row fits any layout; the message names the nearest layout and
+    the fields that it also needs.
     """
     known = list(layouts)
     fits = [sum(not layout.lacks(row) for row in rows) for layout in known]
@@ -149,7 +150,7 @@ def prompt_of(row: dict[str, Any], name: str = "prompt") -> dict[str, Any]:
 
 
 def texts_of(row: dict[str, Any], name: str) -> list[str]:
-    """Return the strings of a list. Raises RowError."""
+    """Return a field that is a list of strings. Raises RowError."""
     value = row.get(name)
     if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
         raise RowError(f"{name}: expected a list of strings, found {type(value).__name__}")
@@ -157,7 +158,7 @@ def texts_of(row: dict[str, Any], name: str) -> list[str]:
 
 
 def text_of(row: dict[str, Any], name: str) -> str:
-    """Return a string. Raises RowError."""
+    """Return a field that is a string. Raises RowError."""
     value = row.get(name)
     if not isinstance(value, str):
         raise RowError(f"{name}: expected a string, found {type(value).__name__}")
@@ -165,7 +166,7 @@ def text_of(row: dict[str, Any], name: str) -> str:
 
 
 def number_of(row: dict[str, Any], name: str) -> int:
-    """Return a whole number. Raises RowError."""
+    """Return a field that is a whole number. Raises RowError."""
     value = row.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise RowError(f"{name}: expected a whole number, found {type(value).__name__}")
@@ -173,12 +174,12 @@ def number_of(row: dict[str, Any], name: str) -> int:
 
 
 def id_of(row: dict[str, Any], *names: str) -> str:
-    """Return the first of some fields that a row has, as a short string."""
+    """Return the first of these fields that a row has, as a short string."""
     value = next((row[name] for name in names if isinstance(row.get(name), str | int)), "")
     return str(value)[:ID_CHARACTERS]
 
 
 def unit_of(prompt: object) -> str:
-    """Return what stands for a prompt: the same for the same one."""
+    """Return a hash that is equal for equal prompts."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

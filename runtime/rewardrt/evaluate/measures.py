@@ -1,6 +1,6 @@
-"""Numbers that a benchmark makes of scored rows: means over rows, and formulas of means.
+"""The numbers of a benchmark: means over rows, and formulas of such means.
 
-Because every number is one or the other, one function makes the intervals of all (`statistics.resampled`).
+Every number is one or the other, so one function computes all intervals (`statistics.resampled`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Level = Literal["overall", "section", "subset", "part", "by"]
 
 
 class Key(NamedTuple):
-    """The name of a number, and what it is of: all rows, a section, a subset, rows that `--by` makes; a part is a step.
+    """The name of a number and its level: all rows, a section, a subset, a value of `--by`, or a part.
 
-    A part goes into a formula, or stands beside the score.
+    A part is an intermediate number: it goes into a formula, or is shown next to the score.
     """
 
     level: Level
@@ -31,22 +31,22 @@ OVERALL = Key("overall", "")
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of a value of each row, [n], over the rows that are marked, [n]."""
+    """The mean of `values` [n], one for each row, over the rows marked in `where` [n] bool."""
 
     values: Floats
     where: Flags
 
 
-Values = dict[Key, Floats]  # each [k]: one value, or one for each resample
+Values = dict[Key, Floats]  # each [k]: one value, or one for each bootstrap sample
 
 
 @dataclass(frozen=True)
 class Measures:
     """The numbers of a benchmark.
 
-    `derive` makes further numbers of the means, one of them OVERALL; of arrays it makes arrays of the same length. NaN
-    stands for a number that there is none of. `credit` is what each row counts, from 0 to 1 [n], NaN where it counts
-    nothing by itself. `tied` marks rows whose best right and best wrong answer have the same reward.
+    `derive` computes further numbers from the means, among them OVERALL; given arrays, it returns arrays of the same
+    length. NaN means that a number does not exist. `credit` [n] is what each row counts, from 0 to 1, or NaN if the row
+    counts nothing by itself. `tied` [n] bool marks rows whose best right and best wrong answer have equal rewards.
     """
 
     means: dict[Key, Mean]
@@ -55,43 +55,43 @@ class Measures:
     tied: Flags
 
     def values(self) -> dict[Key, float]:
-        """Return every number; NaN where there is none."""
+        """Return every number; NaN if it does not exist."""
         means = {key: _mean(mean.values[mean.where]) for key, mean in self.means.items()}
         return {key: float(value[0]) for key, value in (means | self.derive(means)).items()}
 
 
 def above(results: Results) -> Floats:
-    """Return 1 where the best right answer has a higher reward than every wrong one, else 0; NaN without both kinds."""
+    """Return [n]: 1 if the best right answer's reward is above every wrong one's, else 0; NaN unless both exist."""
     return np.where(
         results.mixed, (results.best(results.right) > results.best(~results.right)).astype(np.float64), np.nan
     )
 
 
 def tied(results: Results) -> Flags:
-    """Return where the best right and the best wrong answer have the same reward."""
+    """Return [n] bool: whether the best right and the best wrong answer have equal rewards."""
     return np.asarray(results.mixed & (results.best(results.right) == results.best(~results.right)))
 
 
 def shared(results: Results) -> Floats:
-    """Return the share of the answers with the highest reward that are right: what a pick among them would get."""
+    """Return [n]: the share of right answers among those with the highest reward, the expected result of a pick."""
     top = results.rewards == results.best(np.ones(len(results.right), dtype=bool))[results.row_of]
     return results.sums(top & results.right) / np.maximum(1, results.sums(top))
 
 
 def by_subset(results: Results, credit: Floats, where: Flags | None = None) -> dict[Key, Mean]:
-    """Return the mean credit of every subset, where a benchmark has some."""
+    """Return the mean credit of every named subset, over the rows marked in `where`."""
     counted = ~np.isnan(credit) & (True if where is None else where)
     names = [name for name in results.subset_names if name]
     return {Key("subset", name): Mean(credit, counted & results.in_subset(name)) for name in sorted(names)}
 
 
 def of_all(credit: Floats) -> dict[Key, Mean]:
-    """Return the mean credit of all rows that have one."""
+    """Return the mean credit of all rows that have a credit."""
     return {OVERALL: Mean(credit, ~np.isnan(credit))}
 
 
 def weighted(values: Sequence[Floats], weights: Sequence[float] | None = None) -> Floats:
-    """Return the weighted mean of numbers, each [k], of those that are there; NaN where none is."""
+    """Return the weighted mean of several numbers, each [k], ignoring NaN; NaN if all are NaN."""
     stacked = np.stack(values)
     known = ~np.isnan(stacked)
     heavy = known * (np.ones(len(stacked)) if weights is None else np.asarray(weights, dtype=np.float64))[:, None]

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a model's rewards of your own data, in a bundle that shares all other files."""
+"""Measure mean and std of a model's rewards on your own data, and write a bundle that normalises by them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from rewardrt.evaluate.sources import sha256_of
 from rewardrt.reward_model import RewardModel
 from rewardrt.scoring.scored import ScoredRow
 
-LEAST = 2  # rewards, of which there is a standard deviation
+LEAST = 2  # fewest rewards that have a standard deviation
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: the normalisation, and the data that it is of."""
+    """What was measured: the normalisation, the data, and the rows that failed."""
 
     affine: Affine
     data: ReferenceData
@@ -40,10 +40,10 @@ class Measured:
 
 
 def measure(model: RewardModel, reader: RowReader, progress: Callable[[Summary], None] | None = None) -> Measured:
-    """Return mean and standard deviation of the raw rewards of all texts of rows; of steps, of all steps.
+    """Return mean and standard deviation of the raw rewards of all texts of the rows, or of all steps.
 
-    The deviation is that of a sample, divided by n - 1, as torch's `std` is, with which OpenRLHF writes its own.
-    Rows that cannot be scored are left out. Raises RewardRTError where there are too few rewards or all are equal.
+    The standard deviation divides by n - 1, as torch's `std` does, which OpenRLHF uses for its own. Rows that cannot be
+    scored are left out. Raises RewardRTError if there are fewer than two rewards, or if all are equal.
     """
     check(model)
     rewards, cut = array("d"), array("q")
@@ -87,7 +87,7 @@ def measure(model: RewardModel, reader: RowReader, progress: Callable[[Summary],
 
 
 def check(model: RewardModel) -> None:
-    """Raise RewardRTError for a model whose rewards depend on what they are compared with."""
+    """Raise RewardRTError for a model whose rewards depend on the other answers in the row."""
     if model.spec.input == "pairwise":
         raise RewardRTError(
             f"{model.bundle.name}: compares answers; a reward is of a group of answers, and has no mean and std of data"
@@ -95,14 +95,14 @@ def check(model: RewardModel) -> None:
 
 
 def write_normalised(bundle: Bundle, measured: Measured, target: Path) -> tuple[Bundle, bool]:
-    """Write a bundle like another one, with this normalisation; returns it, and whether its files are links.
+    """Write a copy of a bundle with this normalisation; return it, and whether its files are hard links.
 
-    Files are hard links to those of the other bundle where the disk has such, else copies. The folder takes its name
-    when all is there. Raises BundleError.
+    Files are hard links to those of the other bundle if the disk supports them, else copies. The folder gets its name
+    when everything is there. Raises BundleError.
     """
     if target.exists() or target.is_symlink():
         raise BundleError(f"{target}: exists already; choose another folder")
-    bundle = with_graphs(bundle, bundle.manifest.variants)  # of one on the Hub one graph is here
+    bundle = with_graphs(bundle, bundle.manifest.variants)  # of a Hub bundle only one graph was downloaded
     manifest = replace(
         bundle.manifest,
         format_version=FORMAT_VERSION,
@@ -126,7 +126,7 @@ def write_normalised(bundle: Bundle, measured: Measured, target: Path) -> tuple[
 
 
 def _share(source: Path, place: Path) -> bool:
-    with suppress(OSError):  # another disk, a file system without links, too many of them
+    with suppress(OSError):  # another disk, a file system without hard links, or too many links
         os.link(source, place)
         return True
     shutil.copyfile(source, place)

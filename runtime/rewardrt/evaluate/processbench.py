@@ -1,12 +1,13 @@
-"""ProcessBench (Qwen/ProcessBench): solutions of maths problems in steps; where is the first wrong one?
+"""ProcessBench (Qwen/ProcessBench): find the first wrong step in solutions of maths problems.
 
 A row has id (`gsm8k-0`), generator, problem, steps, final_answer_correct and label: the index of the first wrong step,
--1 where there is none. A file holds one of the four subsets, by which its ids begin.
+or -1 if there is none. A file contains one of four subsets, named by the beginning of its ids.
 
-The prediction is the first step whose reward is below a threshold, -1 where none is. In code/run_eval_prm_rlhflow.py a
-step is wrong that is not labelled `+`: a probability below 0.5. Of a subset (code/run_eval.py): error accuracy is the
-share of the solutions with a wrong step whose prediction is the label, correct accuracy that of the solutions without
-one, and F1 is their harmonic mean, here 0 where both are 0. The score is the mean of the subsets' F1.
+The prediction is the first step whose reward is below a threshold, or -1 if there is none. In
+code/run_eval_prm_rlhflow.py a step counts as wrong if it is not labelled `+`, which is a probability below 0.5. For
+each subset (code/run_eval.py), error accuracy is the share of solutions with a wrong step whose prediction equals the
+label, and correct accuracy is the same for solutions without a wrong step. F1 is their harmonic mean, taken as 0 if
+both are 0. The score is the mean of the subsets' F1.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def read(row: dict[str, Any], file: str) -> Question:
 
 
 def predicted(results: Results) -> Ints:
-    """Return the first step of each row whose reward is below the threshold, [n]; -1 where none is."""
+    """Return the index of each row's first step with a reward below the threshold, [n] int64; -1 if there is none."""
     below = results.rewards < results.threshold
     place = np.arange(len(below)) - results.starts[:-1][results.row_of]
     first = results.worst(np.ones(0, dtype=bool)) if not len(below) else np.minimum.reduceat(
@@ -42,7 +43,7 @@ def predicted(results: Results) -> Ints:
 
 
 def measure(results: Results) -> Measures:
-    """Return F1 of each subset, the two accuracies that it is made of, and the mean of F1."""
+    """Return F1 of each subset, the two accuracies behind it, and the mean of F1."""
     credit = (predicted(results) == results.labels).astype(np.float64)
     wrong, names = results.labels >= 0, sorted(results.subset_names)
     means = {
@@ -64,7 +65,7 @@ def measure(results: Results) -> Measures:
 
 
 def f1(error: Floats, correct: Floats) -> Floats:
-    """Return the harmonic mean, 0 where both are 0, NaN where one is not known."""
+    """Return the harmonic mean; 0 if both are 0, NaN if one is NaN."""
     total = error + correct
     return np.asarray(np.where(total == 0, 0.0, 2 * error * correct / np.where(total == 0, 1.0, total)))
 

@@ -1,4 +1,4 @@
-"""A report: one page that needs nothing else, and its data as JSON beside it."""
+"""A report: one self-contained page, and its data as JSON next to it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rewardrt.evaluate.subject import Subject
 from rewardrt.evaluate.summary import between, in_digits, notes
 
 PAGE, DATA = "index.html", "evaluation.json"
-ROWS = 120  # of a table
+ROWS = 120  # most rows of a table
 
 
 def prepare(folder: Path) -> None:
-    """Find out before anything is scored whether a report can be made. Raises RewardRTError, MissingExtraError."""
+    """Check before scoring that a report can be written. Raises RewardRTError or MissingExtraError."""
     require_matplotlib()
     if (folder / PAGE).exists() or (folder / DATA).exists():
         raise RewardRTError(f"{folder}: has a report already; delete it, or name another folder")
@@ -38,7 +38,7 @@ def prepare(folder: Path) -> None:
 
 
 def write_report(folder: Path, data: dict[str, Any], evaluations: Sequence[Evaluation], subject: Subject) -> Path:
-    """Write the data and then the page; returns where the page is."""
+    """Write the data and then the page; return the path of the page."""
     with open_output(folder / DATA) as output:
         output.write(json.dumps(data, indent=1, allow_nan=False).encode())
     with open_output(folder / PAGE) as output:
@@ -202,7 +202,7 @@ def _about(evaluations: Sequence[Evaluation], subject: Subject, version: str) ->
 
 
 def _table(head: Sequence[str], rows: Sequence[Iterable[str]], *, left: int) -> str:
-    """Return a table whose first columns, `left` of them, are words and the others numbers."""
+    """Return a table whose first `left` columns are text and whose other columns are numbers."""
 
     def cells(values: Iterable[str], tag: str) -> str:
         return "".join(
@@ -217,22 +217,22 @@ def _table(head: Sequence[str], rows: Sequence[Iterable[str]], *, left: int) -> 
 
 
 def _text(value: str) -> str:
-    """Return a text on one line, as HTML."""
+    """Return a text as HTML, on one line."""
     return html.escape(visible(value))
 
 
 def _lines(value: str) -> str:
-    """Return a text of several lines, as HTML."""
+    """Return a text as HTML, with its line breaks."""
     return html.escape(visible_lines(value.replace("\r\n", "\n").replace("\t", "    ")))
 
 
-_METHOD = f"""<h3>How the numbers are made</h3><p>Intervals are 95% bootstrap intervals over prompts: each sample draws
-as many prompts as there are, with replacement, and keeps all rows of a prompt. A tie is a row whose best right and best
-wrong answer get the same reward. Ties count as in the benchmark's own code, and their number is shown. The
-length-controlled score is computed after the linear effect of length on the reward was removed; the effect is estimated
-among equally right answers to the same prompt. Calibration compares sigmoid(margin) with the observed share of pairs
-whose right answer has the higher reward. The p-value of a comparison comes from a permutation test that swaps the two
-models within prompts. The file {DATA} in the same folder has all data of this page.</p>"""
+_METHOD = f"""<h3>How the numbers are made</h3><p>Intervals are 95% percentile intervals of a bootstrap over prompts.
+Each sample draws as many prompts as there are, with replacement, and takes all rows of each. A tie means that the best
+right and the best wrong answer have the same reward. It counts as in the benchmark's own code, and is also counted
+separately. The length-controlled score uses rewards without the part that the number of tokens explains, among equally
+right answers to one prompt. Calibration compares how often the answer with the higher reward is right with the sigmoid
+of the margin. The p of a comparison comes from a paired permutation test, which exchanges the two models within
+prompts. All data of this page is in {DATA}, next to it.</p>"""
 
 _STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1d2329;--muted:#59636e;--grid:#d8dde3;--right:#0b63a5;--wrong:#b4500b;

@@ -1,4 +1,4 @@
-"""What is kept of the rows that were scored: their rewards and lengths in columns, and texts of none but the worst."""
+"""What is kept of the scored rows: rewards and lengths as columns of numbers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Results:
-    """Scored rows, in the order of the files. Of n rows with m answers (or steps) in all:
+    """Scored rows in the order of the files: n rows with m answers (or steps) in total.
 
-    `rewards` [m] float64, `right` [m] bool, `tokens` [m] int64 (those that were cut off counted too), `truncated` [m]
-    int64, `objectives` [m, labels] float64. Row i has the answers `starts[i]` to `starts[i + 1]` (`starts` is [n + 1]).
-    `labels`, `subsets`, `by` and `units` are [n] int64: the first wrong step, and indices into `subset_names`,
-    `by_names` and of prompts. `positions` [n] tell the place of a row among all that were read, failed ones too.
-    Of steps, tokens and truncated are those of the whole text, at its first step, and 0 at the others.
+    `rewards` [m] float64, `right` [m] bool, `tokens` [m] int64 (before the text was cut), `truncated` [m] int64 (tokens
+    cut off) and `objectives` [m, labels] float64 have one value per answer. Row i has the answers `starts[i]` to
+    `starts[i + 1]`; `starts` is [n + 1] int64.
+
+    `labels` [n] int64 is the index of the first wrong step. `subsets` and `by` [n] int64 are indices into
+    `subset_names` and `by_names`, and `units` [n] int64 numbers the prompts. `positions` [n] int64 is the row's number
+    among all rows read, including failed ones.
+
+    For steps, `tokens` and `truncated` are those of the whole text at its first step, and 0 at the others.
     """
 
     rewards: Floats
@@ -38,38 +42,38 @@ class Results:
     ids: Sequence[str]
     subset_names: Sequence[str]
     by_names: Sequence[str]
-    threshold: float = 0.5  # of a step's reward, below which the step is taken to be wrong
+    threshold: float = 0.5  # a step with a lower reward is predicted to be wrong
 
     @property
     def rows(self) -> int:
-        """How many rows were scored."""
+        """The number of scored rows."""
         return len(self.starts) - 1
 
     @property
     def row_of(self) -> Ints:
-        """The row of each answer, [m]."""
+        """The index of each answer's row, [m] int64."""
         return np.repeat(np.arange(self.rows), np.diff(self.starts))
 
     def best(self, which: Flags) -> Floats:
-        """Return the highest reward of the answers of each row that are marked, [n]; -inf where none is."""
+        """Return the highest reward among each row's answers marked in `which` [m], as [n]; -inf if none is marked."""
         return self._each(np.maximum, np.where(which, self.rewards, -np.inf))
 
     def worst(self, which: Flags) -> Floats:
-        """Return the lowest reward of the answers of each row that are marked, [n]; inf where none is."""
+        """Return the lowest reward among each row's answers marked in `which` [m], as [n]; inf if none is marked."""
         return self._each(np.minimum, np.where(which, self.rewards, np.inf))
 
     def sums(self, values: npt.ArrayLike) -> Floats:
-        """Return the sum over the answers of each row, [n]."""
+        """Return the sum of values [m] over each row's answers, [n]."""
         return self._each(np.add, np.asarray(values, dtype=np.float64))
 
     @property
     def mixed(self) -> Flags:
-        """Which rows have a right answer and a wrong one, [n]."""
+        """Which rows have both a right and a wrong answer, [n] bool."""
         share = self.sums(self.right) / np.maximum(1, np.diff(self.starts))
         return (share > 0) & (share < 1)
 
     def in_subset(self, name: str) -> Flags:
-        """Return which rows are of a subset, [n]."""
+        """Return which rows belong to a subset, [n] bool."""
         return np.array([each == name for each in self.subset_names], dtype=bool)[self.subsets]
 
     def with_rewards(self, rewards: Floats) -> Results:
@@ -77,7 +81,7 @@ class Results:
         return replace(self, rewards=rewards)
 
     def only(self, rows: Flags) -> Results:
-        """Return some of the rows, marked in [n]."""
+        """Return the rows marked in `rows` [n] bool."""
         answers = rows[self.row_of]
         sizes = np.diff(self.starts)[rows]
         return replace(

@@ -1,13 +1,15 @@
 """RewardBench (allenai/reward-bench): pairs in 23 subsets, averaged to four sections.
 
 The columns are prompt, chosen, chosen_model, rejected, rejected_model, subset, id; prompt, chosen and rejected are
-strings. A pair is right where the chosen answer's reward is higher. A section is the mean of its subsets, weighted with
-`EXAMPLE_COUNTS` (`calculate_scores_per_section` in rewardbench/utils.py, with the tables of rewardbench/constants.py):
-the subsets' own numbers of pairs, but for math-prm, whose 447 pairs weigh as much as all of those about code, 984. The
-score is the mean of the sections. The benchmark's code gives 0 to a section of which no subset is there; here it is
-left out, and so are subsets of other names, which have a line of their own.
+strings. A pair is right if the chosen answer's reward is higher. A section is the mean of its subsets, weighted by
+`EXAMPLE_COUNTS` (`calculate_scores_per_section` in rewardbench/utils.py, with the tables of rewardbench/constants.py).
+The weights are the subsets' numbers of pairs, except that the 447 pairs of math-prm weigh as much as all 984 pairs
+about code. The score is the mean of the sections.
 
-The leaderboard's first version had a fifth section, of earlier preference data: other files, which are not part of
+The benchmark's code gives 0 to a section without any subset; here such a section is left out. Subsets with other names
+count in no section and are listed separately.
+
+The first version of the leaderboard had a fifth section, of earlier preference data. Its files are not part of
 RewardBench's own.
 """
 
@@ -48,7 +50,7 @@ _SUBSETS = frozenset(name for subsets in SECTIONS.values() for name in subsets)
 
 
 def measure(results: Results) -> Measures:
-    """Return the accuracy of each subset and section, and their mean."""
+    """Return the accuracy of each subset and section, and the mean of the sections."""
     pairs = measure_pairs(results)
     subsets = {key: mean for key, mean in pairs.means.items() if key.level == "subset"}
 

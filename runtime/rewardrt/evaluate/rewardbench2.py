@@ -1,23 +1,24 @@
-"""RewardBench 2 (allenai/reward-bench-2): best of four in five subsets, and Ties, of questions with many right answers.
+"""RewardBench 2 (allenai/reward-bench-2): best of four in five subsets, and Ties, with many right answers.
 
 The columns are id, prompt, chosen (a list of strings), rejected (a list of strings), num_correct, num_incorrect,
 total_completions, models, subset and additional_metadata.
 
-Best of four (`reroll_and_score_dataset` in rewardbench/utils.py): a prompt counts 1 / t where the first of the chosen
-answers has the highest reward of all, together with t - 1 others, and else 0.
+Best of four (`reroll_and_score_dataset` in rewardbench/utils.py): a prompt counts 1 / t if its first chosen answer is
+one of the t answers that share the highest reward, else 0.
 
-Ties (`process_single_model` there): ids are `ref:N`, with one right answer, and `tied:N`, the same question where many
-are right; the first num_correct answers are the right ones. Of a prompt, `spread` is the highest reward of a right
-answer less the lowest of one, and `gap` the lowest reward of a right answer less the highest of a wrong one.
+Ties (`process_single_model` there): ids are `ref:N`, a question with one right answer, and `tied:N`, the same question
+with many. The first num_correct answers are right. For each prompt, `spread` is the highest minus the lowest reward of
+its right answers, and `gap` the lowest reward of a right answer minus the highest of a wrong one. The subset's score is
+the weighted sum of
 
     0.30  share of the tied prompts with gap > 0
     0.30  share of the ref prompts with gap > 0
     0.20  share of the questions with gap(tied) > spread(tied)
     0.20  share of the questions with min(gap(ref), gap(tied)) > spread(tied)
-    0.01  mean of tanh(min(gap(ref), gap(tied)) / spread(tied) - 1), 0 / 0 being 0
+    0.01  mean of tanh(min(gap(ref), gap(tied)) / spread(tied) - 1), with 0 / 0 counted as 0
 
-The last two and the fifth are over questions of which both prompts are there. The sum can reach 1.01. The score is the
-mean of the subsets, Ties one of them.
+The last three are over questions that have both prompts. The sum can reach 1.01. The benchmark's score is the mean of
+the subsets, Ties among them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from rewardrt.evaluate.layouts import Layout, Need, Question, id_of, number_of, 
 from rewardrt.evaluate.measures import OVERALL, Key, Mean, Measures, Values, by_subset, tied, weighted
 from rewardrt.evaluate.results import Flags, Floats, Results
 
-TIES = "ties"  # whatever its letters' case
+TIES = "ties"  # compared without regard to case
 _ID = re.compile(r"(ref|tied):(\d+)")
 _PARTS = {
     "tied accuracy": 0.30,
@@ -47,7 +48,7 @@ _PARTS = {
 
 
 def read(row: dict[str, Any], file: str) -> Question:
-    """Return the question of a row; of Ties, one whose unit is the question that ref and tied share."""
+    """Return the question of a row. The unit of a Ties row is the number N that its ref and tied prompts share."""
     asked = replace(read_lists(row, file), subset=text_of(row, "subset"))
     right, answers = number_of(row, "num_correct"), len(asked.right)
     if right != sum(asked.right):
@@ -100,7 +101,7 @@ def _gap(results: Results) -> Floats:
 
 
 def _ties(results: Results, is_ties: Flags) -> dict[Key, Mean]:
-    """Return the parts of the score of Ties, each the mean of a value of some of its rows."""
+    """Return the parts of the score of Ties, each as the mean of a value over some of its rows."""
     prompts: dict[tuple[str, int], list[int]] = defaultdict(list)
     for row in np.flatnonzero(is_ties).tolist():
         kind, _, number = results.ids[row].partition(":")
@@ -127,7 +128,7 @@ def _ties(results: Results, is_ties: Flags) -> dict[Key, Mean]:
 
 
 def _statistics(results: Results, rows: list[int]) -> tuple[float, float]:
-    """Return spread and gap of a prompt; its answers may stand in several rows, as in the benchmark's code."""
+    """Return spread and gap of a prompt, whose answers may be in several rows, as in the benchmark's code."""
     answers = np.concatenate([np.arange(results.starts[row], results.starts[row + 1]) for row in rows])
     rewards, right = results.rewards[answers], results.right[answers]
     return float(np.ptp(rewards[right])), float(rewards[right].min() - rewards[~right].max())

@@ -1,13 +1,14 @@
-"""RM-Bench (THU-KEG/RM-Bench): three chosen and three rejected answers, of three styles, compared each with each.
+"""RM-Bench (THU-KEG/RM-Bench): three chosen and three rejected answers in three styles, all compared with each other.
 
 A file is a JSON array of objects with id, prompt, chosen and rejected (three strings each: concise, detailed, detailed
-with markdown) and, in total_dataset.json, domain. Files of one domain are called chat_filtered.json and their like and
-do not say it in their rows; then the file's name does.
+with markdown), and in total_dataset.json also domain. Rows in files of one domain, such as chat_filtered.json, have no
+domain; then the beginning of the file's name is used.
 
-`compute_accuracy` in scripts/utils.py: of the 3 x 3 comparisons of chosen i with rejected j, right where the chosen
-answer's reward is higher, those with i < j are hard (the chosen one is in a plainer style), i = j normal, i > j easy.
-A domain's score is the mean of its three. Domains are chat, math, code and safety, which is safety-refuse and
-safety-response together; easy, normal, hard and the score are means over the domains.
+There are 3 x 3 comparisons of chosen answer i with rejected answer j; one is right if the chosen answer's reward is
+higher (`compute_accuracy` in scripts/utils.py). Those with i < j are hard, because the chosen answer has the plainer
+style; those with i = j are normal and those with i > j easy. A domain's score is the mean of its three levels. The
+domains are chat, math, code and safety (safety-refuse and safety-response together). Easy, normal, hard and the score
+are means over the domains.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _LEVELS = {"easy": -1, "normal": 0, "hard": 1}
 
 
 def read(row: dict[str, Any], file: str) -> Question:
-    """Return the question of a row: the chosen answers and then the rejected ones."""
+    """Return the question of a row, with the chosen answers first, then the rejected ones."""
     right, wrong, prompt = texts_of(row, "chosen"), texts_of(row, "rejected"), prompt_of(row)
     if len(right) != STYLES or len(wrong) != STYLES:
         raise RowError(f"{len(right)} chosen and {len(wrong)} rejected: expected {STYLES} of each, one of each style")
@@ -39,7 +40,7 @@ def read(row: dict[str, Any], file: str) -> Question:
 
 
 def measure(results: Results) -> Measures:
-    """Return easy, normal and hard, of each domain and of all, and their means."""
+    """Return easy, normal and hard for each domain and over all domains, and their means."""
     rewards = results.rewards.reshape(-1, 2, STYLES)
     right = (rewards[:, 0, :, None] > rewards[:, 1, None, :]).astype(np.float64)  # [rows, chosen, rejected]
     order = np.sign(np.arange(STYLES)[None, :] - np.arange(STYLES)[:, None])

@@ -1,8 +1,8 @@
-"""One evaluation from files to numbers: the benchmarks of all files, by one graph of a bundle or by several.
+"""Run one evaluation from files to numbers: each benchmark found in the files, with one graph of a bundle or several.
 
 find_sources -> a graph -> score_sources, for each benchmark -> evaluate -> compare, with each further graph or bundle
 
-One model is in memory at a time.
+Only one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rewardrt.evaluate.subject import Subject
 from rewardrt.machine.providers import Provider, ProviderChoice, select_provider
 from rewardrt.reward_model import RewardModel
 
-ALL = "all"  # every graph that runs on the provider
+ALL = "all"  # evaluate every graph that runs on the provider
 EXACT = "fp32"
 
 Load = Callable[[Path, ProviderChoice, str], RewardModel]
@@ -37,7 +37,10 @@ Watch = Callable[[RewardModel, RowReader], Callable[[Summary], None]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is evaluated: a bundle on files. `against` is another bundle, or fields of the rows with rewards."""
+    """What is evaluated: a bundle on files.
+
+    `against` names another bundle, or fields of the rows with earlier rewards.
+    """
 
     bundle: Path
     files: Sequence[str]
@@ -49,7 +52,7 @@ class Plan:
 
     @property
     def other(self) -> Path | None:
-        """The other bundle."""
+        """The other bundle, or None if `against` does not name a bundle."""
         if self.against is None:
             return None
         folder = Path(self.against)
@@ -57,7 +60,7 @@ class Plan:
 
     @property
     def earlier(self) -> tuple[str, ...]:
-        """The fields with rewards of before."""
+        """The names of the fields with earlier rewards."""
         if self.against is None or self.other is not None:
             return ()
         return tuple(filter(None, self.against.split(",")))
@@ -66,7 +69,8 @@ class Plan:
 def run(plan: Plan, load: Load, watch: Watch) -> tuple[Subject, list[Evaluation]]:
     """Return what was evaluated, and an evaluation of each benchmark, in the order of the files.
 
-    `load` loads a bundle's graph, and `watch` returns whom to tell how far a file is. Raises RewardRTError.
+    `load` loads a graph of a bundle. `watch` is called with the model and the reader of each file, and returns a
+    function that is told the progress. Raises RewardRTError.
     """
     sources: dict[str, list[Source]] = {}
     for source in find_sources(plan.files, plan.options):
@@ -101,9 +105,10 @@ def run(plan: Plan, load: Load, watch: Watch) -> tuple[Subject, list[Evaluation]
 
 
 def graphs(plan: Plan) -> list[tuple[ProviderChoice, str]]:
-    """Return the graphs that are loaded, providers and precisions: first the one that the others are compared with.
+    """Return the graphs to load, as provider and precision; the others are compared with the first.
 
-    Of all that run, fp32 is first, on the CPU where it runs there: what rounding and a provider cost is against that.
+    For the precision "all", the first is fp32, on the CPU if it runs there, because the cost of rounding and of a
+    provider is measured against that.
     """
     if plan.precision != ALL:
         return [(plan.provider, plan.precision)]

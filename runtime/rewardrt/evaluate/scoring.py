@@ -1,4 +1,4 @@
-"""Rows of a benchmark's files through a model: in windows, as `rewardrt score` does, and little is kept of each.
+"""Score the rows of a benchmark's files in windows, as `rewardrt score` does, and keep little of each row.
 
 find_sources -> RowReader.lines -> asked_lines -> files.score_file -> Collector -> Results
 """
@@ -25,16 +25,16 @@ from rewardrt.evaluate.sources import Asked, Options, Source, asked_lines, lines
 from rewardrt.reward_model import RewardModel
 from rewardrt.scoring.scored import Scored, ScoredRow
 
-WORST = 20  # rows whose texts are kept
-SHOWN = 12_000  # characters that are kept of a row's texts
-LEAST_SHOWN = 400  # of each of them
-MOST_GROUPS = 200  # different values of a subset, or of --by; the others are one
-FAILURES = 20  # whose messages are kept
+WORST = 20  # number of rows whose texts are kept
+SHOWN = 12_000  # characters kept of all texts of such a row
+LEAST_SHOWN = 400  # characters kept at least of each of its texts
+MOST_GROUPS = 200  # subsets, or values of --by, that are counted separately; all others count as one
+FAILURES = 20  # number of error messages that are kept
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A row with its texts, for people: how far off it is, its rewards, and which answers are right."""
+    """A row with its texts, for people: how wrong it is, its rewards, and which answers are right."""
 
     gap: float
     file: str
@@ -50,7 +50,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Failure:
-    """A row that could not be scored, or compared."""
+    """A row that could not be scored, or not compared with its earlier rewards."""
 
     file: str
     message: str
@@ -58,7 +58,10 @@ class Failure:
 
 @dataclass
 class Scores:
-    """All that is kept of the rows of one benchmark. `earlier` has rewards of before, where they are asked for."""
+    """All that is kept of the rows of one benchmark.
+
+    `earlier` has the earlier rewards, if a comparison was requested.
+    """
 
     layout: Layout
     results: Results
@@ -77,9 +80,10 @@ def score_sources(
     options: Options,
     watch: Callable[[RowReader], Callable[[Summary], None]] | None = None,
 ) -> Scores:
-    """Score all rows of files of one layout. `watch` is asked, for each file, whom to tell how far it is.
+    """Score all rows of files with one layout.
 
-    Raises RewardRTError where the model is of another kind, or where no row can be scored.
+    `watch` is called with the reader of each file, and returns a function that is told the progress. Raises
+    RewardRTError if the model does not give the kind of rewards that the benchmark needs, or if no row can be scored.
     """
     layout = sources[0].layout
     check_kind(model, layout)
@@ -106,7 +110,7 @@ def score_sources(
 
 
 def check_kind(model: RewardModel, layout: Layout) -> None:
-    """Raise RewardRTError where a benchmark asks for rewards that a model does not give."""
+    """Raise RewardRTError if a model does not give the kind of rewards that a benchmark needs (answers or steps)."""
     gives = "steps" if model.spec.input == "steps" else "answers"
     if gives != layout.asks_for:
         raise RewardRTError(
@@ -116,12 +120,12 @@ def check_kind(model: RewardModel, layout: Layout) -> None:
 
 
 class Collector:
-    """Takes windows of scored rows, and keeps columns of numbers (some 30 bytes an answer) and the worst rows."""
+    """Keeps numbers of the scored rows as columns (about 30 bytes for each answer), and the texts of the worst rows."""
 
     source: Source
 
     def __init__(self, model: RewardModel, layout: Layout, options: Options) -> None:
-        """Begin with no rows."""
+        """Start without rows."""
         self._layout, self._options, self._labels = layout, options, len(model.spec.output.labels)
         self._rewards, self._earlier, self._objectives = array("d"), array("d"), array("d")
         self._right, self._tokens, self._truncated = array("b"), array("q"), array("q")
@@ -141,7 +145,7 @@ class Collector:
     def __call__(
         self, lines: Sequence[Line], results: Sequence[ScoredRow | RewardRTError], summary: Summary
     ) -> list[bytes]:
-        """Keep what is kept of a window; nothing is written."""
+        """Keep the numbers of a window's rows; return no bytes to write."""
         for line, result in zip(lines, results, strict=True):
             assert isinstance(line, Asked)
             summary.count(line, result)
@@ -189,7 +193,7 @@ class Collector:
             heap(self._worst, (gap, -self._read, shown))
 
     def finish(self, summary: Summary, files: list[InputFile]) -> Scores:
-        """Return what was kept."""
+        """Return everything that was kept."""
         labels = self._labels if self._objectives else 0
         results = Results(
             rewards=np.array(self._rewards, dtype=np.float64),
@@ -219,15 +223,15 @@ class Collector:
 
 
 def _group(names: dict[str, int], name: str) -> int:
-    """Return the number of a name, of which only so many are told apart."""
+    """Return the index of a name; after MOST_GROUPS names, all new ones share one index."""
     return names.setdefault(name if name in names or len(names) < MOST_GROUPS else "(others)", len(names))
 
 
 def _gap(asked: Question, rewards: Sequence[float], threshold: float) -> float:
-    """Return how far a row is off: by how much the best wrong answer is above the best right one.
+    """Return how wrong a row is: the best wrong answer's reward minus the best right one's; at most 0 if it is right.
 
-    Of steps, by how much the reward of the step that was taken to be wrong is below the threshold, or that of the wrong
-    one above it. 0 or less where the row is right.
+    For steps, it is how far the reward of the step predicted to be wrong is below the threshold, or, if no step was,
+    how far the reward of the wrong step is above it.
     """
     if asked.right:
         right = [reward for reward, flag in zip(rewards, asked.right, strict=True) if flag]
@@ -259,7 +263,7 @@ def _shown(gap: float, file: str, number: int, asked: Question, rewards: Sequenc
 
 
 def _text(value: object, most: int) -> str:
-    """Return a text, or messages one after the other, of at most so many characters."""
+    """Return a text, or the texts of messages, cut to `most` characters."""
     if isinstance(value, list | tuple):
         turns = [turn for turn in value if isinstance(turn, dict)]
         value = "\n\n".join(f"[{turn.get('role')}] {turn.get('content')}" for turn in turns)

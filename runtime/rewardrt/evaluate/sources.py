@@ -1,4 +1,4 @@
-"""The files of a benchmark, and the question that each of their rows asks."""
+"""The files of a benchmark, and the question in each of their rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from rewardrt.evaluate.layouts import LOOKED_AT, Layout, Question, recognise
 from rewardrt.text.rows import REFUSED_FIELDS, TEMPLATE_FIELDS
 
 _ENDINGS = (".gz", ".zst", ".jsonl", ".json", ".parquet", ".pq", ".arrow", ".feather", ".ipc")
-_CARRIED = (*TEMPLATE_FIELDS, "instruction", *REFUSED_FIELDS)  # what may change the text: rendered, or refused
+_CARRIED = (*TEMPLATE_FIELDS, "instruction", *REFUSED_FIELDS)  # fields that may change the text: rendered or refused
 
 
 @dataclass(frozen=True)
 class Options:
-    """How rows are read and scored. `earlier` are fields with rewards of before, one after the other."""
+    """How rows are read and scored. `earlier` names fields with earlier rewards, to compare with."""
 
     columns: dict[str, str] = field(default_factory=dict)
     layout: str | None = None
     by: str | None = None
-    rows: int | None = None  # of each file
+    rows: int | None = None  # the most rows of each file
     normalize: bool | None = None
     threshold: float = 0.5
     earlier: tuple[str, ...] = ()
@@ -38,19 +38,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a benchmark."""
+    """A file of a benchmark and its layout."""
 
     file: InputFile
     layout: Layout
 
     @property
     def name(self) -> str:
-        """Its name without folders, which say nothing elsewhere."""
+        """The file's name without folders."""
         return PurePath(self.file.name).name
 
     @property
     def stem(self) -> str:
-        """Its name without folders and endings."""
+        """The file's name without folders and endings."""
         name = self.name
         while (end := next((end for end in _ENDINGS if name.endswith(end)), None)) is not None:
             name = name.removesuffix(end)
@@ -59,7 +59,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Asked(Line):
-    """A line whose row is what is scored, with the question that it asks and the rewards of before."""
+    """A line whose row is what is scored, with its question and its earlier rewards."""
 
     question: Question | None = None
     by: str = ""
@@ -67,7 +67,7 @@ class Asked(Line):
 
 
 def find_sources(names: Sequence[str], options: Options) -> list[Source]:
-    """Return the files of some names with their layouts. Raises RewardRTError."""
+    """Return the named files with their layouts. Raises RewardRTError."""
     found = []
     for file in find_inputs(names):
         if file.size is None:
@@ -82,12 +82,15 @@ def find_sources(names: Sequence[str], options: Options) -> list[Source]:
 
 
 def lines_of(reader: RowReader, options: Options) -> Iterator[Line]:
-    """Yield the rows of a file, their fields called as the layouts call them."""
+    """Yield the rows of a file, with its columns renamed as `options.columns` says."""
     return renamed(reader.lines(), options.columns) if options.columns else reader.lines()
 
 
 def asked_lines(lines: Iterator[Line], source: Source, options: Options, *, several: bool) -> Iterator[Line]:
-    """Yield each line with the question that its row asks, or with what is wrong with it."""
+    """Yield each line with the question of its row, or with its error.
+
+    With `several` files, rows without a subset get the file's name as their subset.
+    """
     for line in lines:
         row, error = line.fields, line.given if isinstance(line.given, RowError) else None
         question: Question | None = None
@@ -112,7 +115,7 @@ def _name(value: object) -> str:
 
 
 def _earlier(row: dict[str, Any], asked: Question, fields: Sequence[str], number: int) -> tuple[float, ...] | RowError:
-    """Return the rewards of before of a row's answers: numbers and lists of numbers of some fields, in their order."""
+    """Return the earlier rewards of a row's answers: the numbers, or lists of numbers, in these fields in order."""
     found: list[object] = []
     for name in fields:
         value = row.get(name)
@@ -129,6 +132,6 @@ def _earlier(row: dict[str, Any], asked: Question, fields: Sequence[str], number
 
 
 def sha256_of(file: InputFile) -> str:
-    """Return the SHA-256 of a file's bytes, as they are stored, in hex."""
+    """Return the SHA-256 of a file's bytes as stored, in hex."""
     with file.open() as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How sure a number is, and what a difference is worth. In numpy alone; every draw has a fixed seed."""
+"""Confidence intervals, significance tests, length control and calibration, with numpy only and fixed random seeds."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rewardrt.evaluate.results import Flags, Floats, Ints, Results
 
 RESAMPLES = 1000
 FLIPS = 10_000
-EXACT = 13  # at most so many differences are tried in all combinations
+EXACT = 13  # up to this many differences, all sign combinations are tried
 LEVEL = 0.95
 _SEED = 20_240_611
-_PAIRS_AT_ONCE = 4_000_000  # cells of a matrix that is held
+_PAIRS_AT_ONCE = 4_000_000  # most cells of a matrix in memory
 
 
 def resampled(measures: Measures, units: Ints, resamples: int = RESAMPLES) -> Values:
-    """Return every number of `resamples` bootstrap samples, each [resamples]; {} where there is one unit or none.
+    """Return every number of `resamples` bootstrap samples, each [resamples]; {} if there are fewer than two units.
 
-    A sample draws as many units (prompts), with replacement, as there are, each with all its rows: rows of one prompt
-    are not independent of each other. A number whose rows were not drawn is NaN in that sample.
+    A sample draws as many units (prompts) as there are, with replacement, each with all its rows, because rows of one
+    prompt are not independent. A number whose rows were not drawn is NaN in that sample.
     """
     names, codes = np.unique(units, return_inverse=True)
     if len(names) < 2 or not measures.means:
@@ -46,7 +46,7 @@ def resampled(measures: Measures, units: Ints, resamples: int = RESAMPLES) -> Va
 
 
 def interval(sample: Floats) -> tuple[float, float] | None:
-    """Return the middle `LEVEL` of a bootstrap sample (the percentile interval); None where it has no number."""
+    """Return the percentile interval of a bootstrap sample at the level `LEVEL`; None if all values are NaN."""
     known = sample[~np.isnan(sample)]
     if not len(known):
         return None
@@ -60,11 +60,11 @@ def intervals(measures: Measures, units: Ints, resamples: int = RESAMPLES) -> di
 
 
 def paired_p(first: Floats, second: Floats, units: Ints) -> float:
-    """Return how likely so large a difference of two means is when neither of the two is better (two-sided).
+    """Return the two-sided p value of the difference of two means, [rows] each, by a paired permutation test.
 
-    A test by exchanging: within each unit the two may be exchanged, which changes the sign of its difference. Of units
-    that differ, all combinations are tried where there are at most EXACT, and else FLIPS random ones, which count the
-    observed one too. For pairs, one a prompt, it is McNemar's exact test. `first` and `second` are [rows].
+    Under the null hypothesis the two may be exchanged within each unit, which changes the sign of the unit's
+    difference. If at most EXACT units differ, all sign combinations are tried; otherwise FLIPS random ones, with the
+    observed one added. For pairs with one per prompt, this is McNemar's exact test.
     """
     known = ~(np.isnan(first) | np.isnan(second))
     _, codes = np.unique(units[known], return_inverse=True)
@@ -85,10 +85,11 @@ def paired_p(first: Floats, second: Floats, units: Ints) -> float:
 
 
 def kendall(first: Floats, second: Floats) -> float:
-    """Return Kendall's tau-b of two lists of numbers, NaN where one of them is constant.
+    """Return Kendall's tau-b of two lists of numbers; NaN if one of them is constant.
 
-    tau_b = (concordant - discordant) / sqrt((n0 - ties in first) (n0 - ties in second)), n0 = n (n - 1) / 2, by
-    Knight's algorithm (1966): discordant pairs are the exchanges that sort the second after the first, O(n log n).
+    tau_b = (concordant - discordant) / sqrt((n0 - ties in first) (n0 - ties in second)) with n0 = n (n - 1) / 2.
+    Knight's algorithm (1966) counts the discordant pairs in O(n log n): they are the exchanges that sort `second` after
+    sorting by `first`.
     """
     order = np.lexsort((second, first))
     x, y = first[order], second[order]
@@ -103,7 +104,7 @@ def kendall(first: Floats, second: Floats) -> float:
 
 
 def _tied_pairs(ordered: npt.NDArray[np.float64]) -> int:
-    """Return how many pairs of equal items a sorted list has."""
+    """Return the number of pairs of equal items in a sorted list."""
     if not len(ordered):
         return 0
     differs = ordered[1:] != ordered[:-1]
@@ -113,7 +114,7 @@ def _tied_pairs(ordered: npt.NDArray[np.float64]) -> int:
 
 
 def _exchanges(values: Floats) -> tuple[Floats, int]:
-    """Return the values sorted, and how many pairs stood in the wrong order."""
+    """Return the values sorted, and the number of pairs that were in the wrong order."""
     if len(values) <= 64:
         after = np.triu(values[:, None] > values[None, :], 1)
         return np.sort(values), int(after.sum())
@@ -124,9 +125,9 @@ def _exchanges(values: Floats) -> tuple[Floats, int]:
 
 
 def same_order(first: Results, second: Results) -> tuple[float, int]:
-    """Return the share of the pairs of answers to one prompt that both order alike, and how many pairs there are.
+    """Return the share of pairs of answers to one prompt that both order alike, and the number of pairs.
 
-    Equal rewards are an order of their own.
+    A pair of equal rewards is only ordered alike if both have equal rewards.
     """
     same = pairs = 0
     for indices in groups(first):
@@ -138,7 +139,7 @@ def same_order(first: Results, second: Results) -> tuple[float, int]:
 
 
 def groups(results: Results) -> list[Ints]:
-    """Return the answers of all rows that have the same number of them, [rows, answers], for each number; in parts."""
+    """Return the answers' indices of rows with equally many answers, [rows, answers] for each number, in parts."""
     sizes, found = np.diff(results.starts), []
     for size in np.unique(sizes):
         starts = results.starts[:-1][sizes == size]
@@ -149,11 +150,11 @@ def groups(results: Results) -> list[Ints]:
 
 @dataclass(frozen=True)
 class LengthControl:
-    """What a benchmark's score is when length may not tell.
+    """What a benchmark's score is without the influence of length.
 
-    `slope` is by how much a reward goes up with one token more, of two answers to one prompt that are equally right.
-    `score` is the score of the rewards without that part. `longer` and `shorter` are the credits of the rows whose
-    right answer is longer, or shorter, than the best wrong one, `rows_longer` and `rows_shorter` how many these are.
+    `slope` is the increase of the reward per token, between equally right answers to one prompt. `score` is the score
+    of the rewards minus slope times tokens. `longer` and `shorter` are the mean credits of the `rows_longer` and
+    `rows_shorter` rows whose best right answer is longer, or shorter, than the best wrong one.
     """
 
     slope: float
@@ -165,11 +166,10 @@ class LengthControl:
 
 
 def length_control(results: Results, measure: Callable[[Results], Measures]) -> LengthControl | None:
-    """Return the slope and its consequences; None where lengths of the answers to one prompt do not tell it.
+    """Return the slope and its consequences; None if the lengths of answers to one prompt do not determine it.
 
-    Least squares of reward on length and being right, within prompts: r = prompt + a right + b tokens. What is taken
-    off the rewards is b tokens alone, as in length-controlled AlpacaEval (arXiv:2404.04475), so that what being right
-    is worth stays.
+    The slope b comes from least squares within prompts: r = prompt + a right + b tokens. Only b tokens is subtracted
+    from the rewards, as in length-controlled AlpacaEval (arXiv:2404.04475), so the effect a of being right stays.
     """
     slope = slope_of(results)
     if slope is None:
@@ -189,7 +189,7 @@ def length_control(results: Results, measure: Callable[[Results], Measures]) -> 
 
 
 def slope_of(results: Results) -> float | None:
-    """Return b of r = prompt + a right + b tokens; None where it cannot be told from the others."""
+    """Return b of r = prompt + a right + b tokens; None if it is not determined."""
     reward, tokens, right = (_within(results, each) for each in (results.rewards, results.tokens, results.right))
     matrix = np.stack([right, tokens], axis=1)
     if not tokens.any() or np.linalg.matrix_rank(matrix) < 2:
@@ -198,13 +198,13 @@ def slope_of(results: Results) -> float | None:
 
 
 def _within(results: Results, values: npt.ArrayLike) -> Floats:
-    """Return values less their row's mean."""
+    """Return values [m] minus the mean of their row."""
     each = np.asarray(values, dtype=np.float64)
     return each - (results.sums(each) / np.maximum(1, np.diff(results.starts)))[results.row_of]
 
 
 def _of_best(results: Results, which: Flags) -> Floats:
-    """Return the tokens of the answer with the highest reward among those that are marked, the longest of several."""
+    """Return the tokens of the best answer marked in `which`, for each row [n]; the longest of equally good ones."""
     highest = results.best(which)[results.row_of]
     tokens = np.where(which & (results.rewards == highest), results.tokens, -1).astype(np.float64)
     return np.asarray(np.maximum.reduceat(tokens, results.starts[:-1])) if results.rows else np.zeros(0)
@@ -212,11 +212,12 @@ def _of_best(results: Results, which: Flags) -> Floats:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often the higher reward is right, by how much higher it is: bins of equally many pairs of answers.
+    """How often the answer with the higher reward is right, by margin, in bins of equally many pairs of answers.
 
-    `margins`, `expected` and `right` are means of each bin: the margin, the sigmoid of it (what a Bradley-Terry model
-    promises), and the share of the pairs whose higher reward is of the right answer. `error` is the mean distance of
-    the last two, each pair counted once (expected calibration error), `log_loss` the mean of -log sigmoid(margin).
+    `margins`, `expected` and `right` are the means of each bin: the margin, its sigmoid (the probability in a
+    Bradley-Terry model), and the share of pairs whose answer with the higher reward is right. `error` is the expected
+    calibration error: the mean distance of `expected` and `right`, weighted by pairs. `log_loss` is the mean of -log
+    sigmoid(margin).
     """
 
     pairs: int
@@ -228,7 +229,7 @@ class Calibration:
 
 
 def margins_of(results: Results) -> Floats:
-    """Return the reward of every right answer less that of every wrong answer to the same prompt."""
+    """Return the reward of every right answer minus that of every wrong answer to the same prompt."""
     found = []
     for indices in groups(results):
         difference = results.rewards[indices][:, :, None] - results.rewards[indices][:, None, :]
@@ -238,7 +239,7 @@ def margins_of(results: Results) -> Floats:
 
 
 def calibration(margins: Floats) -> Calibration | None:
-    """Return how margins are calibrated, in at most ten bins of at least 20 pairs; None where there are none."""
+    """Return how margins are calibrated, in at most ten bins of at least 20 pairs; None if there are no margins."""
     if not len(margins):
         return None
     size = np.abs(margins)

@@ -1,4 +1,4 @@
-"""What was evaluated: a bundle, the graph that ran and where."""
+"""What was evaluated: a bundle, the graph that ran, and where."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rewardrt.reward_model import RewardModel
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, as the report names it; `labels` are its objectives."""
+    """A model, as described in the report; `labels` are its objectives."""
 
     bundle: str
     family: str

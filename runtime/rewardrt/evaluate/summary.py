@@ -1,4 +1,4 @@
-"""An evaluation as lines for people."""
+"""Print an evaluation as lines of text."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from rewardrt.evaluate.comparison import Comparison
 from rewardrt.evaluate.evaluation import Evaluation, Number
 from rewardrt.evaluate.subject import Subject
 
-LINES = 60  # of one kind, in a terminal
+LINES = 60  # most lines of one kind
 _KINDS = {"section": "sections", "subset": "subsets", "part": "parts", "by": "by"}
 
 
 def describe(evaluation: Evaluation, subject: Subject) -> str:
-    """Return a table of the numbers, and what else is to be known of them."""
+    """Return a table of the numbers, and the notes needed to read them."""
     return "\n".join(_lines(evaluation, subject))
 
 
 def in_digits(value: float | None, digits: int = 4) -> str:
-    """Return a number, or a dash for none."""
+    """Return a number in decimals, or a dash if it does not exist."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def between(low: float | None, high: float | None) -> str:
-    """Return an interval, or a dash for none."""
+    """Return an interval, or a dash if it does not exist."""
     return "-" if low is None or high is None else f"{low:.4f} .. {high:.4f}"
 
 
@@ -55,7 +55,7 @@ def _name(number: Number) -> str:
 
 
 def notes(evaluation: Evaluation) -> Iterator[str]:
-    """Yield a sentence for each thing that has to be known of the numbers."""
+    """Yield a sentence for each thing that has to be known to read the numbers."""
     if evaluation.failed:
         first = f"; the first: {evaluation.failures[0].message}" if evaluation.failures else ""
         yield f"{evaluation.failed:,} of {evaluation.rows:,} rows could not be scored and are not counted{first}"
@@ -92,7 +92,7 @@ def notes(evaluation: Evaluation) -> Iterator[str]:
 
 
 def compared(comparison: Comparison) -> Iterator[str]:
-    """Yield what a comparison says."""
+    """Yield the lines about a comparison."""
     yield (
         f"against {comparison.name}: {in_digits(comparison.score)} to {in_digits(comparison.other)}, difference "
         f"{'-' if comparison.difference is None else f'{comparison.difference:+.4f}'} "

@@ -1,1 +1,1 @@
-"""One ONNX graph: what its file may hold, and the file loaded and ready to run."""
+"""One ONNX graph: which files it may read, and the graph loaded and ready to run."""

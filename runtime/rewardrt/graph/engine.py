@@ -1,6 +1,6 @@
-"""A graph on TensorRT: built as one engine, once for each machine, and opened from the cache after that.
+"""Run a graph on TensorRT: build it into an engine once per machine, then open it from the cache.
 
-What happens meanwhile is logged as `rewardrt.engine`: an engine of a large model takes minutes.
+Progress is logged as `rewardrt.engine`, because building the engine of a large model takes minutes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from rewardrt.machine.engine_cache import RUNTIME, CacheError, Entry, Key
 from rewardrt.machine.providers import Way, compile_graph, one_line, open_session, way_of, what_runs
 
 LOG = logging.getLogger("rewardrt.engine")
-ENGINE = "engine.onnx"  # what a plug-in wrote: a graph of one node, and the engine beside it
+ENGINE = "engine.onnx"  # written by a plug-in: a graph of one node that refers to the engine's file
 Model = bytes | str
 
-# By what really runs, what its settings are called: smallest, best and largest shapes.
+# For each way to TensorRT, the provider options for the smallest, the optimal and the largest shapes.
 _PROFILES: dict[Way, tuple[str, str, str]] = {
     "tensorrt": ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes"),
     "tensorrt-rtx": ("nv_profile_min_shapes", "nv_profile_opt_shapes", "nv_profile_max_shapes"),
@@ -31,22 +31,22 @@ _PROFILES: dict[Way, tuple[str, str, str]] = {
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What an engine is built for; `identity` is the hash of graph and weights."""
+    """What an engine is built for; `identity` is the hash of graph and weights, `profile` the range of shapes."""
 
     identity: str
     profile: Profile
-    taps: int = 0  # of the input `positions`; 0: it has none
-    type_ids: bool = False  # whether there is an input `token_type_ids`
+    taps: int = 0  # columns of the input `positions`; 0: the graph has no such input
+    type_ids: bool = False  # whether the graph has the input `token_type_ids`
 
     def shapes(self, rows: int, tokens: int) -> str:
-        """Return the shapes of all inputs as a provider's settings have them."""
+        """Return the shapes of all inputs in the format of the provider's options."""
         shapes = {"input_ids": f"{rows}x{tokens}", "lengths": f"{rows}"}
         shapes |= {"token_type_ids": f"{rows}x{tokens}"} if self.type_ids else {}
         shapes |= {"positions": f"{rows}x{self.taps}"} if self.taps else {}
         return ",".join(f"{name}:{shape}" for name, shape in shapes.items())
 
     def settings(self, way: Way, folder: Path | None) -> dict[str, str]:
-        """Return the settings of a provider; `folder` is the engine's own, None where nothing is kept."""
+        """Return the provider's options; `folder` is the engine's folder, None if nothing is to be cached."""
         sizes = (1, 1), self.profile.best, (self.profile.rows, self.profile.tokens)
         found = {name: self.shapes(*size) for name, size in zip(_PROFILES[way], sizes, strict=True)}
         if way == "tensorrt":
@@ -59,7 +59,7 @@ class EngineRequest:
         return found
 
     def key(self) -> Key:
-        """Return all that the engine depends on here."""
+        """Return everything that the engine depends on, including this machine."""
         made_for = what_runs("tensorrt") | {"identity": self.identity, "shapes": self.shapes(*self._most)}
         return Key(tuple(sorted(made_for.items())))
 
@@ -69,9 +69,10 @@ class EngineRequest:
 
 
 def open_engine(model: Model, request: EngineRequest, options: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Open a graph on TensorRT, built or from the cache; `options` makes session options anew for each use.
+    """Open a graph on TensorRT, from the cache or by building its engine.
 
-    Returns the session, and why its engine is not kept, if it is not. Raises ProviderError, and what onnxruntime does.
+    `options` returns new session options for each use. Returns the session, and None or the reason why its engine could
+    not be cached. Raises ProviderError, and what onnxruntime raises.
     """
     key, way = request.key(), way_of("tensorrt")
     entry = Entry.of(key)
@@ -80,7 +81,7 @@ def open_engine(model: Model, request: EngineRequest, options: Callable[[], Any]
         LOG.info("building the engine: %s", request.profile.describe())
         start = time.perf_counter()
         if way == "tensorrt":
-            open_session(model, "tensorrt", options(), request.settings(way, folder))  # which leaves it in the folder
+            open_session(model, "tensorrt", options(), request.settings(way, folder))  # writes into the folder
         else:
             compile_graph(model, "tensorrt", options(), request.settings(way, None), folder / ENGINE)
         LOG.info("built in %.1f s", time.perf_counter() - start)
@@ -104,7 +105,7 @@ def open_engine(model: Model, request: EngineRequest, options: Callable[[], Any]
 
 
 def refusal(error: Exception) -> ProviderError:
-    """Return the error for a graph that TensorRT does not take whole, of what onnxruntime said."""
+    """Return the error for a graph that TensorRT cannot run whole, given what onnxruntime raised."""
     return ProviderError(
         f"TensorRT does not take the whole graph ({one_line(error)}); export with `--precision tensorrt`, "
         "or score with provider 'cuda'"

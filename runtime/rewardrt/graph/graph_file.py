@@ -1,8 +1,8 @@
-"""Which files an ONNX graph reads beside itself, found out without onnx: the file is a protobuf message.
+"""Find the files that an ONNX graph reads besides itself, by parsing the protobuf message without the onnx package.
 
-A graph names the files of its weights. onnxruntime opens whatever is named there, so a file that the manifest does not
-vouch for could give other rewards; and it refuses weights that a link leads out of the graph's folder to. Only the
-fields that lead to such names are followed, whatever else a graph holds is left to onnxruntime.
+A graph names the files of its weights, and onnxruntime opens whatever is named there. A file that the manifest does not
+list could therefore change the rewards. onnxruntime also refuses weights that a symbolic link places outside the
+graph's folder. Only the protobuf fields that lead to file names are parsed; onnxruntime checks the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rewardrt.errors import BundleError
 
-# By message, the fields that hold a message which may name a file; the numbers are those of onnx.proto.
+# For each message, the fields whose messages may name a file. Field numbers are from onnx.proto.
 _FIELDS: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
     "TrainingInfo": {1: "Graph", 2: "Graph"},
@@ -26,26 +26,26 @@ _FIELDS: dict[str, dict[int, str]] = {
     "Tensor": {13: "Entry"},
 }
 _OPERATOR = 4  # of Node
-_DEEPEST = 100  # messages in messages, which is protobuf's own limit
+_DEEPEST = 100  # nested messages; protobuf's own limit
 
-_LOCATION = b"location"  # the key, in Entry, of a file's name
+_LOCATION = b"location"  # the key of an Entry whose value is a file name
 
 Buffer = bytes | mmap.mmap
-Field = tuple[int, int, int, int, int]  # number, wire type, where it begins, where its value begins and ends
+Field = tuple[int, int, int, int, int]  # number, wire type, offsets: start of the field, start and end of its value
 
 
 class _DamagedError(Exception):
-    """The bytes are no protobuf message."""
+    """The bytes are not a protobuf message."""
 
 
 def external_files(graph: Path) -> set[str]:
-    """Return the names of the files that a graph reads, as they stand in it: paths from its folder.
+    """Return the names of the external files that a graph reads, as written in it: paths relative to its folder.
 
-    Raises BundleError for a file that is not a graph, and for an operator that reads files in a way of its own.
+    Raises BundleError if the file is not a graph, or if it has an operator that opens files by other means.
     """
     try:
         if graph.stat().st_size == 0:
-            raise _DamagedError("it is empty")  # which cannot be mapped
+            raise _DamagedError("it is empty")  # mmap refuses empty files
         with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return {name.decode() for name in _names(data, 0, len(data), "Model", 0)}
     except (_DamagedError, ValueError, OSError) as error:  # ValueError: a name that is not UTF-8
@@ -53,11 +53,14 @@ def external_files(graph: Path) -> set[str]:
 
 
 def resolve(graph: Path) -> tuple[Path | bytes, Path | None]:
-    """Return what onnxruntime is to open, and the folder of the weights where it cannot know it. Raises BundleError.
+    """Return the model for onnxruntime to open, and the folder of its weights if onnxruntime must be told.
 
-    It is the path of the graph as long as neither it nor a file that it reads is a link. onnxruntime takes weights from
-    the graph's folder alone, and looks where links lead to. So where there are some, it gets the bytes of the graph, in
-    which the real files are named, from a folder that holds them all. They are mapped as they are by the path.
+    Without symbolic links this is the graph's path and None. onnxruntime only accepts weights inside the graph's
+    folder, and resolves links before it checks. So if the graph or one of its files is a link, this returns the graph's
+    bytes with the real files' names in them, and a folder that contains them all. onnxruntime maps the weights' files
+    either way.
+
+    Raises BundleError.
     """
     names = external_files(graph)
     base = os.path.realpath(graph.parent)
@@ -72,7 +75,7 @@ def resolve(graph: Path) -> tuple[Path | bytes, Path | None]:
 
 
 def _names(data: Buffer, start: int, end: int, kind: str, depth: int) -> Iterator[bytes]:
-    """Yield the name of each external file in a message that lies between two bytes."""
+    """Yield the name of each external file in the message between two byte offsets."""
     if depth > _DEEPEST:
         raise _DamagedError("messages nested too deeply")
     inner = _FIELDS[kind]
@@ -89,7 +92,7 @@ def _names(data: Buffer, start: int, end: int, kind: str, depth: int) -> Iterato
 
 
 def _renamed(data: bytes, start: int, end: int, kind: str, names: Mapping[bytes, bytes]) -> bytes:
-    """Return a message, which `_names` was through, with other names for its external files."""
+    """Return a message that `_names` has checked, with its external files renamed."""
     inner = _FIELDS[kind]
     parts: list[bytes] = []
     for number, wire, first, begin, stop in _fields(data, start, end):
@@ -106,13 +109,13 @@ def _renamed(data: bytes, start: int, end: int, kind: str, names: Mapping[bytes,
 
 
 def _location(data: Buffer, start: int, end: int) -> bytes | None:
-    """Return the value of an Entry whose key says that it is a file's name; of a field that comes twice, the last."""
+    """Return the file name in an Entry with the key "location", else None. Of a repeated field, the last one counts."""
     found = {number: data[begin:stop] for number, wire, _, begin, stop in _fields(data, start, end) if wire == 2}
     return found.get(2, b"") if found.get(1) == _LOCATION else None
 
 
 def _fields(data: Buffer, start: int, end: int) -> Iterator[Field]:
-    """Yield the fields of a message, in their order."""
+    """Yield the fields of a message in order."""
     place = start
     while place < end:
         first = place
@@ -135,7 +138,7 @@ def _fields(data: Buffer, start: int, end: int) -> Iterator[Field]:
 
 
 def _number(data: Buffer, place: int, end: int) -> tuple[int, int]:
-    """Read a number of seven bits a byte; return it, and where the next byte is."""
+    """Read a protobuf varint (seven bits per byte); return its value and the offset of the next byte."""
     value = shift = 0
     while place < end and shift < 64:
         byte = data[place]
@@ -148,7 +151,7 @@ def _number(data: Buffer, place: int, end: int) -> tuple[int, int]:
 
 
 def _packed(number: int, value: bytes) -> bytes:
-    """Return a field that holds bytes."""
+    """Return an encoded length-delimited field with this value."""
     return _varint(number << 3 | 2) + _varint(len(value)) + value
 
 

@@ -1,6 +1,7 @@
-"""One graph, loaded and ready: token ids and lengths go in, raw rewards come out.
+"""One graph, loaded and ready: token ids and lengths in, raw rewards out.
 
-Knows the graph's contract (see docs/architecture.md) and onnxruntime's options; nothing of texts, tokens or bundles.
+This module knows the graph's inputs and outputs (see docs/bundle.md) and onnxruntime's options. It knows nothing of
+texts, tokenizers or bundles.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ from rewardrt.machine.providers import (
 Ids = npt.NDArray[np.int64]
 
 PER_TOKEN = ("input_ids", "token_type_ids")
-OPTIONAL_INPUTS = ("positions", "token_type_ids")  # of models with several taps, and of encoders that read pairs
-PAST_BATCH = "past_batch"  # the first axis of keys and values where it may be 1 beside a larger batch
+OPTIONAL_INPUTS = ("positions", "token_type_ids")  # for models with several taps, and for encoders that read pairs
+PAST_BATCH = "past_batch"  # name of the first axis of keys and values if one prefix may serve a batch of any size
 _FLOATS: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass(frozen=True)
 class PastInput:
-    """One input of the graph for a shared prefix: keys or values [batch, *shape], or a state that a layer keeps.
+    """One of the graph's inputs for a shared prefix: keys, values or a layer's state, [batch, *shape].
 
-    `shape` is that of a prefix of no tokens: (kv_heads, 0, head_dim) for keys and values; a state's sizes are the same
-    after any number of tokens.
+    `shape` is the shape for a prefix of no tokens: (kv_heads, 0, head_dim) for keys and values. A state has the same
+    shape after any number of tokens.
     """
 
     name: str
@@ -63,15 +64,16 @@ class PastInput:
         return self.name.startswith("past_state.")
 
 
-States = tuple[npt.NDArray[Any], ...]  # [1, ...] each, in the order of the graph
+States = tuple[npt.NDArray[Any], ...]  # each [1, ...], in the order of the graph's inputs
 
 
 @dataclass(frozen=True)
 class KeyValues:
-    """What the graph keeps of one text's first tokens.
+    """The KV cache of one text's first tokens: what the graph needs to continue from there.
 
-    `arrays` are keys and values [1, kv_heads, tokens, head_dim] in the order of the graph. `states` are those of layers
-    that have one state for all tokens so far, by the number of tokens that they are after; empty where no layer has.
+    `arrays` are the keys and values, each [1, kv_heads, tokens, head_dim], in the order of the graph's inputs. Layers
+    with a recurrent state have one state for all tokens so far, not one per token: `states` maps a number of tokens to
+    the states after that many tokens, and is empty if no layer has a state.
     """
 
     arrays: tuple[npt.NDArray[Any], ...]
@@ -79,18 +81,19 @@ class KeyValues:
 
     @property
     def tokens(self) -> int:
-        """How many tokens they are of."""
+        """The number of tokens that are cached."""
         return int(self.arrays[0].shape[2]) if self.arrays else max(self.states, default=0)
 
     @property
     def bytes(self) -> int:
-        """What they take in memory."""
+        """The size in memory, in bytes."""
         return sum(array.nbytes for arrays in (self.arrays, *self.states.values()) for array in arrays)
 
     def first(self, tokens: int) -> KeyValues | None:
-        """Return those of the first `tokens`; a copy, unless it is all of them.
+        """Return the cache of the first `tokens` tokens: a copy, unless that is all of them.
 
-        With states they are of as many tokens as there is a state after, and None where there is none.
+        With states, the result ends at the last number of tokens, up to `tokens`, after which there is a state; None if
+        there is none.
         """
         states = {end: state for end, state in self.states.items() if end <= tokens}
         if self.states and not states:
@@ -101,9 +104,9 @@ class KeyValues:
         return KeyValues(tuple(np.ascontiguousarray(array[:, :, :tokens]) for array in self.arrays), states)
 
     def block(self, start: int, tokens: int) -> KeyValues:
-        """Return a copy of those of `tokens` tokens from `start` on, which holds no more memory than they take.
+        """Return a copy of the cache of `tokens` tokens from `start` on, which keeps no other memory alive.
 
-        Of the states it holds the one after its last token, if there is one.
+        Of the states it contains the one after its last token, if there is one.
         """
         end = start + tokens
         states = {end: self.states[end]} if end in self.states else {}
@@ -112,7 +115,7 @@ class KeyValues:
 
 @dataclass(frozen=True)
 class Part:
-    """What the graph made of a part of one text; `values` are those of all tokens so far, where they were asked for."""
+    """The graph's outputs for a part of one text; `values` is the cache of all tokens so far, if it was requested."""
 
     rewards: npt.NDArray[np.float32]  # [1, outputs], or [1, tokens, outputs] token_rewards
     values: KeyValues | None
@@ -121,11 +124,11 @@ class Part:
 class GraphSession:
     """A reward graph on one execution provider. `run` may be called from several threads at once.
 
-    `provider` is the one obtained, `note` says why it is not a better one, `threads` is what was asked for,
-    `past` holds the graph's inputs for a shared prefix: key, value, key, ... by layer, then states; none of an encoder.
-    `shares_past` says that one text's may stand for those of every row of a batch.
+    `provider` is the provider obtained, `note` says why it is not a better one, and `threads` is the number requested.
+    `past` lists the graph's inputs for a shared prefix: key, value, key, ... by layer, then states; it is empty for an
+    encoder. `shares_past` says whether the prefix of one text (batch 1) may serve every row of a batch.
 
-    In a process that was forked the graph is opened again when it is first run.
+    In a forked process the graph is opened again when it is first run there.
     """
 
     def __init__(
@@ -137,8 +140,8 @@ class GraphSession:
         threads: int | None,
         reopen: Callable[[], Any],
     ) -> None:
-        """Wrap an `onnxruntime.InferenceSession` whose contract was checked; use `open`."""
-        self._session: Any = session  # None in a forked process, until it is needed there
+        """Wrap an `onnxruntime.InferenceSession` whose inputs and outputs were checked; callers use `open`."""
+        self._session: Any = session  # None in a forked process, until it is first needed
         self._reopen = reopen
         self._reopening = threading.Lock()
         _ALIVE.add(self)
@@ -151,7 +154,7 @@ class GraphSession:
         self.provider: Provider = provider
         self.note = note
         self.threads = threads
-        self.profile: Profile | None = None  # of an engine, which has batches brought to few shapes
+        self.profile: Profile | None = None  # set for a TensorRT engine, whose batches are padded to a few shapes
 
     @classmethod
     def open(
@@ -164,16 +167,19 @@ class GraphSession:
         unchanged: Callable[[], object] = lambda: None,
         engine: EngineRequest | None = None,
     ) -> GraphSession:
-        """Load a graph by its path: onnxruntime maps the file of its weights, and copies what it packs for its kernels.
+        """Load a graph by its path.
 
-        With `share_weights` the products of an int8 graph read their weights in the mapped file, which all processes of
-        the machine share.
+        onnxruntime maps the file of the weights into memory, and copies the weights that it repacks for its kernels.
+        With `share_weights`, the matrix products of an int8 graph read their weights directly from the mapped file,
+        which all processes of the machine share.
 
-        `provider` is asked for, or was selected already and is not tried again. `threads` are those of one call on the
-        CPU; None leaves it to onnxruntime: one for each physical core, whatever share of them a container may use.
-        `unchanged` is called before the graph is opened again in a forked process, and raises if it is not the same.
-        `engine` is what TensorRT builds an engine for, which is kept then.
-        Raises ProviderError if the provider cannot be had, BundleError if the file is not a graph of the contract.
+        `provider` is the caller's choice, or a Selection that was already tested and is not tested again. `threads` is
+        the number of threads of one call on the CPU; None leaves it to onnxruntime, which takes one for each physical
+        core, even if a container may use fewer. `unchanged` is called before a forked process opens the graph again,
+        and raises if the file is not the same. `engine` describes the engine that TensorRT builds and caches.
+
+        Raises ProviderError if the provider cannot be obtained, and BundleError if the file is not a graph with the
+        expected inputs and outputs.
         """
         if threads is not None and threads < 1:
             raise ProviderError(f"threads {threads}: expected at least 1, or None to leave it to onnxruntime")
@@ -183,7 +189,7 @@ class GraphSession:
             session, note = _open_engine(graph, engine, threads)
         else:
             session = _open(graph, selection.provider, threads, share_weights=share_weights)
-        absolute = Path(os.path.abspath(graph))  # a forked process may have moved to another folder
+        absolute = Path(os.path.abspath(graph))  # a forked process may change its working directory
 
         def reopen() -> Any:
             if selection.provider != "cpu":
@@ -200,13 +206,14 @@ class GraphSession:
 
     @property
     def runs_on(self) -> str:
-        """What really runs, for people: the provider, and of TensorRT the version and the GPU."""
+        """What really runs, for people: the provider, and for TensorRT its version and the GPU."""
         return describe(self.provider)
 
     def warm(self, batch_tokens: int, shown: Callable[[int, int], None] = lambda done, of: None) -> int:
-        """Run every shape once that batches of so many tokens are brought to, where there are such; return how many.
+        """Run each shape once to which batches of at most `batch_tokens` tokens are padded; return how many there are.
 
-        `shown` is told how many are done, of how many. Raises InferenceError.
+        There are none without an engine. `shown` is called with the number of shapes done and their total. Raises
+        InferenceError.
         """
         shapes = self.profile.buckets(batch_tokens) if self.profile is not None else []
         taps = [item.shape[1] for item in self._live().get_inputs() if item.name == "positions"]
@@ -227,11 +234,13 @@ class GraphSession:
         past: KeyValues | None = None,
         output: Literal["rewards", "token_rewards"] = "rewards",
     ) -> npt.NDArray[np.float32]:
-        """Score a batch: the graph's raw outputs, [batch, outputs] float32, or [batch, tokens, outputs] token_rewards.
+        """Score a batch: return [batch, outputs] float32, or [batch, tokens, outputs] for the output token_rewards.
 
-        input_ids [batch, tokens], right-padded, lengths [batch]; positions [batch, taps] and type_ids [batch, tokens]
-        where the model takes them. All int64. `past` is of tokens that every row goes on from, where the graph
-        `shares_past`. Whether the rewards are finite is for the caller to check. Raises InferenceError.
+        input_ids is [batch, tokens], right-padded, and lengths [batch]; positions [batch, taps] and type_ids [batch,
+        tokens] are needed if the model has these inputs. All are int64. `past` is the cache of a prefix of every row,
+        for graphs with `shares_past`. The values are the graph's raw outputs; the caller checks that they are finite.
+
+        Raises InferenceError if an argument is wrong or missing, or if the graph fails.
         """
         return self._run(input_ids, lengths, positions, type_ids, past, [output])[0]
 
@@ -244,10 +253,10 @@ class GraphSession:
         keep: bool = False,
         output: Literal["rewards", "token_rewards"] = "rewards",
     ) -> Part:
-        """Compute a part of one text, input_ids [1, tokens], after the tokens that `past` is of.
+        """Compute one part of one text, input_ids [1, tokens] int64, which continues the tokens cached in `past`.
 
-        `positions` [1, taps] count from the part's first token. With `keep`, the keys and values of past and part
-        come out too, with the states after the part's last token. Raises InferenceError.
+        `positions` [1, taps] int64 count from the part's first token. With `keep`, the result also has the keys and
+        values of `past` and the part, and the states after the part's last token. Raises InferenceError.
         """
         names = [output, *(item.name.replace("past_", "present_") for item in self.past if keep)]
         lengths = np.array([input_ids.shape[1]], dtype=np.int64)
@@ -305,7 +314,7 @@ class GraphSession:
         return [np.asarray(array) for array in found]
 
     def _live(self) -> Any:
-        """Return the session of this process."""
+        """Return this process's session; open it first in a forked process."""
         session = self._session
         if session is None:
             with self._reopening:
@@ -315,11 +324,14 @@ class GraphSession:
         return session
 
     def _forked(self) -> None:
-        """Let go of a session whose threads are another process's: destroying it here would wait for them, or crash."""
+        """Drop a session whose threads belong to the parent process.
+
+        Destroying it here would wait for those threads, or crash.
+        """
         if self._session is not None:
             _never_destroy(self._session)
         self._session = None
-        self._reopening = threading.Lock()  # it may have been held when the process was forked
+        self._reopening = threading.Lock()  # the old lock may have been held at the fork
 
 
 _ALIVE: weakref.WeakSet[GraphSession] = weakref.WeakSet()
@@ -331,7 +343,10 @@ def _forked() -> None:
 
 
 def _never_destroy(thing: object) -> None:
-    """Let an object outlive the interpreter: a global variable would be cleared when it ends."""
+    """Keep an object alive until the process ends, by a reference that is never released.
+
+    A global variable would not do: the interpreter clears them when it exits.
+    """
     increase = ctypes.pythonapi.Py_IncRef
     increase.argtypes, increase.restype = [ctypes.py_object], None
     increase(thing)
@@ -343,7 +358,7 @@ after_fork(_forked)
 def _in_shapes(
     session: Any, outputs: list[str], feeds: Mapping[str, npt.NDArray[Any]], profile: Profile
 ) -> list[npt.NDArray[Any]]:
-    """Run a batch in the shapes of a profile, some rows at a time, and leave out what was added."""
+    """Run a batch padded to the shapes of a profile, a few rows at a time, and drop the results of the padding."""
     every, tokens = feeds["input_ids"].shape
     if tokens > profile.tokens:
         raise InferenceError(f"a text of {tokens} tokens: the engine is built for {profile.describe()}")
@@ -354,7 +369,7 @@ def _in_shapes(
         padded = {}
         for name, array in feeds.items():
             sizes = (wide[0], *((wide[1],) if name in PER_TOKEN else array.shape[1:]))
-            # Rows that are added are texts of one token.
+            # Each added row is a text of one token.
             padded[name] = (np.ones if name == "lengths" else np.zeros)(sizes, array.dtype)
             padded[name][(slice(rows), *(slice(size) for size in array.shape[1:]))] = array[start : start + rows]
         found = zip(outputs, session.run(outputs, padded), strict=True)
@@ -385,12 +400,12 @@ def _open(graph: Path, provider: Provider, threads: int | None, *, share_weights
     try:
         if provider == "cpu":
             register(options, share_weights=share_weights)
-        with denormals.unchanged():  # onnxruntime sets the thread that opens a process's first session
+        with denormals.unchanged():  # onnxruntime changes the thread that opens a process's first session
             return open_session(model, provider, options)
     except ProviderError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base class
-        if provider != "cpu":  # out of the device's memory, for one: not the fault of the file
+        if provider != "cpu":  # for example, the device is out of memory: the file is not at fault
             message = f"{graph}: does not load on {provider} ({one_line(error)}); try the provider 'cpu'"
             raise ProviderError(message) from error
         raise BundleError(
@@ -406,18 +421,22 @@ def _session_options(threads: int | None) -> Any:
     options.inter_op_num_threads = 1
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Memory patterns are kept for each shape that was ever seen, and here the lengths all differ: no gain was measured.
-    # The arena stays on. Over random batches of up to 2,048 tokens on 18 million parameters it stopped growing at what
-    # the largest one takes (420 MB). Without it memory goes back after each run (200 MB) for 18% more CPU time; with
-    # the arena shrunk after each run (200 MB), 6%.
+    # onnxruntime keeps a memory pattern for each shape that it has seen. Here almost every batch has another shape, and
+    # patterns gave no measurable gain. The memory arena stays on. Over random batches of up to 2,048 tokens with a
+    # model of 18 million parameters, it grew to what the largest batch needs (420 MB) and no further. Without the
+    # arena, memory is freed after each run (200 MB), for 18% more CPU time; shrinking the arena after each run (200 MB)
+    # costs 6%.
     options.enable_mem_pattern = False
-    if denormals.CAN_BE_ZERO:  # onnxruntime's threads; `run` sets the calling one
+    if denormals.CAN_BE_ZERO:  # this sets onnxruntime's threads; `run` sets the calling thread
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return options
 
 
 def _read_contract(session: Any, graph: Path) -> tuple[PastInput, ...]:
-    """Check the graph's inputs and outputs, and read the layers, heads, head sizes and states off its own shapes."""
+    """Check the names and types of the graph's inputs and outputs; return its inputs for a shared prefix.
+
+    Layers, heads, head sizes and states are read off the graph's own shapes. Raises BundleError.
+    """
     inputs = {item.name: item for item in session.get_inputs()}
     outputs = {item.name: item for item in session.get_outputs()}
     parts = [f"{part}.{layer}" for layer in range(_count(inputs, "key|value")) for part in ("key", "value")]
@@ -446,7 +465,7 @@ def _read_contract(session: Any, graph: Path) -> tuple[PastInput, ...]:
 
 
 def _count(inputs: Mapping[str, Any], part: str) -> int:
-    """Return how many layers have inputs `past_<part>.<layer>`."""
+    """Return the number of layers that have an input `past_<part>.<layer>`."""
     found = (re.fullmatch(rf"past_({part})\.(\d+)", name) for name in inputs)
     return 1 + max((int(match[2]) for match in found if match), default=-1)
 

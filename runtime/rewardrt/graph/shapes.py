@@ -1,8 +1,8 @@
-"""The shapes that a TensorRT engine is built for, and the few of them that batches are brought to.
+"""The input shapes that a TensorRT engine is built for, and the few sizes that batches are padded to.
 
-An engine takes every shape within its profile, and has kernels made for each that it meets first: texts of all lengths
-would have it make some all the time. So rows and tokens are rounded up to one of few sizes. What is added is masked or
-behind the text, as padding is, and what comes of it is left out.
+An engine accepts every shape within its profile, but makes kernels for each new shape that it meets; with texts of all
+lengths it would make some all the time. So the number of rows and of tokens are rounded up to one of a few sizes. The
+added tokens and rows are padding, and their results are dropped.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MOST_ROWS = 64
-MOST_TOKENS = 131_072  # of all rows
+MOST_TOKENS = 131_072  # of all rows together
 _SMALLEST = 16  # tokens
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One to `rows` texts of one to `tokens` tokens each."""
+    """The range of an engine's input shapes: 1 to `rows` texts of 1 to `tokens` tokens each."""
 
     rows: int
     tokens: int
@@ -28,16 +28,19 @@ class Profile:
 
     @property
     def best(self) -> tuple[int, int]:
-        """The rows and tokens that kernels are chosen for."""
+        """The (rows, tokens) for which the engine's kernels are optimised."""
         return min(8, self.rows), min(256, self.tokens)
 
     def bucket(self, rows: int, tokens: int) -> tuple[int, int]:
-        """Return the shape, within the profile, that a batch of this one is brought to."""
+        """Return the shape within the profile to which a batch of this shape is padded."""
         return min(_power_of_two(rows), self.rows), min(_half_step(tokens), self.tokens)
 
     def buckets(self, batch_tokens: int) -> list[tuple[int, int]]:
-        """Return the shapes of all batches of at most `batch_tokens` tokens; one text may have more. Largest first."""
-        lengths = [1, *(size + 1 for size in _sizes(self.tokens) if size < self.tokens)]  # the least of each bucket
+        """Return the padded shapes of all batches of at most `batch_tokens` tokens, largest first.
+
+        A batch of one text may have more tokens than `batch_tokens`.
+        """
+        lengths = [1, *(size + 1 for size in _sizes(self.tokens) if size < self.tokens)]  # each bucket's shortest
         counts = [1, *((1 << power) + 1 for power in range(self.rows.bit_length()) if 1 << power < self.rows)]
         found = {
             self.bucket(rows, tokens)
@@ -48,7 +51,7 @@ class Profile:
         return sorted(found, key=lambda shape: (-shape[0] * shape[1], shape))
 
     def describe(self) -> str:
-        """Say it for people."""
+        """Describe the range for people."""
         return f"1-{self.rows} texts of 1-{self.tokens:,} tokens"
 
 
@@ -57,7 +60,7 @@ def _power_of_two(number: int) -> int:
 
 
 def _half_step(number: int) -> int:
-    """Return the least of 16, 24, 32, 48, 64, 96, ... that is not below a number."""
+    """Return the smallest of 16, 24, 32, 48, 64, 96, ... that is at least `number`."""
     if number <= _SMALLEST:
         return _SMALLEST
     whole = _power_of_two(number)

@@ -1,1 +1,1 @@
-"""The machine at hand: its processor, the execution providers that really start, and the kernels that it can run."""
+"""This machine: its processor, the execution providers that really start, and the compiled kernels that it can run."""

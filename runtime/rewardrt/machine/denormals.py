@@ -1,8 +1,8 @@
-"""Numbers too small for a normal float32, below 1.2e-38, taken as zero: in a block, and not in the thread that has it.
+"""Treat denormal float32 numbers (below 1.2e-38) as zero inside a block, and restore the thread's setting after it.
 
-The softmax of masked scores makes such numbers, and processors compute with them very slowly: attention over 512 tokens
-of a 135M model took 220 ms with them and 136 ms without. onnxruntime's own option sets its threads so, and with them
-the thread that opens the process's first session, for good. Whatever else that thread computes would then change.
+The softmax of masked scores produces denormal numbers, and processors are very slow with them: attention over 512
+tokens of a 135M model took 220 ms with them and 136 ms without. onnxruntime's own option sets its threads, but also the
+thread that opens the process's first session, permanently. Everything else that thread computes would then change.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Where C's fenv_t holds the register, and its bits: of x86's MXCSR "flush to zero" and "denormals are zero", of Arm's
-# FPCR "flush to zero". The same in glibc (bits/fenv.h) and musl.
+# Offset of the control register in C's fenv_t, and the bits to set: "flush to zero" and "denormals are zero" in x86's
+# MXCSR, "flush to zero" in Arm's FPCR. glibc (bits/fenv.h) and musl use the same layout.
 _REGISTERS = {"x86_64": (28, 0x8040), "aarch64": (0, 1 << 24)}
 _BYTES = 64  # more than any fenv_t
 
@@ -27,12 +27,12 @@ def _library() -> ctypes.CDLL | None:
 
 
 _LIBRARY = _library()
-CAN_BE_ZERO = _LIBRARY is not None  # whether a thread can be set so here, and set back
+CAN_BE_ZERO = _LIBRARY is not None  # whether a thread's setting can be changed and restored here
 
 
 @contextmanager
 def unchanged() -> Iterator[None]:
-    """Leave the calling thread's floating-point environment as it was before the block, whatever sets it inside."""
+    """Restore the calling thread's floating-point environment after the block, whatever changes it inside."""
     if _LIBRARY is None:
         yield
         return
@@ -46,7 +46,7 @@ def unchanged() -> Iterator[None]:
 
 @contextmanager
 def as_zero() -> Iterator[None]:
-    """Take denormal numbers as zero in the calling thread, inside the block; nothing happens where that cannot be."""
+    """Treat denormal numbers as zero in the calling thread inside the block; do nothing where that is not possible."""
     if _LIBRARY is None:
         yield
         return

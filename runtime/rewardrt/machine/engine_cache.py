@@ -1,8 +1,8 @@
-"""Engines that were built once, kept in a folder for every process that comes after.
+"""A folder of TensorRT engines, built once and shared by all later processes.
 
-An entry is a folder that is named after everything its engine depends on. It is made beside its place and moved there
-whole, with a list of its files and their SHA-256; one that is not what its list says is made anew. A lock, which the
-system takes from a process that dies, lets one process build while others wait for what it builds.
+An entry is a folder named by a hash of everything that its engine depends on. It is written to a temporary folder, with
+a list of its files and their SHA-256, and then renamed into place. An entry whose files do not match its list is built
+again. One process builds while the others wait on a file lock, which the operating system releases if its holder dies.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-VARIABLE = "REWARDRT_ENGINE_CACHE"  # names the folder, for every process; `--engine-cache` sets it
-CONTENTS = "contents.json"  # written last: an entry without it is none
-RUNTIME = "runtime"  # what a provider adds to an entry while it runs: its own files, which no list vouches for
+VARIABLE = "REWARDRT_ENGINE_CACHE"  # environment variable that names the folder; `--engine-cache` sets it
+CONTENTS = "contents.json"  # the list of files, written last: a folder without it is not an entry
+RUNTIME = "runtime"  # subfolder for files that a provider adds while it runs; the list of files leaves them out
 WAIT_SECONDS = 3600.0
 Say = Callable[[str], None]
 
 
 class CacheError(Exception):
-    """The folder cannot hold an entry; the message says why, and what to do."""
+    """The folder cannot store an entry; the message says why, and what to do."""
 
 
 def root() -> Path:
-    """Return the folder of all entries: what VARIABLE says, else one in the user's cache."""
+    """Return the folder of all entries: the environment variable `VARIABLE`, or else a folder in the user's cache."""
     if named := os.environ.get(VARIABLE):
         return Path(named)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -40,19 +40,19 @@ def root() -> Path:
 
 @dataclass(frozen=True)
 class Key:
-    """All that an engine depends on, as text by name: the bundle's hash, GPU, driver, versions, shapes."""
+    """Everything that an engine depends on, as (name, text) pairs: the bundle's hash, GPU, driver, versions, shapes."""
 
     parts: tuple[tuple[str, str], ...]
 
     @property
     def name(self) -> str:
-        """The entry's name."""
+        """The name of the entry's folder: the first 32 hexadecimal digits of the SHA-256 of the parts."""
         return hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One place in a cache, whether anything is there or not."""
+    """The folder of one cache entry, which may or may not exist yet."""
 
     folder: Path
 
@@ -62,7 +62,7 @@ class Entry:
         return cls(root() / key.name)
 
     def is_whole(self) -> bool:
-        """Whether every file is there as it was written."""
+        """Whether every listed file exists with its recorded SHA-256."""
         try:
             listed = json.loads((self.folder / CONTENTS).read_text(encoding="utf-8"))["files"]
             return bool(listed) and all(_sha256(self.folder / name) == sha256 for name, sha256 in listed.items())
@@ -70,13 +70,14 @@ class Entry:
             return False
 
     def is_there(self) -> bool:
-        """Whether it was written, whatever has become of its files."""
+        """Whether the entry was written completely once; its files may have changed since."""
         return (self.folder / CONTENTS).is_file()
 
     def obtain(self, key: Key, build: Callable[[Path], None], say: Say = lambda line: None) -> None:
-        """Have the entry whole: as it is, as another process is building it, or by `build`, which fills a folder.
+        """Make sure that the entry is complete: use it, wait for the process that is building it, or call `build`.
 
-        Raises CacheError where the folder cannot be written, and what `build` raises.
+        `build` is given an empty folder and writes the engine into it. Raises CacheError if the cache cannot be
+        written, and whatever `build` raises.
         """
         if self.is_whole():
             return
@@ -99,7 +100,7 @@ class Entry:
             try:
                 build(made)
             except Exception:
-                (made / "room").write_bytes(bytes(2**20))  # raises OSError where that is why: libraries hardly say it
+                (made / "room").write_bytes(bytes(2**20))  # OSError if the disk is full: libraries rarely say so
                 raise
             files = sorted(path for path in made.rglob("*") if path.is_file() and RUNTIME not in path.parts)
             listed = {path.relative_to(made).as_posix(): _sha256(path) for path in files}
@@ -113,7 +114,7 @@ class Entry:
 
 
 def holds(identity: str) -> bool:
-    """Whether the cache of this process has an entry whose key names this identity, for this machine or another."""
+    """Whether the cache has an entry for this identity (hash of graph and weights), for this machine or another one."""
     try:
         return any(_made_for(path).get("identity") == identity for path in root().glob(f"*/{CONTENTS}"))
     except OSError:
@@ -130,8 +131,8 @@ def _made_for(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _locked(path: Path, say: Say) -> Iterator[None]:
-    """Hold the lock of a file. Raises OSError, of a lock that another process does not give back in time, too."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # an engine is code: for its owner alone
+    """Hold a file lock inside the block. Raises TimeoutError, an OSError, if another process keeps it too long."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # an engine is code: only its owner may write here
     with path.open("a+b") as file:
         deadline, waited = time.monotonic() + WAIT_SECONDS, False
         while not _lock(file.fileno()):
@@ -145,7 +146,7 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take the lock of an open file, if no other process has it."""
+    """Try to take the lock of an open file; return whether it was free."""
     if sys.platform == "win32":
         import msvcrt
 

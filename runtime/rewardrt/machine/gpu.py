@@ -1,4 +1,4 @@
-"""The first NVIDIA GPU of this machine, as its driver describes it. The driver is a library: no other is needed."""
+"""The first NVIDIA GPU of this machine, read from the driver's own library, so that no other package is needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: what its driver calls it, its compute capability, and the highest version of CUDA that the driver has."""
+    """A GPU: its name, its compute capability (major, minor), and the highest CUDA version that its driver supports."""
 
     name: str
     capability: tuple[int, int]
@@ -23,7 +23,7 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | None:
-    """Return the GPU that CUDA would take, or None where there is none or the driver does not say."""
+    """Return the first CUDA device, or None if there is none or the driver does not answer."""
     try:
         driver = ctypes.CDLL(DRIVER)
         if driver.cuInit(0) != 0:

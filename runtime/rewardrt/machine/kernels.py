@@ -1,6 +1,6 @@
-"""The kernels for int8 graphs that the installation compiled, where it could: see runtime/kernels.
+"""The compiled kernels for int8 graphs, if the installation could build them (sources in runtime/kernels).
 
-A graph that has use for them runs without them too, by onnxruntime's own, and takes longer.
+Without them int8 graphs run on onnxruntime's own kernels and take longer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from rewardrt.errors import ProviderError
 from rewardrt.machine.providers import one_line
 
-# The package managers of Linux, and what they install a C compiler with.
+# Package managers of Linux, and the command with which each installs a C compiler.
 COMPILERS = {
     "apt-get": "sudo apt-get install gcc libc6-dev",
     "dnf": "sudo dnf install gcc",
@@ -36,11 +36,12 @@ _NO_PRODUCTS = "share_weights needs the products among RewardRT's own kernels, w
 
 
 def register(options: Any, *, share_weights: bool = False) -> None:
-    """Let sessions with these `onnxruntime.SessionOptions` use the kernels; nothing where there are none.
+    """Let sessions with these `onnxruntime.SessionOptions` use the kernels; do nothing if they were not compiled.
 
-    With `share_weights` the products are ours on every processor that has them: they read weights where the file is
-    mapped, where onnxruntime's copy them. Raises ProviderError if the kernels are there and do not load, or if with
-    `share_weights` there are no products.
+    With `share_weights`, RewardRT's own matrix products run on every processor that supports them, even where
+    onnxruntime's would be chosen. They read weights directly from the mapped file, where onnxruntime's kernels copy
+    them. Raises ProviderError if the compiled kernels do not load, or if `share_weights` is set and there are no such
+    products.
     """
     if not LIBRARY.is_file():
         if share_weights:
@@ -54,7 +55,7 @@ def register(options: Any, *, share_weights: bool = False) -> None:
                 shared = not share_weights or "products" in _names(library)
                 options.register_custom_ops_library(str(LIBRARY))
             finally:
-                library.rewardrt_products_anyway(0)  # it is one library for all sessions, and for `describe`
+                library.rewardrt_products_anyway(0)  # it is global: reset it for all other callers
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ProviderError(
             f"{LIBRARY}: onnxruntime cannot load it ({one_line(error)}); "
@@ -71,7 +72,7 @@ def _names(library: ctypes.CDLL) -> str:
 
 
 def describe() -> str:
-    """Say which kernels run on this machine, or why none do."""
+    """Return the names of the kernels that run on this machine, or why none do."""
     if not LIBRARY.is_file():
         return "none: they were not compiled" if _written_for_here() else "none: they are for x86-64 Linux"
     try:
@@ -82,7 +83,7 @@ def describe() -> str:
 
 
 def advice(instruction_sets: Sequence[str]) -> str | None:
-    """Say what it costs that the kernels were not compiled for a processor that could run them, and what mends it."""
+    """Say what the missing kernels cost on a processor that could run them, and how to compile them; None otherwise."""
     if LIBRARY.is_file() or not _written_for_here() or "avx512_vnni" not in instruction_sets:
         return None
     compiler = ""

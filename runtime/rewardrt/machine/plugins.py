@@ -1,7 +1,7 @@
-"""Execution providers that come in a wheel of their own, and are loaded into the onnxruntime that is there.
+"""Execution providers that come as a wheel of their own and are loaded into an installed onnxruntime (plug-ins).
 
-Such a provider is a row of PLUGINS. What is the same for all of them is here once: is its wheel installed, does its
-library load, which devices does it offer, and how is a session opened on them. onnxruntime itself is handed in.
+Each provider is an entry of PLUGINS. The functions here work for all of them: is the wheel installed, does its library
+load, which devices does it offer, and how does a session use them. The onnxruntime module is passed in as `ort`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from typing import Any
 
 from rewardrt.errors import ProviderError
 
-WHOLE_GRAPH = ("session.disable_cpu_ep_fallback", "1")  # a node that the provider does not take is an error
+WHOLE_GRAPH = ("session.disable_cpu_ep_fallback", "1")  # a node that the provider cannot run is an error
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A provider in a wheel.
+    """An execution provider in a wheel of its own.
 
-    `name` is what is reported, `title` what people call it, `ep` what onnxruntime calls it, `extra` that of RewardRT
-    which installs it. `preload` are the files of the wheel that its library needs and does not look for beside itself.
-    `driver` are the libraries that come with a driver, not with the wheel. `cuda` is the version that the driver has to
-    have; `capabilities` are those of the GPUs that it takes, and every one from `newest` on.
+    `name` is the name that RewardRT reports, `title` the product's name, `ep` onnxruntime's name for it, and `extra`
+    the extra of RewardRT that installs it. `preload` lists files of the wheel that the library needs but does not find
+    by itself. `driver` lists libraries that come with the GPU driver, not with the wheel. `cuda` is the CUDA version
+    that the driver must support. `capabilities` are the supported compute capabilities of GPUs; every capability from
+    `newest` on is supported too.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Plugin:
     module: str
     ep: str
     extra: str
-    library: str  # its file, of which the version is in the name
+    library: str  # glob of its library's file name, which contains the version
     preload: tuple[str, ...] = ()
     driver: tuple[str, ...] = ()
     cuda: str | None = None
@@ -56,7 +57,7 @@ class Plugin:
         return f"pip install 'rewardrt[{self.extra}]'"
 
     def takes(self, capability: tuple[int, int]) -> bool:
-        """Whether it takes a GPU of this compute capability."""
+        """Whether the provider supports a GPU of this compute capability."""
         return capability in self.capabilities or (self.newest is not None and capability >= self.newest)
 
 
@@ -68,10 +69,10 @@ TENSORRT_RTX = Plugin(
     ep="NvTensorRTRTXExecutionProvider",
     extra="tensorrt",
     library="libtensorrt_rtx.so.*.*",
-    preload=("libcudart.so.*",),  # the wheel's own import leaves it to the system, which may have none
+    preload=("libcudart.so.*",),  # the wheel's own import relies on the system's copy, which may not exist
     driver=("libcuda.so.1", "libnvidia-ml.so.1"),
     cuda="13.0",
-    # What the wheel's header says, tensorrt_rtx_provider_options.h: 9.0 (H100, H200) and 8.0 (A100) are not among them.
+    # From tensorrt_rtx_provider_options.h in the wheel; 9.0 (H100, H200) and 8.0 (A100) are not supported.
     capabilities=((8, 6), (8, 9)),
     newest=(12, 0),
 )
@@ -82,7 +83,7 @@ _lock = threading.Lock()
 
 
 def version(plugin: Plugin) -> str | None:
-    """Return the version of what the wheel holds, or of the wheel; None where it is not installed."""
+    """Return the version of the library in the wheel, or else the wheel's own; None if it is not installed."""
     try:
         wheel = importlib.metadata.version(plugin.distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -94,7 +95,7 @@ def version(plugin: Plugin) -> str | None:
 
 
 def why_not_here() -> str | None:
-    """Return why wheels of plug-ins cannot be had on this system, or None."""
+    """Return why the plug-ins' wheels do not exist for this system, or None if they do."""
     machine = os.uname().machine if hasattr(os, "uname") else "x86_64"
     if sys.platform in ("linux", "win32") and machine == "x86_64":
         return None
@@ -102,7 +103,7 @@ def why_not_here() -> str | None:
 
 
 def register(ort: ModuleType, plugin: Plugin) -> None:
-    """Load the provider's library into onnxruntime, once a process; raises ProviderError with what is missing."""
+    """Load the provider's library into onnxruntime, once per process; raise ProviderError saying what is missing."""
     with _lock:
         if plugin.ep in _registered:
             return
@@ -130,32 +131,35 @@ def devices(ort: ModuleType, plugin: Plugin) -> list[Any]:
 
 
 def add_provider(ort: ModuleType, options: Any, plugin: Plugin, settings: Mapping[str, str]) -> None:
-    """Have sessions of these options run whole on the provider's first device, or not open."""
+    """Make sessions with these options run the whole graph on the provider's first device, or fail to open."""
     options.add_provider_for_devices(devices(ort, plugin)[:1], dict(settings))
     options.add_session_config_entry(*WHOLE_GRAPH)
 
 
 def _folder(plugin: Plugin) -> Path | None:
-    """Return where the wheel's files lie, without importing it."""
+    """Return the folder of the wheel's files, without importing the wheel."""
     found = importlib.util.find_spec(plugin.module)
     return Path(found.origin).parent if found is not None and found.origin is not None else None
 
 
 def _import(plugin: Plugin) -> ModuleType:
-    """Import the wheel's module, which loads its libraries; it may print, log, and change the loader's path."""
+    """Import the wheel's module, which loads its libraries.
+
+    What it prints is discarded, and its change of LD_LIBRARY_PATH is undone.
+    """
     path = os.environ.get("LD_LIBRARY_PATH")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return importlib.import_module(plugin.module)
     finally:
-        if path is None:  # processes that this one starts are not to be given it
+        if path is None:  # child processes must not inherit the changed path
             os.environ.pop("LD_LIBRARY_PATH", None)
         else:
             os.environ["LD_LIBRARY_PATH"] = path
 
 
 def _reason(plugin: Plugin, error: Exception) -> str:
-    """Say what is missing, of what an onnxruntime says that could not load a library."""
+    """Turn onnxruntime's error on loading a library into a message that names the missing file and the fix."""
     text = " ".join(str(error).split())
     found = re.search(r"(\S+\.so\S*): cannot open shared object file", text)
     if found is None:

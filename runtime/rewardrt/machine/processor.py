@@ -1,4 +1,4 @@
-"""The processor at hand: its instruction sets, cores, and what a container may use of them."""
+"""The CPU of this machine: instruction sets, cores, and the share of them that a container may use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a fast CPU kernel may need, by the names that the system uses -> the name shown.
+# Instruction sets that fast CPU kernels may need: the operating system's name -> the name shown to users.
 _INSTRUCTION_SETS = {
     # x86: Linux
     "avx2": "avx2",
@@ -38,17 +38,17 @@ _INSTRUCTION_SETS = {
 
 @dataclass(frozen=True)
 class Processor:
-    """The CPU as this process sees it."""
+    """The CPU as this process sees it. `cpu_limit` is the container's CPU quota in cores; None if there is no limit."""
 
     model: str
     instruction_sets: tuple[str, ...] | None  # None: unknown on this system
     logical_cores: int
-    usable_cores: int  # those this process may be scheduled on
-    cpu_limit: float | None  # of the container, in cores
+    usable_cores: int  # the cores that this process may be scheduled on
+    cpu_limit: float | None
 
 
 def read_processor() -> Processor:
-    """Look at the processor of this machine, and at the share of it that a container may use."""
+    """Read the processor of this machine, and the share of it that a container may use."""
     logical = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
     model, sets = platform.processor() or platform.machine(), None
@@ -68,7 +68,7 @@ def _model_name(text: str) -> str | None:
 
 
 def _linux_instruction_sets(cpuinfo: str) -> tuple[str, ...]:
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)  # x86, arm; the first core speaks for all
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)  # x86, Arm; the first core's
     return _known(found[1].split() if found else [])
 
 
@@ -81,7 +81,7 @@ def _known(names: list[str]) -> tuple[str, ...]:
 
 
 def _cpu_limit(cgroup: Path) -> float | None:
-    """Read the container's CPU quota in cores: cgroup v2's one file, or v1's two."""
+    """Read the container's CPU quota in cores, from the one file of cgroup v2 or the two files of cgroup v1."""
     try:
         quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):

@@ -1,11 +1,11 @@
-"""Which execution provider runs the graph: what can be had on this machine, and why the others cannot.
+"""Choose the execution provider that runs the graph; for each one that does not work here, say why.
 
-This is the only module that imports onnxruntime. onnxruntime itself hardly ever raises when a provider cannot be had:
-it logs a line and gives a session on the CPU. So every provider but the CPU is tried on a graph of one node, and what
-came out is looked at, not what was asked for.
+Only this module imports onnxruntime. onnxruntime rarely raises when a provider does not work: it logs a line and
+returns a session on the CPU. So every provider except the CPU is tried on a graph of one node, and the session is
+checked for the provider that it really uses.
 
-TensorRT can be had in two ways: the classic provider, which is built into onnxruntime-gpu and wants NVIDIA's libraries
-beside it, and a plug-in (see `plugins`).
+TensorRT can be reached in two ways: by the classic provider, which is built into onnxruntime-gpu and needs NVIDIA's
+libraries as well, or by a plug-in (see `plugins`).
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ ProviderChoice = Literal["auto", "cpu", "cuda", "tensorrt"]
 PROVIDERS: tuple[Provider, ...] = typing.get_args(Provider)
 PROVIDER_CHOICES: tuple[ProviderChoice, ...] = typing.get_args(ProviderChoice)
 
-# What onnxruntime calls them.
+# onnxruntime's names of the providers.
 ORT_NAMES: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
 
-# What a session is asked for, best first. onnxruntime adds the CPU for the nodes that the others have no kernel for.
-# TF32 is on by default and keeps 10 bits of the mantissa: a float32 graph is to give float32 rewards. The arena doubles
-# by default, and keeps what it took.
+# The providers and settings that a session requests, best first. onnxruntime adds the CPU for nodes that the others
+# have no kernel for. TF32 is switched off because it keeps only 10 bits of the mantissa, and a float32 graph should
+# give float32 rewards. By default the arena doubles its size each time it grows, and never shrinks.
 _CUDA = (ORT_NAMES["cuda"], {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
 _REQUESTS: dict[Provider, list[tuple[str, dict[str, str]]]] = {
     "cpu": [(ORT_NAMES["cpu"], {})],
     "cuda": [_CUDA],
-    "tensorrt": [(ORT_NAMES["tensorrt"], {})],  # whole: what it does not take is an error, and not CUDA's or the CPU's
+    "tensorrt": [(ORT_NAMES["tensorrt"], {})],  # the whole graph: no fallback to CUDA or the CPU for some nodes
 }
 
-Way = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]  # what really runs; tensorrt is the classic provider
+Way = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]  # the implementation; tensorrt: the classic one
 WAYS: tuple[Way, ...] = typing.get_args(Way)
-WAYS_TO_TENSORRT: tuple[Way, ...] = ("tensorrt", "tensorrt-rtx")  # in the order in which they are taken
-WAY_VARIABLE = "REWARDRT_TENSORRT"  # names one of them
+WAYS_TO_TENSORRT: tuple[Way, ...] = ("tensorrt", "tensorrt-rtx")  # in order of preference
+WAY_VARIABLE = "REWARDRT_TENSORRT"  # environment variable that selects one of them
 _PLUGINS: dict[Way, Plugin] = {"tensorrt-rtx": TENSORRT_RTX}
 
-# 1.23.0 computes attention wrongly (the 135M model's reward of a text was 0.27 for -0.67), and no version before 1.24
-# quantizes by blocks, as int8 graphs do without their kernels.
+# 1.23.0 computes attention wrongly (the 135M model gave a text 0.27 instead of -0.67), and no version before 1.24
+# supports block quantization, which int8 graphs use where RewardRT's own kernels are missing.
 OLDEST = (1, 24)
 
 # An ONNX model, y = x @ x for x float32 [2, 2]: IR version 8, opset 13.
@@ -78,18 +78,19 @@ _PROBE_OUTPUT = np.array([[7, 10], [15, 22]], dtype=np.float32)
 
 @dataclass(frozen=True)
 class Selection:
-    """The provider to run on, and why it is not a better one (None when nothing better was to be expected)."""
+    """The provider to run on, and why it is not a better one; the note is None if no better one was to be expected."""
 
     provider: Provider
     note: str | None
 
 
 def select_provider(choice: ProviderChoice) -> Selection:
-    """Turn what was asked for into a provider that was just seen to work.
+    """Return a provider that was just tested on this machine, given the caller's choice.
 
-    auto is CUDA where it starts, else the CPU, with a note when this onnxruntime was built for CUDA. It never takes
-    TensorRT, which builds its engines for minutes: that has to be named, by a caller that knows of one that is kept.
-    Raises ProviderError, with the reason and the remedy, when a named provider cannot be had.
+    "auto" means CUDA if it starts, else the CPU, with a note if this onnxruntime was built for CUDA. "auto" never
+    selects TensorRT, which spends minutes on building engines: a caller that knows of a cached engine names it.
+
+    Raises ProviderError, with the reason and the fix, if a named provider does not work.
     """
     if choice not in PROVIDER_CHOICES:
         raise ProviderError(f"provider {choice!r}: expected one of {', '.join(PROVIDER_CHOICES)}")
@@ -106,9 +107,9 @@ def select_provider(choice: ProviderChoice) -> Selection:
 
 
 def why_not(provider: Provider) -> str | None:
-    """Try a provider on a graph of one node; return None if it ran there, else the reason and what mends it.
+    """Try a provider on a graph of one node; return None if it ran there, else the reason and the fix.
 
-    Of TensorRT every way is tried, until one runs.
+    For TensorRT, try every way until one runs.
     """
     if provider != "tensorrt":
         return why_not_way(provider)
@@ -135,7 +136,7 @@ def why_not(provider: Provider) -> str | None:
 
 
 def _wanted_ways() -> tuple[Way, ...]:
-    """Return the ways to TensorRT that may be taken: all, or the one that a variable names."""
+    """Return the ways to TensorRT that may be used: all of them, or the one that the environment variable selects."""
     named = os.environ.get(WAY_VARIABLE)
     if named is None:
         return WAYS_TO_TENSORRT
@@ -146,14 +147,14 @@ def _wanted_ways() -> tuple[Way, ...]:
 
 
 def way_of(provider: Provider) -> Way:
-    """Return the way in which a provider runs that `select_provider` gave."""
+    """Return the implementation that runs a provider which `select_provider` returned."""
     if provider != "tensorrt":
         return provider
     return next((way for way in _wanted_ways() if why_not_way(way) is None), "tensorrt")
 
 
 def describe(provider: Provider) -> str:
-    """Say what runs for people: "tensorrt-rtx 1.7.1 on NVIDIA ..."."""
+    """Describe for people what runs, for example "tensorrt-rtx 1.7.1 on NVIDIA ..."."""
     if provider != "tensorrt":
         return provider
     way, gpu = way_of(provider), find_gpu()
@@ -161,7 +162,7 @@ def describe(provider: Provider) -> str:
 
 
 def way_version(way: Way) -> str | None:
-    """Return the version of what a way runs by, None where it is not there."""
+    """Return the version of the library behind a way, or None if it is not installed."""
     if way in _PLUGINS:
         return plugins.version(_PLUGINS[way])
     if way == "tensorrt":
@@ -171,7 +172,7 @@ def way_version(way: Way) -> str | None:
 
 
 def what_runs(provider: Provider) -> dict[str, str]:
-    """Return what an engine of a provider depends on besides the graph: the way, versions, GPU and driver."""
+    """Return what an engine depends on besides its graph: the way, versions, GPU and driver, as text by name."""
     way, gpu = way_of(provider), find_gpu()
     return {
         "way": way,
@@ -182,11 +183,11 @@ def what_runs(provider: Provider) -> dict[str, str]:
     }
 
 
-_working: set[Way] = set()  # engines of TensorRT take a while: what ran once in this process is not tried again
+_working: set[Way] = set()  # ways to TensorRT that ran once in this process; building the probe's engine takes a while
 
 
 def why_not_way(way: Way) -> str | None:
-    """Try one way on a graph of one node; return None if it ran there, else the reason and what mends it."""
+    """Try one way on a graph of one node; return None if it ran there, else the reason and the fix."""
     if way in _working:
         return None
     reason = _why_not_plugin(_PLUGINS[way]) if way in _PLUGINS else _why_not_built_in(way)
@@ -242,15 +243,16 @@ def _why_not_a_node(way: Way) -> str | None:
 def open_session(
     model: bytes | str, provider: Provider, options: Any, settings: Mapping[str, str] | None = None
 ) -> Any:
-    """Create an `onnxruntime.InferenceSession` that really is on `provider`; `settings` are its own, by its names.
+    """Create an `onnxruntime.InferenceSession` and check that it really runs on `provider`.
 
-    Raises ProviderError if it is not, and whatever onnxruntime raises if the model is at fault.
+    `settings` are provider options under the provider's own names. Raises ProviderError if the session runs elsewhere,
+    and whatever onnxruntime raises if the model is at fault.
     """
     return _open(model, way_of(provider), options, settings or {})
 
 
 def compile_graph(model: bytes | str, provider: Provider, options: Any, settings: Mapping[str, str], to: Path) -> None:
-    """Have a plug-in write the graph as what it makes of it, an engine. Raises as `open_session` does."""
+    """Have a plug-in compile the graph into an engine and write it to the file `to`. Raises as `open_session` does."""
     ort, way = import_onnxruntime(), way_of(provider)
     plugins.add_provider(ort, options, _PLUGINS[way], settings)
     ort.ModelCompiler(options, model).compile_to_file(str(to))
@@ -260,12 +262,12 @@ def _open(model: bytes | str, way: Way, options: Any, settings: Mapping[str, str
     ort = import_onnxruntime()
     if way in _PLUGINS:
         plugins.add_provider(ort, options, _PLUGINS[way], settings)
-        # With providers named by devices, none are named here.
+        # The provider was added to the options by its devices, so `providers` is not given here.
         session = ort.InferenceSession(model, options, enable_fallback=0)
         return _checked(ort, session, way, _PLUGINS[way].ep)
     if way != "cpu":
         _preload_nvidia_libraries(ort)
-        # A library that cannot be loaded is logged as an error, to stderr and whatever the session's own options say.
+        # onnxruntime logs a library that cannot be loaded to stderr, whatever the session's own options say.
         ort.set_default_logger_severity(4)
     if way == "tensorrt":
         options.add_session_config_entry(*plugins.WHOLE_GRAPH)
@@ -280,12 +282,12 @@ def _open(model: bytes | str, way: Way, options: Any, settings: Mapping[str, str
         raise
     finally:
         if way != "cpu":
-            ort.set_default_logger_severity(2)  # onnxruntime's own default; what it was cannot be asked for
+            ort.set_default_logger_severity(2)  # onnxruntime's default; it has no call that returns the old value
     return _checked(ort, session, way, ORT_NAMES[provider])
 
 
 def _checked(ort: ModuleType, session: Any, way: Way, name: str) -> Any:
-    """Return the session, or raise ProviderError unless it really is on the provider of this name."""
+    """Return the session if it really uses the provider of this name; otherwise raise ProviderError."""
     obtained = session.get_providers()
     if obtained[0] != name:
         reason = _missing_library(ort, typing.cast(Provider, way)) if way not in _PLUGINS else None
@@ -299,7 +301,7 @@ def _available() -> list[str]:
 
 
 def _classic_version() -> str | None:
-    """Return the version of TensorRT that onnxruntime's own provider has loaded."""
+    """Return the version of the TensorRT library that onnxruntime's classic provider loads, or None."""
     try:
         number = int(ctypes.CDLL("libnvinfer.so.10").getInferLibVersion())
     except (OSError, AttributeError):
@@ -308,14 +310,14 @@ def _classic_version() -> str | None:
 
 
 def quiet_options(ort: ModuleType) -> Any:
-    """Make `onnxruntime.SessionOptions` that log nothing: what matters is raised, and stderr belongs to the caller."""
+    """Return new `onnxruntime.SessionOptions` without logging: errors are raised, and stderr belongs to the caller."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     return options
 
 
 def check_onnxruntime(oldest: str, what: str) -> None:
-    """Raise ProviderError where the installed onnxruntime is older than `what` needs, as in "1.26"."""
+    """Raise ProviderError if the installed onnxruntime is older than `oldest`, such as "1.26", which `what` needs."""
     version = getattr(import_onnxruntime(), "__version__", "")
     numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
     if numbers < [int(part) for part in oldest.split(".")]:
@@ -325,13 +327,13 @@ def check_onnxruntime(oldest: str, what: str) -> None:
         )
 
 
-@functools.cache  # of a success; a failure is looked at anew
+@functools.cache  # caches successes only; after a failure the next call tries again
 def import_onnxruntime() -> ModuleType:
-    """Import onnxruntime, or raise ProviderError with the reason and the command that mends it.
+    """Import onnxruntime, or raise ProviderError with the reason and the command that fixes it.
 
-    1. Two distributions own the same `onnxruntime` folder. The last one installed wins, and pip says nothing.
+    1. Two distributions own the same `onnxruntime` folder. The last one installed wins, and pip does not warn.
     2. None is installed.
-    3. The folder is gone or hollow: two were installed and one was removed, with the files of both.
+    3. The folder is missing or empty: two were installed, and removing one deleted the files of both.
     4. The package is there, but importing it fails.
     5. It is older than OLDEST.
     """
@@ -359,12 +361,12 @@ def import_onnxruntime() -> ModuleType:
             f"without a word): `{_mending_command()}`"
         )
     if telemetry.started_late() and hasattr(module, "disable_telemetry_events"):
-        module.disable_telemetry_events()  # it still connects, and has less to say
+        module.disable_telemetry_events()  # it still connects, but sends less
     return module
 
 
 def onnxruntime_distributions() -> dict[str, str]:
-    """Return name and version of every installed distribution that owns the import package `onnxruntime`."""
+    """Return the name and version of every installed distribution that provides the import package `onnxruntime`."""
     return {item.name: item.version for item in _owners()}
 
 
@@ -384,21 +386,21 @@ def onnxruntime_conflict() -> str | None:
 
 
 def reinstall_command(extra: Literal["cpu", "gpu"]) -> str:
-    """Return the shell command that leaves exactly one onnxruntime: that of RewardRT's extra."""
+    """Return the shell command that leaves exactly one onnxruntime installed, the one of RewardRT's extra."""
     install = f"pip install 'rewardrt[{extra}]'"
     installed = sorted(onnxruntime_distributions())
     return f"pip uninstall -y {' '.join(installed)} && {install}" if installed else install
 
 
 def _mending_command() -> str:
-    """Return the command that reinstalls what was meant: CUDA if any of the wheels is for it, else the CPU."""
+    """Return the command that reinstalls onnxruntime: for CUDA if any of the installed wheels is, else for the CPU."""
     return reinstall_command("gpu" if any("gpu" in name for name in onnxruntime_distributions()) else "cpu")
 
 
 def why_no_gpu(cuda_version: str | None = None, built: str = "onnxruntime") -> str | None:
-    """Ask the NVIDIA driver for a GPU that CUDA `cuda_version` can use; return None, or what stands against it.
+    """Ask the NVIDIA driver for a GPU that CUDA `cuda_version` can use; return None if there is one, else the reason.
 
-    `built` is what was built for this version.
+    `built` names the library that was built for this CUDA version.
     """
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
@@ -435,10 +437,13 @@ def one_line(error: BaseException) -> str:
 
 
 def _owners() -> list[importlib.metadata.Distribution]:
-    """Find onnxruntime, onnxruntime-gpu, -directml, ...; not -extensions, -genai: these have folders of their own."""
+    """Find onnxruntime, onnxruntime-gpu, -directml and so on.
+
+    -extensions and -genai are left out: they own other folders.
+    """
     found = []
     for item in importlib.metadata.distributions():
-        name = item.metadata["Name"] or ""  # None where a folder of metadata is damaged
+        name = item.metadata["Name"] or ""  # None if the distribution's metadata is damaged
         if name.lower().startswith(("onnxruntime", "ort-")):
             files = item.files
             if files is None or any(file.as_posix() == "onnxruntime/__init__.py" for file in files):
@@ -447,28 +452,30 @@ def _owners() -> list[importlib.metadata.Distribution]:
 
 
 def _preload_nvidia_libraries(ort: ModuleType) -> None:
-    """Load the CUDA, cuDNN and TensorRT libraries that pip installed, where the system's loader would not look.
+    """Load the CUDA, cuDNN and TensorRT libraries that pip installed where the system's loader does not look.
 
-    Failures are found out by what follows. `preload_dlls` prints them to stdout, which is for results.
+    Failures are ignored here: opening the session then fails with its own reason. `preload_dlls` prints failures to
+    stdout, which is reserved for results.
     """
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
             ort.preload_dlls()
     with contextlib.suppress(Exception):
-        importlib.import_module("tensorrt_libs")  # of tensorrt-cu*-libs: its import loads them and does nothing else
+        importlib.import_module("tensorrt_libs")  # from tensorrt-cu*-libs; importing it only loads the libraries
 
 
 def _missing_library(ort: ModuleType, provider: Provider) -> str | None:
-    """After onnxruntime failed to load a provider, ask the loader which library it lacks.
+    """After onnxruntime failed to load a provider, find out which library is missing; return the reason and the fix.
 
-    Not before: the provider's library must find onnxruntime's own tables in place when it is first loaded.
+    This must not be called earlier: when the provider's library is first loaded, onnxruntime's own tables must be in
+    place.
     """
     library = Path(ort.__file__ or "").parent / "capi" / f"libonnxruntime_providers_{provider}.so"
     try:
         ctypes.CDLL(str(library))
     except OSError as error:
         found = re.match(r"(\S+\.so\S*): cannot open shared object file", str(error))
-        if found is None:  # Provider_GetHost is onnxruntime's own: missing here means only that it did not get that far
+        if found is None:  # Provider_GetHost is onnxruntime's own symbol, undefined outside it: no library is missing
             return None if "Provider_" in str(error) else f"its library does not load ({one_line(error)})"
         if tensorrt := re.match(r"lib(?:nvinfer|nvonnxparser)\w*\.so\.(\d+)", found[1]):
             cuda = (getattr(ort, "cuda_version", None) or "12").split(".")[0]

@@ -1,1 +1,1 @@
-"""From token ids to rewards, and from the rewards of texts to those of rows."""
+"""From token ids to rewards, and from the rewards of texts to the results of rows."""

@@ -1,10 +1,10 @@
-"""Rows become texts, and the values of texts become rows again.
+"""From rows to texts, and from the values of texts back to rows.
 
     rows -> prepare: read (rows, pairwise), flattened, rendered and tokenized -> texts
     values of the texts -> finish: normalised, aggregated -> a score of each text
     scores of the texts -> regroup: settled (pairwise) -> a result for each row
 
-Knows the model's spec, its tokenizer and its chat template, and no graph.
+This module knows the model's spec, tokenizer and chat template, and no graph.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ Values = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows that were read, and the texts of all of them, one row's after the other's; an error stands for itself."""
+    """Rows that were read, and the texts of all rows in order.
+
+    An error takes the place of a row or text that failed.
+    """
 
     rows: tuple[Row | RewardRTError, ...]
     texts: tuple[EncodedText | RewardRTError, ...]
 
 
 class Answers:
-    """What a model's bundle says of rows: which texts they are, and what the values of these texts make of them."""
+    """The part of a model that needs no graph: which texts a row has, and how their values become its result."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Read the tokenizer and the chat template. Raises BundleError."""
@@ -49,7 +52,7 @@ class Answers:
         self.uses_date = self._template is not None and self._template.uses_date
 
     def use_instruction(self, instruction: str) -> None:
-        """Let rows that bring no instruction have this one. Raises RowError where the model reads none."""
+        """Use this instruction for rows that have none. Raises RowError if the model reads no instruction."""
         if not self.spec.text.takes_instruction:
             raise RowError(READS_NO_INSTRUCTION)
         rule = replace(self.spec.text, instruction=check_string(instruction, "instruction"))
@@ -60,15 +63,15 @@ class Answers:
         return plan(parse_row(row), self.spec)
 
     def prepare(self, rows: Iterable[object], *, max_length: int | None = None) -> Prepared:
-        """Read rows and tokenize all their texts; what cannot be has its error in its place, as an error given has.
+        """Read rows and tokenize all their texts; a row or text that fails has its error in its place.
 
-        `max_length` lowers the model's limit for these rows.
+        `rows` may contain errors, which are kept. `max_length` lowers the model's limit in tokens for these rows.
         """
         read = read_rows(rows, self.parse)
         return Prepared(tuple(read), tuple(self.encode(flatten(read), max_length=max_length)))
 
     def encode(self, items: Sequence[Input], *, max_length: int | None = None) -> list[EncodedText | RewardRTError]:
-        """Render and tokenize items; an item that cannot be has its error in its place."""
+        """Render and tokenize items; an item that fails has its error in its place."""
         results: dict[int, EncodedText | RewardRTError] = {}
         rendered: dict[int, RenderedText] = {}
         for index, item in enumerate(items):
@@ -84,14 +87,14 @@ class Answers:
         return [results[index] for index in range(len(items))]
 
     def pieces(self, item: Input) -> list[str]:
-        """Return the part of an item's text that each token ends, for people; [] where tokens have no one text."""
+        """Split an item's text into one piece per token, for display; [] for items that are not one text."""
         if isinstance(item, TokenIds):
             return []
         rendered = self.renderer.render(item)
         return [] if rendered.pair is not None or rendered.pieces else self.tokenizer.pieces(rendered)
 
     def check_options(self, *, normalize: bool | None = None, aggregate: AggregateRule | None = None) -> None:
-        """Raise RewardRTError for options that this model cannot honour."""
+        """Raise RewardRTError for options that this model does not support."""
         self._normalisation(normalize)
         if aggregate is not None and self.spec.input != "steps":
             raise RewardRTError(f"aggregate {aggregate!r}: this model gives one reward to a text, there are no steps")
@@ -106,7 +109,7 @@ class Answers:
         normalize: bool | None = None,
         aggregate: AggregateRule | None = None,
     ) -> Scored | InferenceError:
-        """Return the score of a text from its raw values, as the runner gives them."""
+        """Return the score of a text, given its raw values from the runner."""
         values = self.normalised(values, normalize=normalize, rewards=None if self.spec.input == "steps" else 1)
         if isinstance(values, InferenceError):
             return values
@@ -119,9 +122,10 @@ class Answers:
     def normalised(
         self, values: Values | InferenceError, *, normalize: bool | None = None, rewards: int | None = None
     ) -> Values | InferenceError:
-        """Return values of which the first `rewards`, or all, are normalised where that is wanted.
+        """Return the values, with the first `rewards` of them (None: all) normalised if that is wanted.
 
-        The formula is (r - mean) / (std + eps), in float64. The caller's choice goes before the bundle's.
+        The formula is (r - mean) / (std + eps), in float64, with the spec's `Affine`. `normalize` overrides the
+        bundle's default.
         """
         affine = self._normalisation(normalize)
         if affine is None or isinstance(values, InferenceError):
@@ -141,7 +145,7 @@ class Answers:
 
 
 def read_rows(rows: Iterable[object], parse: Callable[[object], Row] = parse_row) -> list[Row | RewardRTError]:
-    """Return what each row holds, or the error that it is; an error that is given stays."""
+    """Return each row parsed, or the error that it gives; errors among the rows are kept."""
     found: list[Row | RewardRTError] = []
     for row in rows:
         try:
@@ -152,16 +156,16 @@ def read_rows(rows: Iterable[object], parse: Callable[[object], Row] = parse_row
 
 
 def flatten(rows: Iterable[Row | RewardRTError]) -> list[Input]:
-    """Return the items of all rows, one row's after the other's; an error has none."""
+    """Return the items of all rows in order; errors have no items."""
     return [item for row in rows if isinstance(row, Row) for item in row.items]
 
 
 def regroup(
     rows: Iterable[Row | RewardRTError], results: Iterable[Scored | RewardRTError]
 ) -> list[ScoredRow | RewardRTError]:
-    """Return what became of each row, from what became of the items that `flatten` gives for them.
+    """Return the result of each row, from the results of the items that `flatten` gave for the rows.
 
-    A row of which any text failed is one error, which says of each of them what is wrong.
+    If any text of a row failed, the row's result is one error, which names the fault of each failed text.
     """
     left = iter(results)
     return [row if isinstance(row, RewardRTError) else _settled(row, [next(left) for _ in row.items]) for row in rows]

@@ -1,7 +1,7 @@
 """Which texts go through the graph together.
 
-A batch is a list of indices; its texts are padded on the right to the longest of them. Both plans start with the
-longest texts, so that a machine that is too small says so at once.
+A batch is a list of indices; its texts are padded on the right to the longest of them. Batches with the longest texts
+come first, so that a machine with too little memory fails at once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ BATCH_TOKENS = 16_384  # default budget of one batch, padding included
 def plan_batches(lengths: Sequence[int], *, batch_tokens: int, padding: bool) -> list[list[int]]:
     """Group texts of `lengths` tokens into batches of at most `batch_tokens` tokens, each text in exactly one.
 
-    With `padding`, texts of similar length share a batch. Without, only texts of one length do: on a CPU padding is
-    work for nothing, and a text that is never padded gets the same arithmetic in any company. A text longer than
-    the budget is a batch of its own.
+    With `padding`, texts of similar length share a batch. Without it, only texts of equal length do: on a CPU padding
+    is wasted work, and a text that is never padded gets the same arithmetic whatever is scored with it. A text longer
+    than the budget is a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     batches: list[list[int]] = []
     for index in order:
-        width = lengths[batches[-1][0]] if batches else 0  # the longest text of the batch that is being filled
+        width = lengths[batches[-1][0]] if batches else 0  # the longest text of the current batch
         fits = batches and (len(batches[-1]) + 1) * width <= batch_tokens
         if fits and (padding or lengths[index] == width):
             batches[-1].append(index)
@@ -38,10 +38,10 @@ def plan_batches(lengths: Sequence[int], *, batch_tokens: int, padding: bool) ->
 
 @dataclass(frozen=True)
 class Batch:
-    """What the graph gets: texts padded on the right with 0.
+    """The graph's inputs: texts padded on the right with 0.
 
-    The padding id is arbitrary: a causal model never looks to the right, an encoder's mask goes by `lengths`, and
-    nothing is looked for among ids inside the graph.
+    The padding id does not matter: a causal model never looks to the right, an encoder's mask follows `lengths`, and
+    the graph does not search the ids for anything.
     """
 
     input_ids: Ids  # [batch, tokens] int64
@@ -51,9 +51,9 @@ class Batch:
 
 
 def make_batch(texts: Sequence[EncodedText], *, causal: bool, with_positions: bool, start: int = 0) -> Batch:
-    """Put texts into one batch, from token `start` on, which positions then count from.
+    """Put texts into one batch, from token `start` on; positions are counted from there.
 
-    Of a causal model's, tokens after the last position that is read are left out.
+    For a causal model, the tokens after the last position that is read are left out.
     """
     ids = [text.ids[start : text.needed] if causal else text.ids for text in texts]
     lengths = np.array([len(each) for each in ids], dtype=np.int64)

@@ -1,11 +1,12 @@
-"""Models that compare answers: which texts a row is for them, and what the rewards of those texts say of its answers.
+"""Models that compare answers: which texts they score for a row, and how these become rewards of its answers.
 
-A comparison is how much better one answer is than another, in the model's own units; swapping the two changes its sign
-and nothing else. A model that reads two answers in one text scores every ordered pair, and a comparison is half the
-difference between the two orders; of a model that gives vectors, it is their skew product.
+A comparison is how much better one answer is than another, in the model's own units; swapping the two only changes its
+sign. A model that reads two answers in one text scores every ordered pair, and the comparison is half the difference
+between the two orders. For a model that gives vectors, it is their skew product (see `skew_products`).
 
-An answer's reward is the mean of its comparisons with all answers of the row, itself included, at 0: the rewards
-whose differences are nearest to the comparisons. Of two answers the difference of the rewards is the comparison.
+An answer's reward is the mean of its comparisons with all answers of the row, including 0 for itself. These are the
+rewards whose differences fit the comparisons best, in least squares. For a row of two answers, the difference of the
+rewards equals the comparison.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ Matrix = npt.NDArray[np.float64]
 
 
 def plan(row: Row, spec: Spec) -> Row:
-    """Return the row with the texts that this model scores for it: the same row, unless the model compares answers.
+    """Return the row with the texts that this model scores for it: unchanged, unless the model compares answers.
 
-    Raises RowError for a row that gives such a model nothing to compare.
+    Raises RowError if the model compares answers and the row has nothing to compare.
     """
     if spec.input != "pairwise":
         return row
@@ -47,20 +48,20 @@ def plan(row: Row, spec: Spec) -> Row:
 
 
 def text_of(row: Row) -> Item:
-    """Return the one text that a row of a golden file holds; two responses are a pair, in their order."""
+    """Return the one text of a row of a golden file; two responses are one pair, in their order."""
     if row.kind == "ranking" and len(row.items) == 2:
         first, second = row.items
         if isinstance(first, Conversation) and isinstance(second, Conversation):
             return Pair(first, second)
     item = row.items[0]
-    assert not isinstance(item, TokenIds)  # no row of a file gives them
+    assert not isinstance(item, TokenIds)  # rows of files have no token ids
     return item
 
 
 def settle(row: Row, scores: Sequence[Scored]) -> list[Scored]:
-    """Return one score for each answer of a planned row, from the scores of its items in their order.
+    """Return one score for each answer of a planned row, from the scores of its items in order.
 
-    An answer's tokens are those of the texts in which it comes first.
+    If the items are pairs, an answer's tokens are those of all texts in which it comes first.
     """
     if not row.compare:
         return list(scores)
@@ -83,15 +84,15 @@ def settle(row: Row, scores: Sequence[Scored]) -> list[Scored]:
 
 
 def half_differences(pairs: Sequence[tuple[int, int]], rewards: Sequence[float]) -> Matrix:
-    """Return the comparisons [answers, answers] from the reward of every ordered pair."""
+    """Return the comparisons, [answers, answers] float64, from the reward of every ordered pair."""
     answers = 1 + max(first for first, _ in pairs)
     found = np.zeros((answers, answers))
     found[tuple(np.array(pairs).T)] = rewards
-    return (found - found.T) / 2 + 0.0  # + 0.0: no -0.0
+    return (found - found.T) / 2 + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
 def skew_products(vectors: Sequence[Sequence[float]]) -> Matrix:
-    """Return the comparisons [answers, answers] of vectors: sum(u[2k] * v[2k+1] - u[2k+1] * v[2k])."""
+    """Return the comparisons of vectors, [answers, answers] float64: sum(u[2k] * v[2k+1] - u[2k+1] * v[2k])."""
     values = np.array(vectors, dtype=np.float64)
     even, odd = values[:, 0::2], values[:, 1::2]
     terms = even[:, None] * odd[None] - odd[:, None] * even[None]  # [answers, answers, half]

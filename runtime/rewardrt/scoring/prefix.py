@@ -1,10 +1,10 @@
-"""Tokens that several texts begin with are computed once: which texts follow which, and what is kept between calls.
+"""Prefix reuse: compute tokens that several texts begin with only once, within a call and between calls.
 
-A token's keys and values depend on the tokens up to it alone, so those of one text serve every text that begins the
-same way; so does the state that a layer of linear attention or Mamba has after a token. onnxruntime's kernels give a
-token the same bits however many others are computed beside it, with two exceptions: a call of exactly one token takes
-other kernels, and so do scores of attention over few tokens where heads are wide (`least_shared`). `legal_cut` is the
-one place that keeps clear of both.
+In a causal model a token's keys and values depend only on the tokens up to it. So those of one text serve every text
+with the same prefix. The same is true of the state that a layer of linear attention or Mamba has after a token.
+onnxruntime's kernels compute the same bits for a token however many others are computed with it, with two exceptions. A
+call of exactly one token uses other kernels. So do attention scores over few tokens, if the heads are wide
+(`least_shared`). `legal_cut` avoids both.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from rewardrt.graph.session import KeyValues
 from rewardrt.text.taps import Ids
 from rewardrt.text.tokens import EncodedText
 
-MIN_SHARED = 16  # tokens; for fewer, cutting and copying keys and values costs what it saves
-WHOLE_KEY = 128  # numbers of a key that are added up in one go, whatever there is of them
-FEW_KEYS = 65  # from so many keys on, longer ones are added up in the same steps
+MIN_SHARED = 16  # tokens; with fewer, slicing and copying keys and values costs as much as it saves
+WHOLE_KEY = 128  # head size up to which the dot product of query and key is summed in one go
+FEW_KEYS = 65  # number of keys from which the dot products of longer keys are summed in fixed steps
 BLOCK = MIN_SHARED  # tokens that the cache keeps or drops together
-MAX_STATES = 8  # of one text, that are held for others to go on from
-CHUNK = 256  # most tokens of one call: their activations stay in a core's cache, and attention's scores stay small
-# Operations that a group must save: one call more, and its keys and values to the host and back, take some 25 ms of an
-# H200, in which it does so many. 16 answers after 600 tokens then took 117 ms for 342 with 7.5 billion parameters, and
-# 29 ms for 21 with 135 million.
+MAX_STATES = 8  # states of one text that are kept for others to continue from
+CHUNK = 256  # most tokens of one call: activations then fit into a core's cache, and attention scores stay small
+# Operations that a group must save. The additional call, with the transfer of keys and values to the host and back,
+# takes about 25 ms on an H200, in which the GPU does this many operations. For 16 answers to one prompt of 600 tokens,
+# a group took 117 ms instead of 342 ms with 7.5 billion parameters, but 29 ms instead of 21 ms with 135 million.
 GROUP_OPERATIONS = 15e12
 
 
 def least_shared(key_size: int) -> int:
-    """Return the fewest tokens that may come from another text, with keys of so many numbers a head.
+    """Return the fewest tokens that may be taken from another text, for attention heads of size `key_size`.
 
-    onnxruntime adds up the product of a query and a key in steps of 128 numbers where there are more than 64 keys, and
-    in longer steps where there are fewer: in other bits, for keys of more than 128.
+    onnxruntime sums the dot product of a query and a key in steps of 128 numbers if there are more than 64 keys, and in
+    longer steps if there are fewer. For heads larger than 128 the two give different bits.
     """
     return MIN_SHARED if key_size <= WHOLE_KEY else -(-FEW_KEYS // BLOCK) * BLOCK
 
 
 def legal_cut(shared: int, text: EncodedText, least: int) -> int:
-    """Return how many of the tokens that a text shares may come from another: 0 where it is fewer than `least`.
+    """Return how many of a text's `shared` tokens may be taken from another text: 0 if that is fewer than `least`.
 
-    At least two tokens are left to compute, and all that are read lie among them.
+    At least two tokens remain to be computed, and all positions that are read lie among these.
     """
     cut = min(shared, text.needed - 2, int(text.positions.min()))
     return cut if cut >= least else 0
 
 
 def chunk_ends(start: int, text: EncodedText, stops: Sequence[int] = ()) -> list[int]:
-    """Return where the calls end that compute a text from token `start` on: parts of equal length, at most CHUNK each.
+    """Return the ends of the calls that compute a text from token `start` on: equal parts of at most CHUNK tokens.
 
-    Calls end at `stops` as well (`state_stops`). Positions that are read lie in the last part, which may be longer for
-    it; no part is a single token.
+    Calls also end at `stops` (see `state_stops`). All positions that are read lie in the last part, which may therefore
+    be longer. No part is a single token.
     """
     ends = [end for first, last in pairwise([start, *stops, text.needed]) for end in _equal_ends(first, last)]
     return [end for end in ends[:-1] if end <= int(text.positions.min())] + [text.needed]
@@ -68,12 +68,12 @@ def _equal_ends(first: int, last: int) -> list[int]:
 
 
 def state_stops(start: int, text: EncodedText, wanted: Iterable[int], least: int) -> list[int]:
-    """Return after which tokens of a text, computed from `start` on, the states of its layers are to be kept.
+    """Return the numbers of tokens of a text, computed from `start` on, after which its layers' states are kept.
 
-    Keys and values are there for every token. A state is there after a call's last token alone, so a call has to end
-    where another text goes on: after `wanted` tokens. Stops are MIN_SHARED tokens apart; a text that wants one in
-    between goes on from the stop before it. Of more than MAX_STATES the last are taken: a state may take as much memory
-    as the keys and values of a thousand tokens.
+    Keys and values exist for every token, but a state exists only after the last token of a call. So a call has to end
+    where another text branches off: after one of the `wanted` numbers of tokens. Stops are at least MIN_SHARED tokens
+    apart; a text that branches off between two stops continues from the earlier one. Only the last MAX_STATES stops are
+    used, because a state may take as much memory as the keys and values of a thousand tokens.
     """
     legal = legal_cut(text.needed, text, least)
     found: list[int] = []
@@ -85,22 +85,22 @@ def state_stops(start: int, text: EncodedText, wanted: Iterable[int], least: int
 
 @dataclass(frozen=True)
 class Link:
-    """One text of a chain, by its index, and how many of its tokens come from the text before it."""
+    """One text of a chain, by its index; its first `cut` tokens are taken from the text before it."""
 
     index: int
     cut: int
 
 
 def plan_chains(texts: Sequence[EncodedText], least: int) -> list[list[Link]]:
-    """Order texts so that each follows the one it shares most with; a chain ends where a text shares nothing.
+    """Order texts so that each follows the text with which it shares the longest prefix.
 
-    In the order of their tokens, no text shares more with any earlier one than with the one right before it. So only
-    one text's keys and values are held at a time. `least` is that of `legal_cut`.
+    Sorted by their tokens, each text shares most with the one right before it. So only one text's keys and values have
+    to be kept at a time. A text that shares nothing starts a new chain. `least` is that of `legal_cut`.
     """
     ids = [text.ids[: text.needed] for text in texts]
     order = _token_order(ids)
     chains: list[list[Link]] = []
-    held = 0  # tokens whose keys and values the text before was given: taken over as they are where that is enough
+    held = 0  # tokens that the previous text took over; taking over exactly as many again avoids a copy
     for place, index in enumerate(order):
         cut = legal_cut(shared_tokens(ids[order[place - 1]], ids[index]), texts[index], least) if place else 0
         if held <= cut < held + MIN_SHARED:
@@ -122,24 +122,24 @@ class Group:
 
 
 def group_worth(weights_bytes: int) -> int:
-    """Return how many tokens a group must save with a graph of such weights.
+    """Return how many tokens a group must save with a graph whose weights have this size in bytes.
 
-    A token takes two operations for each parameter, which are as many as the bytes of a float16 weight.
+    A token takes two operations per parameter, and a float16 parameter has two bytes: one operation per byte.
     """
     return max(1, int(GROUP_OPERATIONS / max(1, weights_bytes)))
 
 
 def plan_groups(texts: Sequence[EncodedText], worth: int, least: int) -> list[Group]:
-    """Return texts whose common beginning is worth computing once, before the rest of all of them in batches.
+    """Return groups of texts whose common prefix is worth computing once, before the rest of each text in batches.
 
-    That is a choice of nodes of the tree of all beginnings, none below another: those that save the most tokens
-    together, each at least `worth`. No text is in two of them.
+    In the prefix tree of the texts, these are non-overlapping nodes that maximise the tokens saved, (texts - 1) x
+    depth, and that save at least `worth` tokens each. No text is in two groups.
     """
-    ids = [text.ids[: legal_cut(text.needed, text, least)] for text in texts]  # what may come from elsewhere
+    ids = [text.ids[: legal_cut(text.needed, text, least)] for text in texts]  # the part that can be shared
     order = _token_order(ids)
     chosen: list[Group] = []
-    # The nodes that are still open, each inside the one before it: tokens shared, place of its first text, and the best
-    # choice of those that are closed inside it, with what it saves.
+    # The open nodes of the tree, each inside the one before it: depth in tokens, position of its first text in `order`,
+    # tokens saved by the best groups among its closed descendants, and these groups.
     open_nodes: list[tuple[int, int, int, list[Group]]] = []
     for place in range(1, len(order) + 1):
         shared = shared_tokens(ids[order[place - 1]], ids[order[place]]) if place < len(order) else 0
@@ -163,27 +163,27 @@ def plan_groups(texts: Sequence[EncodedText], worth: int, least: int) -> list[Gr
 
 
 def _token_order(ids: Sequence[Ids]) -> list[int]:
-    """Return the indices of texts in the order of their tokens, the first first."""
+    """Return the indices of texts sorted by their token ids."""
     return sorted(range(len(ids)), key=lambda index: ids[index].astype(">i8").tobytes())
 
 
 def shared_tokens(first: Ids, second: Ids) -> int:
-    """Return how many tokens two texts share at their beginning."""
+    """Return the length of the common prefix of two texts in tokens."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if different.size else length
 
 
-_Blocks = OrderedDict[bytes, KeyValues]  # an alias: in the class, `bytes` is a property
+_Blocks = OrderedDict[bytes, KeyValues]  # block name -> keys and values; the least recently used first
 
 
 class PrefixCache:
-    """Keys and values that stay between calls, up to `budget` bytes; the least recently used go first.
+    """A cache of keys and values between calls, up to `budget` bytes; the least recently used are dropped first.
 
-    They are kept in blocks of BLOCK tokens, each known by all tokens up to its end. So what several texts begin with is
-    held once, and many texts may go on from it. A block is never older than those that follow it: texts lose their
-    ends first. Of a graph `with_states` a text goes on from a block that has the states after it; `find` and `keep` say
-    where those come from. Safe to use from several threads.
+    It stores blocks of BLOCK tokens, each under a digest of all tokens up to its end. So a prefix of several texts is
+    stored once, and many texts may continue from it. A block always counts as used more recently than the blocks that
+    continue it, so texts lose their ends first. If the graph has states (`with_states`), a text can only continue from
+    a block that has the states after it; see `find` and `keep`. Thread-safe.
     """
 
     def __init__(self, budget: int, least: int, *, with_states: bool = False) -> None:
@@ -196,15 +196,15 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """What is held."""
+        """The size of the stored blocks in bytes."""
         with self._lock:
             return self._bytes
 
     def find(self, text: EncodedText) -> tuple[KeyValues | None, int]:
-        """Return what is kept of the longest beginning that may be used, or None; and how many tokens are known.
+        """Return the keys and values of the longest cached prefix that the text may use, or None, and the known tokens.
 
-        More tokens are known than are given where blocks have no state after them: a text that computes them again
-        stops there (`state_stops`), for the next.
+        With states, more tokens may be known than are returned, because some blocks have no state after them. A text
+        that computes these tokens again keeps the state there (`state_stops`), for the next text.
         """
         names = _block_names(text.ids[: legal_cut(text.needed, text, self._least)])
         with self._lock:
@@ -220,7 +220,7 @@ class PrefixCache:
         return KeyValues(arrays, blocks[-1].states), tokens
 
     def keep(self, ids: Ids, values: KeyValues) -> None:
-        """Keep what was just computed of a text, unless it is too short for others to use it."""
+        """Store the keys and values just computed for a text, unless it is too short to be shared."""
         if len(ids) < self._least:
             return
         names = _block_names(ids)
@@ -229,7 +229,7 @@ class PrefixCache:
         made = {names[place]: values.block(place * BLOCK, BLOCK) for place in missing}
         with self._lock:
             for name, block in made.items():
-                # Another thread may have been faster, and have kept a state that this one has not.
+                # Another thread may have stored the block meanwhile, with a state that this one lacks.
                 held = self._blocks.get(name)
                 if held is None or (block.states and not held.states):
                     self._blocks[name] = block
@@ -243,12 +243,12 @@ class PrefixCache:
         return held is None or (end in values.states and not held.states)
 
     def _touch(self, names: Sequence[bytes]) -> None:
-        for name in reversed(names):  # what follows is older than what it follows
+        for name in reversed(names):  # earlier blocks of the text become the most recently used
             self._blocks.move_to_end(name)
 
 
 def _block_names(ids: Ids) -> list[bytes]:
-    """Return a name for each whole block of a text: a digest of all tokens up to its end."""
+    """Return a name for each whole block of a text: the digest of all tokens up to its end."""
     names, digest = [], hashlib.sha256()
     for end in range(BLOCK, len(ids) + 1, BLOCK):
         digest.update(ids[end - BLOCK : end].astype("<i8").tobytes())
@@ -258,12 +258,12 @@ def _block_names(ids: Ids) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Tokens since the model was loaded: of the texts as they are, and of those the graph computed for them."""
+    """Token counts since the model was loaded: `given` in all texts, and `computed` by the graph for them."""
 
     given: int = 0
     computed: int = 0
 
     @property
     def shared(self) -> float:
-        """Share of the tokens that were not computed, 0..1."""
+        """The share of the tokens that did not have to be computed, 0..1."""
         return 1 - self.computed / self.given if self.given else 0.0

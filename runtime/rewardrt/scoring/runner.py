@@ -1,8 +1,8 @@
-"""Token ids go in, the graph's values come out: what texts share, which go together, and what fails alone.
+"""From token ids to the graph's values: plan what is shared and batched, run it, and isolate texts that fail.
 
     texts -> groups and chains (prefix) -> batches (batching) -> values (graph.session)
 
-Knows the graph and batches; nothing of rows, words or bundles.
+This module knows the graph and batches; it knows nothing of rows, words or bundles.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Runner:
         prefix_cache_mb: int = 0,
         advice: str = "",
     ) -> None:
-        """Take a graph and how it is fed; the options are those of `RewardModel.load`.
+        """Take a graph and the options of `RewardModel.load` that say how it is fed.
 
-        `weights_bytes` is the size of the graph's weights, `advice` what to say of values that are not finite.
-        Raises RewardRTError for options out of their range.
+        `weights_bytes` is the size of the graph's weights in bytes. `advice` is appended to the error about values that
+        are not finite. Raises RewardRTError for options out of their range.
         """
         if batch_tokens < 1:
             raise RewardRTError(f"batch_tokens {batch_tokens}: expected at least 1")
@@ -71,9 +71,9 @@ class Runner:
         self._spec = spec
         self._batch_tokens = batch_tokens
         self._advice = advice
-        # On a CPU padding is arithmetic for nothing; an accelerator is fed better by full batches.
+        # On a CPU padding is wasted work; an accelerator is faster with full batches.
         self._padding = session.provider != "cpu" if padding is None else padding
-        # A mean is over all tokens, and a first token is read in the first part: such a text is computed whole.
+        # A mean needs the states of all tokens, and "first" that of token 0, so such texts are computed in one call.
         whole = any(tap.rule in ("first", "mean") for tap in spec.taps)
         self._takes_parts = bool(session.past) and not whole
         self._prefix_reuse = prefix_reuse and self._takes_parts
@@ -88,7 +88,7 @@ class Runner:
 
     @property
     def statistics(self) -> Statistics:
-        """The tokens that were run since the graph was loaded, and how many of them were computed."""
+        """The number of tokens given since the graph was loaded, and how many of them were computed."""
         return self._statistics
 
     def run(
@@ -96,9 +96,9 @@ class Runner:
     ) -> list[Values | InferenceError]:
         """Return the graph's outputs for each text, [outputs] float32: the raw reward, then the objectives.
 
-        Of a model that rewards steps they are [steps] float32, the raw reward of each.
-        A text for which the graph fails or gives no finite numbers has an InferenceError in its place. `padding` and
-        `batch_tokens` override the runner's own.
+        For a model that rewards steps the result is [steps] float32, the raw reward of each step. A text for which the
+        graph fails or gives values that are not finite has an InferenceError in its place. `padding` and `batch_tokens`
+        override the runner's own.
         """
         results: dict[int, Values | InferenceError] = {}
         padding = (self._padding if padding is None else padding) and self._spec.padded
@@ -115,9 +115,10 @@ class Runner:
         return [results[index] for index in range(len(texts))]
 
     def token_rewards(self, text: EncodedText) -> Values | InferenceError:
-        """Return the raw reward after every token of a text, [tokens] float32, where the graph has them.
+        """Return the raw reward after every token of a text, [tokens] float32, if the graph has this output.
 
-        Tokens are those up to the one that the text's own reward is read at. Raises RewardRTError where it has not.
+        The tokens end with the last one at which the text's own reward is read. Raises RewardRTError if the graph was
+        exported without this output; returns an InferenceError if the graph fails.
         """
         if not self.session.has_token_rewards:
             raise RewardRTError("this bundle has no rewards of tokens; export it with --token-rewards")
@@ -128,7 +129,7 @@ class Runner:
         return self._check_finite(np.concatenate(parts)[:, 0])
 
     def probe(self) -> InferenceError | None:
-        """Run a text of its own; return what is wrong with the graph, if anything is."""
+        """Run a text of four tokens as a test; return the error if the graph fails, else None."""
         ids, taps = np.zeros(4, dtype=np.int64), max(1, len(self._spec.taps))
         type_ids = np.zeros(4, dtype=np.int64) if self._spec.text.type_ids else None
         found = self.run([EncodedText(ids, 0, np.full(taps, 3), type_ids)])[0]
@@ -137,7 +138,7 @@ class Runner:
     def _run_batches(
         self, texts: Sequence[EncodedText], indices: Sequence[int], *, padding: bool, batch_tokens: int
     ) -> dict[int, Values | InferenceError]:
-        """Run texts in batches; of a batch that fails, each by itself."""
+        """Run texts in batches; if a batch fails, run each of its texts alone."""
         results: dict[int, Values | InferenceError] = {}
         lengths = [texts[index].needed if self._spec.causal else len(texts[index].ids) for index in indices]
         planned = plan_batches(lengths, batch_tokens=batch_tokens, padding=padding)
@@ -147,7 +148,7 @@ class Runner:
             try:
                 rewards = self._run([texts[index] for index in chosen])
             except InferenceError as error:
-                if len(chosen) > 1:  # one bad text must not take the others with it
+                if len(chosen) > 1:  # one bad text must not fail the others
                     batches[:0] = [[index] for index in chosen]
                 else:
                     results[chosen[0]] = error
@@ -157,7 +158,7 @@ class Runner:
         return results
 
     def _plan_chains(self, texts: Sequence[EncodedText]) -> list[list[Link]]:
-        """Return the texts that go through the graph one by one: those that share, and those of several parts."""
+        """Return chains of the texts to run one by one: those that share a prefix or are computed in several parts."""
         chains = (
             plan_chains(texts, self._least) if self._prefix_reuse else [[Link(index, 0)] for index in range(len(texts))]
         )
@@ -170,15 +171,18 @@ class Runner:
     def _run_group(
         self, texts: Sequence[EncodedText], group: Group, batch_tokens: int
     ) -> dict[int, Values | InferenceError]:
-        """Compute what texts begin with, and then the rest of them in padded batches; what fails is left out."""
+        """Compute a group's common prefix, then the rest of its texts in padded batches.
+
+        Texts that fail are missing in the result.
+        """
         results: dict[int, Values | InferenceError] = {}
         first = texts[group.indices[0]]
         positions = np.zeros_like(first.positions)[None] if self._spec.has_positions else None
-        # The rows hold keys and values of the beginning, too, so it counts for each of them.
+        # Each row also has keys and values of the prefix, so the prefix counts towards each row's length.
         batches = plan_batches(
             [texts[index].needed for index in group.indices], batch_tokens=batch_tokens, padding=True
         )
-        with suppress(InferenceError):  # of memory, for one: they are tried whole, and each by itself at last
+        with suppress(InferenceError):  # such as out of memory: the texts are then run without the shared prefix
             past = self.session.run_part(first.ids[None, : group.cut], positions, keep=True).values
             self._count(0, group.cut)
             for batch in batches:
@@ -188,7 +192,7 @@ class Runner:
         return results
 
     def _run_chain(self, texts: Sequence[EncodedText], chain: Sequence[Link]) -> dict[int, Values | InferenceError]:
-        """Run texts one by one, each after the one that it shares most with."""
+        """Run texts one by one, each after the text with which it shares the longest prefix."""
         results: dict[int, Values | InferenceError] = {}
         held: KeyValues | None = None
         cuts = [*(link.cut for link in chain), 0]
@@ -200,7 +204,7 @@ class Runner:
                 past, known = cached.find(text)
             start = past.tokens if past is not None else 0
             keep = following > start or cached is not None
-            # A text farther on shares with this one what all in between share.
+            # A later text of the chain shares with this one the minimum of the cuts in between.
             ahead = accumulate(islice(cuts, place + 1, None), min)
             stops = self._stops(text, start, [*takewhile(start.__lt__, ahead), known]) if keep else []
             try:
@@ -214,17 +218,17 @@ class Runner:
         return results
 
     def _stops(self, text: EncodedText, start: int, wanted: Sequence[int]) -> list[int]:
-        """Return after which tokens of a text, computed from `start` on, its layers' states are kept."""
+        """Return the numbers of tokens of a text, computed from `start` on, after which its layers' states are kept."""
         if not self._with_states:
             return []
-        # Nobody knows where a text of a later call goes on: where a call ends anyway serves some.
+        # Where a later text will branch off is unknown; the ends of the calls, rounded to blocks, serve some of them.
         ends = chunk_ends(start, text)[:-1] if self._cache is not None else []
         return state_stops(start, text, [*wanted, *(end // BLOCK * BLOCK for end in ends)], self._least)
 
     def _run_new(
         self, text: EncodedText, past: KeyValues | None, keep: bool, stops: Sequence[int]
     ) -> tuple[Values, KeyValues | None]:
-        """Compute what is new of one text, and count it; with `keep`, give its keys and values."""
+        """Compute and count the tokens of one text after its past; with `keep`, also return its keys and values."""
         first = past.tokens if past is not None else 0
         steps = self._spec.input == "steps"
         output: Output = "token_rewards" if steps else "rewards"
@@ -242,14 +246,15 @@ class Runner:
         output: Output,
         stops: Sequence[int] = (),
     ) -> tuple[list[Values], KeyValues | None]:
-        """Return an output of every part of what is new of one text; with `keep`, the text's keys and values, too.
+        """Compute the tokens of one text after its past in parts; return each part's output.
 
-        The states after `stops` are among them, and those that came with the past.
+        With `keep`, also return the text's keys and values. These include the states after `stops`, and the states that
+        came with the past.
         """
         start = past.tokens if past is not None else 0
         states = dict(past.states) if past is not None else {}
         found: list[Values] = []
-        # A graph without a past computes a text whole.
+        # A graph without inputs for a past computes a text in one call.
         for end in chunk_ends(start, text, stops) if self.session.past else (text.needed,):
             last = end == text.needed
             positions = None
@@ -271,7 +276,7 @@ class Runner:
         return found, past
 
     def _run(self, texts: Sequence[EncodedText], past: KeyValues | None = None) -> Sequence[Values]:
-        """Compute a batch; where a past is given, of tokens that all of them begin with, what follows it."""
+        """Compute a batch of texts, or with a `past`, which is the cache of their common prefix, what follows it."""
         start = past.tokens if past is not None else 0
         batch = make_batch(texts, causal=self._spec.causal, with_positions=self._spec.has_positions, start=start)
         computed = int(batch.lengths.sum())
@@ -291,7 +296,7 @@ class Runner:
             self._statistics = Statistics(self._statistics.given + given, self._statistics.computed + computed)
 
     def forked(self) -> None:
-        """Replace what a thread of the other process may have held, or left half done, when this one was forked."""
+        """In a forked process, replace the lock and the cache, which another thread may have been using at the fork."""
         self._lock = threading.Lock()
         self._cache = self._empty_cache()
 

@@ -1,4 +1,4 @@
-"""What became of texts and rows: their rewards, and a row with them added."""
+"""The results of scoring: the rewards of texts and rows, and a row with its rewards added."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ OUTPUT_FIELDS = (*REWARD_FIELDS, "tokens", "truncated", "objectives", "error")
 
 @dataclass(frozen=True)
 class Scored:
-    """One text's float32 reward, the tokens that were scored, and how many were cut off before.
+    """One text's reward (a float32 value), the number of tokens scored, and the number of tokens cut off before.
 
-    `objectives` are the values under the spec's labels, for models that have several; of a vector to be compared, all
-    but the first. `comparisons` say how much better the text is than each answer of its row, for models that compare.
-    `steps` are the rewards of the steps, for models that give those; `reward` is then what they were aggregated to, NaN
-    if they were not.
+    `objectives` are the values under the spec's labels, for models with several objectives. For models that compare
+    vectors they are all entries of the vector but the first, which is `reward`. `comparisons` say how much better the
+    text is than each answer of its row, for models that compare answers. `steps` are the rewards of the steps, for
+    models that reward steps; `reward` is then their aggregate, or NaN if they were not aggregated.
     """
 
     reward: float
@@ -33,20 +33,20 @@ class Scored:
 
     @property
     def answers(self) -> tuple[Scored, ...]:
-        """This text alone, as a row of one."""
+        """This text alone, as the answers of a row of one."""
         return (self,)
 
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A row with `chosen` and `rejected`."""
+    """The scores of a row with `chosen` and `rejected`."""
 
     chosen: Scored
     rejected: Scored
 
     @property
     def answers(self) -> tuple[Scored, ...]:
-        """Both, chosen first."""
+        """Both answers, chosen first."""
         return (self.chosen, self.rejected)
 
     @property
@@ -61,13 +61,13 @@ class ScoredPair:
 
     @property
     def margin(self) -> float:
-        """By how much the chosen one is above the rejected one; the difference of two float32 numbers, as float32."""
+        """The reward of the chosen answer minus that of the rejected one, computed and rounded in float32."""
         return float(np.float32(self.chosen.reward) - np.float32(self.rejected.reward))
 
 
 @dataclass(frozen=True)
 class ScoredAnswers:
-    """A row with `responses`: a score for each, in their order."""
+    """The scores of a row with `responses`, in their order."""
 
     answers: tuple[Scored, ...]
 
@@ -78,15 +78,15 @@ class ScoredAnswers:
 
     @property
     def best(self) -> int:
-        """The index of the highest reward; of equal ones the first."""
+        """The index of the highest reward; the first of equal ones."""
         return max(range(len(self.answers)), key=lambda index: self.answers[index].reward)
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One answer of a ranking; `index` is its place in the list that was given.
+    """One answer of a ranking; `index` is its position in the given list.
 
-    `comparisons` say how much better it is than each answer in the order given, for models that compare answers.
+    `comparisons` say how much better it is than each answer, in the order given, for models that compare answers.
     """
 
     index: int
@@ -103,20 +103,20 @@ ScoredRow = Scored | ScoredPair | ScoredAnswers
 def fill_row(row: dict[str, Any], scored: ScoredRow, labels: Sequence[str] = ()) -> dict[str, Any]:
     """Return the row with its scores added after its other fields.
 
-    `labels` name the objectives; without them none are added.
+    `labels` name the objectives; without labels no objectives are added.
     """
     return with_scores(row, scores_of(scored, labels))
 
 
 def with_scores(row: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
-    """Return the row with scores after its other fields, and without those of an earlier run."""
-    # Steps that were not aggregated have no reward, and one of an earlier run is none of theirs.
+    """Return the row with scores added after its other fields, replacing those of an earlier run."""
+    # A row whose steps were not aggregated has no `reward`, so one from an earlier run is removed too.
     gone = {*scores, "error", *(["reward"] if "step_rewards" in scores else [])}
     return {name: value for name, value in row.items() if name not in gone} | scores
 
 
 def scores_of(scored: ScoredRow, labels: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what scoring adds to a row, by the names of the row contract."""
+    """Return the fields that scoring adds to a row, by the names of the row contract (`text.rows`)."""
     answers = scored.answers
     tokens, truncated = [answer.tokens for answer in answers], [answer.truncated for answer in answers]
     named = [dict(zip(labels, map(shortest, answer.objectives), strict=True)) if labels else {} for answer in answers]
@@ -143,10 +143,10 @@ def scores_of(scored: ScoredRow, labels: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def error_row(row: dict[str, Any], message: str) -> dict[str, Any]:
-    """Return the row with `error` and without scores of an earlier run."""
+    """Return the row with `error` added and scores of an earlier run removed."""
     return {name: value for name, value in row.items() if name not in OUTPUT_FIELDS} | {"error": message}
 
 
 def shortest(value: float) -> float:
-    """Return the float whose decimal is the shortest one that is this float32."""
+    """Return the float with the shortest decimal representation that rounds to this float32."""
     return float(str(np.float32(value)))

@@ -1,6 +1,6 @@
-"""The calls that everything which gives rewards has: a loaded bundle (`RewardModel`), a server (`RewardClient`).
+"""The calls shared by everything that gives rewards: a loaded bundle (`RewardModel`) and a server (`RewardClient`).
 
-One of them is made of `score_rows`. Each call has a twin for coroutines, whose name begins with `a`.
+All of them are built on `score_rows`. Each call also exists as a coroutine, whose name begins with `a`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True)
 class _Call(Generic[_Made]):
-    """What a call wants scored, and what it makes of the results."""
+    """The rows that a call wants scored, and how it turns the results into its return value."""
 
     rows: Iterable[dict[str, Any]]
     finish: Callable[[Results], _Made]
@@ -59,7 +59,7 @@ def _later(
 
 
 def _name(call: Any, plan: Any, name: str) -> None:
-    """Let a call show the parameters and the text of its plan, under its own name."""
+    """Give a call its own name, and the parameters and docstring of its plan."""
     functools.update_wrapper(call, plan)
     call.__name__, call.__qualname__ = name, f"RewardSource.{name}"
     made = plan.__annotations__["return"].removeprefix("_Call[").removesuffix("]")
@@ -67,12 +67,12 @@ def _name(call: Any, plan: Any, name: str) -> None:
 
 
 class RewardSource(ABC):
-    """What gives rewards."""
+    """Base class of everything that gives rewards."""
 
     @property
     @abstractmethod
     def input(self) -> str:
-        """What the model reads: "single", "steps" or "pairwise", as `spec.input` says it."""
+        """What the model reads: "single", "steps" or "pairwise", as in `spec.input`."""
 
     @abstractmethod
     def score_rows(
@@ -82,11 +82,13 @@ class RewardSource(ABC):
         normalize: bool | None = None,
         aggregate: AggregateRule | None = None,
     ) -> Results:
-        """Score rows of any shape; a row that cannot be scored has its error in its place.
+        """Score rows of any shape; for a row that cannot be scored, the result is its error.
 
-        A row of one text gives a `Scored`, one with `responses` a `ScoredAnswers` (`rewards`, `best`), and one with
+        A row with one text gives a `Scored`, one with `responses` a `ScoredAnswers` (`rewards`, `best`), and one with
         `chosen` and `rejected` a `ScoredPair` (`chosen_reward`, `rejected_reward`, `margin`).
-        A model that rewards steps gives `steps`, and the `reward` NaN unless they are aggregated.
+
+        A model that rewards steps sets `steps`; its `reward` is NaN unless `aggregate` says how to combine them.
+        `normalize` overrides the bundle's default. Raises RewardRTError for options that the model does not support.
         """
 
     async def ascore_rows(
@@ -96,8 +98,8 @@ class RewardSource(ABC):
         normalize: bool | None = None,
         aggregate: AggregateRule | None = None,
     ) -> Results:
-        """Do what `score_rows` does, while the event loop goes on."""
-        import asyncio  # a sixth of this package's import time, and not everybody's
+        """Do what `score_rows` does without blocking the event loop."""
+        import asyncio  # a sixth of this package's import time, and rarely needed
 
         return await asyncio.to_thread(self.score_rows, items, normalize=normalize, aggregate=aggregate)
 
@@ -118,11 +120,12 @@ class RewardSource(ABC):
     ) -> _Call[float]:
         """Return the reward of one text, given as the fields of a row: prompt or messages with response, or text.
 
-        `tools`, `documents` and `chat_template_kwargs` go to the chat template, as in transformers. `instruction` says
-        what is judged, of a model that reads one; None takes the bundle's.
-        A model that rewards steps takes `steps` for the response, and needs `aggregate` to make one reward of theirs.
-        Raises RowError for a combination that is none of these, InferenceError for a reward that is not a number.
-        Warns with TruncationWarning when the text was cut.
+        `tools`, `documents` and `chat_template_kwargs` are passed to the chat template, as in transformers.
+        `instruction` says what is judged, for models that read one; None takes the bundle's default. A model that
+        rewards steps takes `steps` in place of response, and needs `aggregate` to combine their rewards.
+
+        Raises RowError for any other combination of fields, and InferenceError for a reward that is not finite. Issues
+        a TruncationWarning if the text was cut.
         """
         row = _given(
             prompt=prompt, response=response, messages=messages, text=text, steps=steps,
@@ -137,11 +140,13 @@ class RewardSource(ABC):
         normalize: bool | None = None,
         aggregate: AggregateRule | None = None,
     ) -> _Call[npt.NDArray[np.float32]]:
-        """Return the rewards, [n] float32, of rows that hold one text each, in their order.
+        """Return the rewards, [n] float32, of rows that have one text each, in their order.
 
-        A model that rewards steps needs `aggregate`: the min, product, last or mean of a text's steps is its reward.
-        Raises what the first row that cannot be scored deserves, naming it; use `score_rows` to keep the others.
-        Warns with TruncationWarning when texts were cut.
+        A model that rewards steps needs `aggregate`: the reward of a text is the min, product, last or mean of its
+        steps.
+
+        Raises the error of the first row that cannot be scored, with its index; `score_rows` keeps the other rows.
+        Issues a TruncationWarning if texts were cut.
         """
         return _Call(items, _rewards, normalize, aggregate)
 
@@ -157,11 +162,11 @@ class RewardSource(ABC):
         instruction: str | None = None,
         normalize: bool | None = None,
     ) -> _Call[list[Ranked]]:
-        """Score answers to one prompt and return them best first; equal rewards keep the order given.
+        """Score answers to one prompt and return them best first; equal rewards keep the given order.
 
-        `tools`, `documents`, `chat_template_kwargs` and `instruction` are those of `score`.
+        `tools`, `documents`, `chat_template_kwargs` and `instruction` are as in `score`. Raises as `score` does.
         """
-        responses = responses if isinstance(responses, str) else list(responses)  # a bare string is refused as a row
+        responses = responses if isinstance(responses, str) else list(responses)  # a string is refused later, as a row
         row = _given(
             prompt=prompt, messages=messages, responses=responses,
             tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs, instruction=instruction,
@@ -193,7 +198,10 @@ def _reward(results: Results) -> float:
 
 
 def _rewards(results: Results, *, level: int = 3) -> npt.NDArray[np.float32]:
-    """Return one reward for each result; a warning is about the line `level` calls up, which called for rewards."""
+    """Return the reward of each result, [n] float32, or raise the first error.
+
+    `level` is the stack level that a TruncationWarning is attributed to: the line of the user's call.
+    """
     whole = []
     for index, result in enumerate(results):
         if isinstance(result, RewardRTError):

@@ -1,4 +1,4 @@
-"""Who may ask: keys, the names that this server answers to, and no page of another site."""
+"""Who may send requests: API keys, the host names of this server, and protection from other sites' pages."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "REWARDRT_API_KEY"
 UNAUTHORIZED = "Unauthorized: send this server's key as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 KEY_FILE_BYTES = 65_536
-# What a form of any page can send without asking first; everything else a browser asks for before it posts.
+# Content types that a form on any page can post without a CORS preflight request of the browser.
 FORM_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
 class Access:
-    """What each request has to bring. `local` is whether only this machine can reach the server by its address."""
+    """Checks of every request. `local` says that the server listens only on an address of this machine."""
 
     def __init__(self, options: ServerOptions, *, local: bool = False) -> None:
         self._keys = [key.encode() for key in options.api_keys]
@@ -31,7 +31,7 @@ class Access:
         self._local = local
 
     def check_key(self, headers: Mapping[str, str]) -> int:
-        """Return which key the request brings, or raise Problem("unauthorized"); 0 where there is none."""
+        """Return the index of the request's key, or raise Problem("unauthorized"); 0 if the server has no keys."""
         if not self._keys:
             return 0
         bearer = headers.get("authorization", "")
@@ -43,10 +43,11 @@ class Access:
         return found.index(True)
 
     def check_names(self, method: str, headers: Mapping[str, str]) -> None:
-        """Raise Problem("forbidden") for a request that a page of another site makes a browser send.
+        """Raise Problem("forbidden") for a request that another site's page makes a browser send.
 
-        Such a page says its own name as Origin, or has made its name an address of this machine: then the Host is a
-        name that nobody gave this server. With keys no page gets far, whatever it is called.
+        Such a page either sends its own name as Origin, or it has pointed its name at an address of this machine (DNS
+        rebinding); then Host is a name that is not this server's. If the server has keys, Host is not checked, because
+        such a page has no key.
         """
         host, origin = headers.get("host", ""), headers.get("origin")
         posts = method not in ("GET", "HEAD")
@@ -72,20 +73,20 @@ _ADVICE = "the operator can name it by --allow-host"
 
 
 def check_media_type(headers: Mapping[str, str]) -> None:
-    """Raise Problem("media_type") for a body of a kind that a form of any page could send."""
+    """Raise Problem("media_type") for a content type that a form on any page could send."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in FORM_TYPES:
         raise Problem("media_type", f"content-type: expected application/json, found {kind}")
 
 
 def client_of(address: str, key: int, keys: int) -> str:
-    """Return whose share of the queue a request comes out of: its key's where there are several, else its address'."""
+    """Return whose share of the queue a request uses: its key's if there are several keys, else its address's."""
     return f"key {key}" if keys > 1 else _network(address)
 
 
 @lru_cache(maxsize=4096)
 def _network(address: str) -> str:
-    """Return an address, or of IPv6 the network that one client has."""
+    """Return an address; for IPv6 the /64 network, which usually belongs to one client."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -94,7 +95,7 @@ def _network(address: str) -> str:
 
 
 def api_keys(key: str | None, file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the keys that the operator chose, by option, file or REWARDRT_API_KEY. Raises RewardRTError."""
+    """Return the operator's keys, from the option, the file or REWARDRT_API_KEY. Raises RewardRTError."""
     if key is not None and file is not None:
         raise RewardRTError("--api-key and --api-key-file: expected one of them")
     if file is not None:
@@ -107,7 +108,7 @@ def api_keys(key: str | None, file: Path | None, environment: Mapping[str, str])
 
 
 def check_api_key(key: str, source: str) -> str:
-    """Return a key, or raise RewardRTError for one that no client could send, or that guards nothing."""
+    """Return a valid key; raise RewardRTError for one that is empty or that no client could send."""
     if not key:
         raise RewardRTError(f"{source}: expected a key, found an empty one, which would guard nothing")
     if key != key.strip():
@@ -118,7 +119,7 @@ def check_api_key(key: str, source: str) -> str:
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:
-    """Return the keys of a file, one a line: one, or one for each client. Raises RewardRTError."""
+    """Return the keys of a file with one key per line: one for all clients, or one for each. Raises RewardRTError."""
     try:
         with path.open("rb") as file:
             data = file.read(KEY_FILE_BYTES + 1)
@@ -136,7 +137,7 @@ def read_api_keys(path: Path) -> tuple[str, ...]:
 
 
 def _name(host: str) -> str:
-    """Return the name of a Host header or an option, without its port."""
+    """Return the host name in a Host header or an option, without its port."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]

@@ -1,4 +1,4 @@
-"""Where a server listens: its socket, its certificate, and how many connections this process may have."""
+"""Where a server listens: its socket, its TLS certificate, and the number of connections."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from rewardrt.errors import RewardRTError
 from rewardrt.server.access import LOOPBACK
 
 BACKLOG = 2048
-ACCEPTED_AT_ONCE = 4  # connections taken in one turn of the event loop; what is too many is closed two turns later
-SPARE_FILES = 8  # descriptors for what is opened now and then, such as a bundle's files
+ACCEPTED_AT_ONCE = 4  # connections accepted in one turn of the event loop; excess ones are closed two turns later
+SPARE_FILES = 8  # file descriptors reserved for files opened now and then, such as a bundle's
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens, and what a proxy before it does."""
+    """Where a server listens, and the proxies in front of it."""
 
     host: str = "127.0.0.1"
     port: int = 5000
     uds: Path | None = None  # a unix socket, in place of host and port
     certificate: Path | None = None
     key: Path | None = None
-    root_path: str = ""  # what a proxy has taken off the path
-    proxies: str = ""  # addresses whose X-Forwarded-For is believed
+    root_path: str = ""  # path prefix that a proxy removes
+    proxies: str = ""  # addresses whose X-Forwarded-For header is trusted
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine reaches it, by a name or an address."""
+        """Whether the server listens only on a loopback name or address."""
         return self.uds is None and self.host in LOOPBACK
 
 
 @contextlib.contextmanager
 def listening(address: Address) -> Iterator[socket.socket]:
-    """Listen until the block ends; raises RewardRTError where that cannot be."""
+    """Yield a listening socket and close it after the block. Raises RewardRTError if the address cannot be used."""
     listener = listen(address.host, address.port) if address.uds is None else listen_at_path(address.uds)
     try:
         yield listener
@@ -51,7 +51,7 @@ def listening(address: Address) -> Iterator[socket.socket]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, or raise RewardRTError."""
+    """Return a listening socket for a host and port, or raise RewardRTError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -59,7 +59,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise RewardRTError(f"--host {host}: {error.strerror or error}; name an address of this machine") from error
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a crash the port is free at once
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port can be reused at once after a crash
         listener.bind(address)
         listener.listen(BACKLOG)
         listener.setblocking(False)
@@ -72,7 +72,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def listen_at_path(path: Path) -> socket.socket:
-    """Return a unix socket that listens, in the place of one that nobody listens at, or raise RewardRTError."""
+    """Return a listening Unix socket at a path, replacing a stale one, or raise RewardRTError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
@@ -99,7 +99,10 @@ def listen_at_path(path: Path) -> socket.socket:
 
 
 def tls_context(address: Address) -> ssl.SSLContext | None:
-    """Return what TLS needs, or None without it. Raises RewardRTError for files that are no certificate and its key."""
+    """Return the TLS context, or None without TLS.
+
+    Raises RewardRTError unless the files are a certificate and its key.
+    """
     if address.certificate is None:
         return None
     for option, path in (("--tls-cert", address.certificate), ("--tls-key", address.key)):
@@ -117,7 +120,7 @@ def tls_context(address: Address) -> ssl.SSLContext | None:
 
 
 def connection_limit(wanted: int) -> int:
-    """Return how many connections there may be: as many as wanted, where this process may open so many files."""
+    """Return the number of connections: as many as wanted, or fewer if this process may not open so many files."""
     try:
         import resource
     except ImportError:  # Windows
@@ -137,7 +140,7 @@ def connection_limit(wanted: int) -> int:
 
 
 def shown(address: Address, listener: socket.socket) -> str:
-    """Return the address for people, and for the tests that read it."""
+    """Return the server's address as text, for people and for tests."""
     if address.uds is not None:
         return f"unix:{address.uds}"
     host = f"[{address.host}]" if ":" in address.host else address.host

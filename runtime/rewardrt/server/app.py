@@ -1,7 +1,7 @@
-"""HTTP: asks for the key, reads bodies within their limits, hands work to the engines and writes the answers.
+"""The HTTP application: check the key, read bodies within their limits, pass work to the engines, write answers.
 
-The event loop decodes small bodies and moves bytes. What is larger is decoded, and large answers are written, by a few
-threads, so that no request holds up the others.
+The event loop only decodes small bodies and moves bytes. A few threads decode large bodies and write large answers, so
+that no request delays the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rewardrt.server.routes import RELOAD, ROUTES, ScoringRoute
 from rewardrt.server.state import Server
 from rewardrt.server.views import JSON, VIEWS, View, ViewAnswer
 
-WRITE_BYTES = 65_536  # handed to a connection at a time: the rest waits until the client has read
+WRITE_BYTES = 65_536  # passed to a connection at a time; the rest waits until the client has read
 
 
 def make_app(server: Server) -> Starlette:
@@ -37,7 +37,7 @@ def make_app(server: Server) -> Starlette:
     routes += [Route(view.path, partial(_view, server, view), methods=["GET"]) for view in (*VIEWS, *DOCUMENTS)]
     routes += [Route(RELOAD, partial(_reload, server), methods=["POST"])]
     app = Starlette(routes=_merged(routes), exception_handlers={HTTPException: partial(_not_served, server)})
-    app.router.redirect_slashes = False  # to the Host that a client names, and before it is asked for the key
+    app.router.redirect_slashes = False  # a redirect would trust the client's Host, and come before the key check
     return app
 
 
@@ -87,7 +87,7 @@ async def _view(server: Server, view: View, request: Request) -> Response:
 
 
 async def _reload(server: Server, request: Request) -> Response:
-    """Load the bundles anew."""
+    """Reload the bundles."""
     started = time.perf_counter()
     record = Record("POST", path_of(request.scope), client_address(request.scope), protocol=own.DIALECT.name)
     kind = ""
@@ -109,7 +109,7 @@ async def _reload(server: Server, request: Request) -> Response:
 
 
 class _Endpoint:
-    """Answers the POSTs of one route; an ASGI application."""
+    """An ASGI application that answers the POST requests of one route."""
 
     def __init__(self, server: Server, route: ScoringRoute) -> None:
         self._server = server
@@ -134,7 +134,7 @@ class _Endpoint:
 
 
 async def _write(send: Send, answer: ViewAnswer, *, close: bool) -> None:
-    """Write an answer as the client reads it; one that does not read in time is cut off by its connection."""
+    """Write an answer as fast as the client reads it; the connection closes if the client does not read in time."""
     headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers]
     if answer.content_type is not None:
         headers.append((b"content-type", answer.content_type.encode("latin-1")))

@@ -1,6 +1,7 @@
-"""A request's body: read in bounded time and memory, unpacked, and decoded within limits.
+"""A request's body: read in bounded time and memory, decompressed, and decoded within limits.
 
-What large bodies take is booked before it is taken, so that however many come at once, only so much is held.
+The memory for large bodies is reserved before it is used, so that the total stays bounded however many requests arrive
+at once.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from rewardrt.errors import RowError
 from rewardrt.server.options import ServerOptions
 from rewardrt.server.problem import Problem, too_many
 
-SMALL_BODY = 65_536  # bytes that are not booked, and decoded on the event loop where they hold little
-SMALL_STRUCTURE = 512  # commas and brackets; each may be a value that takes a microsecond or more
-BUDGET_BODIES = 4  # bodies of the largest size that are held at once
+SMALL_BODY = 65_536  # bytes; a body up to this size needs no reservation and may be decoded on the event loop
+SMALL_STRUCTURE = 512  # commas and brackets of such a body; each may be a value that takes a microsecond or more
+BUDGET_BODIES = 4  # number of bodies of the largest size in memory at once
 NODES_OF_AN_ITEM, NUMBERS_OF_AN_ITEM = 128, 1024
 ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # window bits for zlib
 CHUNK = 65_536
-# Lists of a body that belong to one text, however long they are; where `messages` are texts their protocol counts them.
+# Lists in a body that belong to one text, however long. Where `messages` is a list of texts, the protocol counts them.
 NOT_TEXTS = frozenset({"messages", "prompt", "tools", "label"})
 
 Receive = Callable[[], Awaitable[Any]]
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection before it was answered."""
+    """The client closed its connection before it got an answer."""
 
 
 class Budget:
-    """Bytes for bodies and answers of all requests; one client gets at most half of them for several."""
+    """The memory for bodies and answers of all requests; several requests of one client get at most half of it."""
 
     def __init__(self, total: int) -> None:
         self._total = self._free = total
@@ -41,7 +42,7 @@ class Budget:
         self._waiting: list[tuple[str, int, asyncio.Future[None]]] = []
 
     async def take(self, client: str, size: int) -> None:
-        """Wait until so many bytes are free for this client, and book them."""
+        """Wait until this many bytes are free for this client, and reserve them."""
         size = min(size, self._total)
         if self._fits(client, size):
             self._book(client, size)
@@ -59,7 +60,7 @@ class Budget:
             raise
 
     def give(self, client: str, size: int) -> None:
-        """Free what was booked, for those who wait."""
+        """Release reserved bytes, and give them to waiting requests."""
         size = min(size, self._total)
         self._free += size
         self._held[client] -= size
@@ -81,7 +82,7 @@ class Budget:
 
 
 class Lease:
-    """What one request holds of the budget."""
+    """The part of the budget that one request has reserved."""
 
     def __init__(self, budget: Budget, client: str) -> None:
         self._budget = budget
@@ -89,21 +90,21 @@ class Lease:
         self.size = 0
 
     async def change(self, size: int) -> None:
-        """Hold so much and no longer what was held; nothing for what is small."""
+        """Replace the reservation by one of `size` bytes; small sizes need none."""
         self.release()
         if size > SMALL_BODY:
             await self._budget.take(self._client, size)
             self.size = size
 
     def release(self) -> None:
-        """Hold nothing."""
+        """Release the reservation."""
         if self.size:
             self._budget.give(self._client, self.size)
             self.size = 0
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str], options: ServerOptions, lease: Lease) -> bytes:
-    """Return the bytes of a body as they were sent. Raises Problem, and ClientGoneError."""
+    """Return the bytes of a body as sent. Raises Problem and ClientGoneError."""
     limit = options.max_body_bytes
     length = headers.get("content-length", "")
     expected = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else None
@@ -148,7 +149,7 @@ async def _waited(work: Awaitable[None], seconds: float) -> None:
 
 
 async def hold(lease: Lease, size: int, seconds: float) -> None:
-    """Change what a request holds, and raise Problem("overloaded") where that is not to be had in time."""
+    """Change a request's reservation; raise Problem("overloaded") if the memory is not free in time."""
     await _waited(lease.change(size), seconds)
 
 
@@ -158,7 +159,7 @@ def too_large(limit: int) -> Problem:
 
 
 def unpack(data: bytes, headers: Mapping[str, str], limit: int) -> bytes:
-    """Return a body without its content-encoding; never more than the limit of it is unpacked."""
+    """Return a body decoded from its content-encoding, without ever decompressing more than `limit` bytes."""
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding == "identity":
         return data
@@ -166,10 +167,10 @@ def unpack(data: bytes, headers: Mapping[str, str], limit: int) -> bytes:
     size = 0
     unpacker = zlib.decompressobj(ENCODINGS[encoding])
     try:
-        for start in range(0, len(data), CHUNK):  # in pieces: what is left over is copied each time
+        for start in range(0, len(data), CHUNK):  # in small pieces, because zlib copies the remainder each time
             some = data[start : start + CHUNK]
             while some:
-                if unpacker.eof:  # gzip files may follow each other
+                if unpacker.eof:  # gzip data may have several members
                     unpacker = zlib.decompressobj(ENCODINGS[encoding])
                 part = unpacker.decompress(some, CHUNK)
                 some = unpacker.unused_data if unpacker.eof else unpacker.unconsumed_tail
@@ -190,12 +191,12 @@ def unpack(data: bytes, headers: Mapping[str, str], limit: int) -> bytes:
 
 
 def is_small(data: bytes) -> bool:
-    """Whether the work on a body is so little that a thread would cost more."""
+    """Whether a body is so small that handling it in a thread would cost more."""
     return len(data) <= SMALL_BODY and sum(map(data.count, (b",", b"[", b"{"))) <= SMALL_STRUCTURE
 
 
 def decode(data: bytes, options: ServerOptions) -> Any:
-    """Return the JSON of a body, and raise Problem for what JSON is not, and for more than any protocol's request."""
+    """Return the JSON of a body; raise Problem if it is not JSON, or larger than a request of any protocol."""
     bounds = None
     if len(data) > SMALL_BODY:
         bounds = Bounds(options.max_items * NODES_OF_AN_ITEM, options.max_items * NUMBERS_OF_AN_ITEM)
@@ -208,7 +209,7 @@ def decode(data: bytes, options: ServerOptions) -> Any:
 
 
 def check_counts(body: Any, most: int) -> None:
-    """Raise Problem for a list of more texts than a request may have, before anything looks at each."""
+    """Raise Problem for a list of more texts than a request may have, before its items are examined."""
     if not isinstance(body, dict):
         return
     for name, value in body.items():

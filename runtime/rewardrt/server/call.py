@@ -1,4 +1,4 @@
-"""The one internal call: every protocol makes a Call of its body, and its body of the Outcome."""
+"""The one internal call: every protocol turns its body into a Call, and the Outcome into its answer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rewardrt.server.turns import Job, TokenReward, Work, characters
 from rewardrt.text.items import Input
 from rewardrt.text.rows import Row
 
-# Rewards of tokens make long answers: so many fewer texts may be in a request.
+# Token rewards make long answers, so a request for them may have this many times fewer texts.
 TOKEN_REWARDS = 16
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call: for each row the scores of its answers, or why it has none."""
+    """The result of a call: for each row the scores of its answers, or its error."""
 
     rows: tuple[ScoredRow | RewardRTError, ...]
     token_rewards: Mapping[int, list[TokenReward]]  # by item
@@ -43,7 +43,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Reply:
-    """A body and its content type, where it is not JSON of its value."""
+    """An answer whose body is not simply a value as JSON: the bytes, their content type, and headers."""
 
     body: bytes
     content_type: str
@@ -52,7 +52,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Call:
-    """What a request wants scored, and how its answer is written. A row that was refused already holds its error."""
+    """What a request wants scored, and how its answer is written. A row that was already refused is its error."""
 
     served: Served
     rows: tuple[Row | RewardRTError, ...]
@@ -64,7 +64,7 @@ class Call:
     every_token: bool = False
 
     def work(self, options: ServerOptions) -> Work:
-        """Return the items of all rows, with the server's defaults where the request says nothing."""
+        """Return the items of all rows with their options; the server's defaults apply if the request says nothing."""
         items = [self._bounded(item, options) for item in flatten(self.rows)]
         if len(items) > options.max_items:
             raise too_many(len(items), options.max_items)
@@ -87,14 +87,14 @@ class Call:
         )
 
     def _bounded(self, item: Input, options: ServerOptions) -> Input | RowError:
-        """Refuse a text that would take long to read before anything of it could be cut."""
+        """Return the item, or an error if it has so many characters that reading it would take too long."""
         limit, found = options.characters(self.served.model.spec.max_length), characters(item)
         if found <= limit:
             return item
         return RowError(f"the text has {found} characters; expected at most {limit}: shorten it")
 
     def outcome(self, job: Job | None) -> Outcome:
-        """Put the engine's results back into rows; there is no job where nothing was to be scored."""
+        """Put the engine's results back into rows; `job` is None if there was nothing to score."""
         rows = regroup(self.rows, job.results if job is not None else ())
         short = [type(row)(shortened(str(row))) if isinstance(row, RewardRTError) else row for row in rows]
         return Outcome(tuple(short), job.token_rewards if job is not None else {})
@@ -108,15 +108,15 @@ class Incoming:
     models: Models
     path: Mapping[str, str] = field(default_factory=dict)
     route: str = ""
-    binary: bytes = b""  # what came behind the JSON, in KServe's protocol
+    binary: bytes = b""  # the bytes after the JSON, in KServe's protocol
     options: ServerOptions = ServerOptions()
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a protocol refuses: the status of each kind of problem that is not the common one, and the body.
+    """How a protocol refuses requests: the body, and the status of each kind of problem if it is not the common one.
 
-    `patience` is for how many seconds its clients are better served by waiting for a full queue than by a refusal.
+    `patience` is the time in seconds for which its clients should wait for a full queue rather than be refused.
     """
 
     name: str
@@ -131,12 +131,12 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Scoring:
-    """One thing that a route can do: the body it takes, and how the body becomes a Call."""
+    """One operation of a route: the body it takes, and how the body becomes a Call."""
 
     dialect: Dialect
     body: Schema
     prepare: Callable[[Incoming], Call]
-    answer: Schema  # of the JSON body of a 200
+    answer: Schema  # schema of the JSON answer with status 200
 
 
 COMMON_STATUS: dict[Kind, int] = {

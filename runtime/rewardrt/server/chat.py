@@ -1,8 +1,9 @@
-"""Reward models that answer as chat models do: NVIDIA NIM's, and those of ms-swift's `swift deploy`.
+"""Reward models behind a chat-completions API: NVIDIA NIM's, and those of ms-swift's `swift deploy`.
 
-`messages` end with the assistant's answer, and the text that comes back is its reward: `reward:1.23` of NIM, the JSON
-number 1.23 of ms-swift, whose own client and engine give the content of a regression head so. The bodies are the same,
-so each has its own path: `/v1/chat/completions` is NIM's, and `/swift/v1/chat/completions` is ms-swift's.
+`messages` end with the assistant's answer, and the content of the completion is its reward. NIM writes the text
+`reward:1.23`; ms-swift's client and engine expect a regression head's value as the JSON number 1.23. The requests are
+the same, so each protocol has its own path: `/v1/chat/completions` is NIM's, and `/swift/v1/chat/completions` is
+ms-swift's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rewardrt.server.schema import (
     only,
 )
 
-# What says how an answer is written, and by whom it was asked for: no score depends on it.
+# Fields about text generation and the user, which do not affect scores.
 NEUTRAL: dict[str, Schema] = {
     "temperature": NUMBER,
     "top_p": NUMBER,
@@ -63,7 +64,7 @@ BODY = body(
 
 
 def prepare(incoming: Incoming, content: Callable[[float], Any]) -> Call:
-    """Score the assistant's answer at the end of a conversation, and write its reward as this content of a message."""
+    """Score the answer at the end of a conversation; `content` turns the reward into the completion's content."""
     wanted = incoming.body
     served = incoming.models.for_hosted_name(wanted.get("model"))
     vocabulary.single_rewards(served)
@@ -85,17 +86,17 @@ def prepare(incoming: Incoming, content: Callable[[float], Any]) -> Call:
 
 
 def nim(incoming: Incoming) -> Call:
-    """Answer as a NIM of a reward model does."""
+    """Answer as NVIDIA NIM does for a reward model."""
     return prepare(incoming, lambda reward: f"reward:{reward}")
 
 
 def swift(incoming: Incoming) -> Call:
-    """Answer as `swift deploy` of a reward model does."""
+    """Answer as `swift deploy` does for a reward model."""
     return prepare(incoming, lambda reward: reward)
 
 
 def swift_refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered: ms-swift's client knows it by `object`, not by the status."""
+    """Return the body of a refused request; ms-swift's client recognises it by `object`, not by the status."""
     return {"object": "error", "message": problem.message}
 
 
@@ -116,6 +117,6 @@ def _answer(content: Schema) -> Schema:
     }
 
 
-# OpenAI's client waits 600 seconds for an answer, and no longer than a few for each of two refusals.
+# OpenAI's client waits 600 seconds for an answer; after a refusal it retries twice, within a few seconds.
 NIM = Scoring(Dialect("nim", vocabulary.openai_refusal, patience=120.0), BODY, nim, _answer(STRING))
 SWIFT = Scoring(Dialect("ms-swift", swift_refusal, patience=120.0), BODY, swift, _answer(NUMBER))

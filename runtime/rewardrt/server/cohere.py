@@ -1,4 +1,4 @@
-"""Cohere's and Jina's rerank, `/v1/rerank` and `/v2/rerank` with `model`; vLLM's clients post to the same paths.
+"""Cohere's and Jina's rerank: `/v1/rerank` and `/v2/rerank` with `model`; vLLM's clients use the same paths.
 
 The answer has the fields of all three.
 """
@@ -17,7 +17,7 @@ DOCUMENT = {"type": "object", "properties": {"text": STRING}, "required": ["text
 RERANK_BODY = vocabulary.RERANK_BODY | {
     "properties": vocabulary.RERANK_BODY["properties"]
     | {
-        "documents": array({"anyOf": [STRING, DOCUMENT]}),  # fields beside the text are not ranked by, and come back
+        "documents": array({"anyOf": [STRING, DOCUMENT]}),  # other fields are ignored, and returned
         "rank_fields": nullable({"type": "array", "items": only("text"), "minItems": 1}),
         "max_tokens_per_doc": nullable(INTEGER | {"minimum": 1}),
         "max_chunks_per_doc": nullable(INTEGER | {"minimum": 1}),  # a document is one chunk here
@@ -27,7 +27,7 @@ RERANK_BODY = vocabulary.RERANK_BODY | {
 
 
 def refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered."""
+    """Return the body of a refused request."""
     return {"message": problem.message} | vocabulary.openai_refusal(status, problem)
 
 
@@ -37,7 +37,7 @@ def rerank(incoming: Incoming) -> Call:
     call = vocabulary.rank(incoming.models.for_hosted_name(wanted.get("model")), wanted)
     limit, least = wanted.get("max_tokens_per_doc"), call.served.model.spec.max_length
     if limit is not None and limit < least:
-        # The model's own cut is of the whole text; a document is never cut by itself.
+        # The model cuts the whole text; a document is never cut separately.
         raise Problem("validation", f"max_tokens_per_doc: expected at least the model's limit of {least}, or none")
     version = incoming.route[2:3]  # of /v1/rerank or /v2/rerank
 

@@ -1,7 +1,8 @@
-"""Connections: what a client may take its time with, and how many there may be.
+"""Connections: time limits for clients, and the maximum number of connections.
 
-uvicorn's protocol waits for ever for a header, for a body and for a client to read. Here each has its time, looked at
-twice a second for all connections, and a limit on connections closes the oldest unfinished one for a new one.
+uvicorn's protocol waits forever for a header, for a body, and for a client to read its answer. Here each has a time
+limit, checked twice a second for all connections. If there are too many connections, the oldest with an unfinished
+request is closed for a new one.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rewardrt.server.options import ServerOptions
 
 HEADER_BYTES = 16_384
-SMALL_CHUNKS = 512  # of a chunked body, smaller than SMALL_CHUNK bytes on average: more are refused
+SMALL_CHUNKS = 512  # a body of more chunks is refused if they are smaller than SMALL_CHUNK bytes on average
 SMALL_CHUNK = 64
-BODY_GRACE = 2.0  # seconds more than the application gives a body: it says why in its protocol's words
+BODY_GRACE = 2.0  # additional seconds for a body, so that the application answers first, in its protocol's format
 
 Phase = Literal["header", "body", "answer", "idle"]
 
 
 class Connections:
-    """All open connections of one server. `refused` is told of what was no HTTP, or was not finished in time."""
+    """All open connections of one server.
+
+    `refused` is called for malformed HTTP, and for requests that took too long.
+    """
 
     def __init__(self, options: ServerOptions, refused: Callable[[str, int, str], None]) -> None:
         self.options = options
@@ -36,7 +40,7 @@ class Connections:
         self.closed_for_others = 0
 
     def opened(self, connection: Connection) -> None:
-        """Take a new connection, for which another one may have to go."""
+        """Register a new connection; if there are too many, close another one."""
         self.open.add(connection)
         if len(self.open) <= self.limit:
             return
@@ -44,7 +48,7 @@ class Connections:
         self._least(connection).abort()
 
     def _least(self, newest: Connection) -> Connection:
-        """Return the connection that is missed least: the oldest unfinished request, then the longest idle one."""
+        """Return the connection to close: the oldest unfinished request, else the one that was idle longest."""
         for phases in (("header", "body"), ("idle",)):
             chosen = [each for each in self.open if each.phase in phases and each is not newest]
             if chosen:
@@ -52,25 +56,25 @@ class Connections:
         return newest
 
     def sweep(self) -> None:
-        """End what takes too long."""
+        """Close connections that exceed a time limit."""
         now = time.monotonic()
         for connection in list(self.open):
             connection.check(now)
 
     def close_unfinished(self) -> None:
-        """Close connections whose request is not whole, and those without one."""
+        """Close connections with an incomplete request or none."""
         for connection in list(self.open):
             if connection.phase != "answer":
                 connection.abort()
 
     def abort_all(self) -> None:
-        """Close every connection, whatever it is at."""
+        """Close every connection at once."""
         for connection in list(self.open):
             connection.abort()
 
 
 class _Http(h11.Connection):
-    """h11's connection, which refuses bodies in chunks so small that each byte costs an event."""
+    """h11's connection, which also refuses bodies in very small chunks, because each chunk costs an event."""
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, HEADER_BYTES)
@@ -90,7 +94,7 @@ class _Http(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """One connection; `phase` is what it is at, `since` (monotonic) when that began."""
+    """One connection; `phase` is its state, and `since` when that began (monotonic time in seconds)."""
 
     def __init__(self, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
@@ -98,20 +102,20 @@ class Connection(H11Protocol):
         self.phase: Phase = "header"
         self.since = time.monotonic()
         self._connections = connections
-        self._stuck: float | None = None  # since when the client has not read, or the connection is being closed
+        self._stuck: float | None = None  # time since which the client has not read, or the connection is closing
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a header."""
+        """Start waiting for a header."""
         super().connection_made(transport)
         self._connections.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Unregister the connection."""
         self._connections.open.discard(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read what came, in pieces that keep a header from being longer than it may be."""
+        """Pass the data on in pieces, so that a header cannot exceed its size limit."""
         for start in range(0, len(data), HEADER_BYTES):
             if self.transport.is_closing():
                 return
@@ -119,22 +123,22 @@ class Connection(H11Protocol):
         self._settle()
 
     def on_response_complete(self) -> None:
-        """Go on to the next request."""
+        """Wait for the next request."""
         super().on_response_complete()
         self._settle()
 
     def pause_writing(self) -> None:
-        """Count the time that the client does not read."""
+        """Start the time limit for a client that does not read."""
         self._stuck = time.monotonic()
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """The client has read."""
+        """Stop that time limit: the client reads again."""
         self._stuck = None
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, where an answer has not been begun."""
+        """Answer malformed HTTP with 400, unless an answer has already begun."""
         self._connections.refused(self._client(), 400, "malformed HTTP")
         with contextlib.suppress(h11.LocalProtocolError):
             super().send_400_response(msg)
@@ -142,21 +146,21 @@ class Connection(H11Protocol):
         self.abort()
 
     def abort(self) -> None:
-        """Close at once, whatever is still to be written."""
+        """Close at once, without sending what is still buffered."""
         self.transport.abort()
 
     def check(self, now: float) -> None:
-        """End what takes too long."""
+        """Close the connection if it exceeds a time limit."""
         options = self._connections.options
         if self._stuck is None and self.transport.is_closing():
-            self._stuck = now  # closed by us, and waiting for what was written to be read
+            self._stuck = now  # we closed it, and the client has not read everything yet
         if self._stuck is not None:
             if now - self._stuck > options.write_seconds:
                 self.abort()
             return
         limits = {"header": options.header_seconds, "body": options.body_seconds + BODY_GRACE}
         if self.phase in limits and now - self.since > limits[self.phase]:
-            if self.cycle is None and not self.conn.trailing_data[0]:  # a connection made ahead of its use
+            if self.cycle is None and not self.conn.trailing_data[0]:  # opened in advance and not used
                 self.abort()
                 return
             self._connections.refused(self._client(), 408, f"the {self.phase} did not come in time")

@@ -1,11 +1,11 @@
-"""One thread for each bundle that does all its computing, and the queue before it.
+"""The engine: one thread for each bundle that does all its computing, and the queue in front of it.
 
-Requests of all connections wait in one queue (`turns` says who is next). The engine takes what waits, up to a number of
-tokens, scores it together and answers each request as soon as all its texts are scored. A request that is larger than
-one turn is scored over several. What a text's reward is does not depend on its turn.
+Requests of all connections wait in one queue; `turns` says which is next. In each turn the engine takes waiting texts
+up to a number of tokens, scores them together, and answers every request whose texts are all scored. A request larger
+than one turn takes several. A text's reward does not depend on its turn.
 
-Long texts are tokenized by a second thread before they join the queue, so that nobody waits for their characters.
-Whatever goes wrong with a text stays with it: what fails is taken apart until the text at fault is alone.
+Long texts are tokenized by a second thread before they join the queue, so that they do not delay others. A failure only
+affects the text that causes it: a failed batch is split until that text is alone.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from rewardrt.server.turns import SLICE_TOKENS, Job, Slice, TokenReward, Turns, 
 from rewardrt.text.items import Input
 from rewardrt.text.tokens import EncodedText
 
-TURN_TOKENS = 8192  # what is scored together: more makes larger batches, and longer waits for those who come next
-RESTARTS = 3  # of an engine's thread in RESTART_SECONDS; after one more the engine is dead
+TURN_TOKENS = 8192  # tokens scored together: more makes larger batches, but longer waits for the next requests
+RESTARTS = 3  # restarts of an engine's threads within RESTART_SECONDS; at the next failure the engine is dead
 RESTART_SECONDS = 60.0
 
 
 class OverflowRowError(RowError):
-    """A text is longer than the limit, and the request did not want it cut."""
+    """A text is longer than the limit, and the request asked not to cut it."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn of the engine did, for the metrics. Texts and tokens are of those that got a reward."""
+    """The counts of one turn of the engine, for the metrics. `texts` and `tokens` count texts that got a reward."""
 
     texts: int
-    failed: int  # texts that got none
+    failed: int  # texts that got no reward
     tokens: int
-    computed: int  # of these tokens; the others were shared
+    computed: int  # tokens that were computed; the others came from shared prefixes
     truncated: int
     seconds: float
-    waits: tuple[float, ...]  # seconds that requests which began in this turn had waited
+    waits: tuple[float, ...]  # queueing times in seconds of the requests that began in this turn
 
 
 class Engine:
     """The threads, the queue and the health of one loaded bundle. `fault` says why it cannot score, or is None.
 
-    A thread that dies is started again. An engine that died too often is `dead`, and takes no more work.
+    A thread that dies is restarted. An engine whose threads died too often is `dead` and accepts no more work.
     """
 
     def __init__(
@@ -67,28 +67,29 @@ class Engine:
         self.model = model
         self.fault: str | None = None
         self.dead = False
-        self.waiting_tokens = 0  # estimated, of accepted requests that are not answered
+        self.waiting_tokens = 0  # estimated tokens of accepted, unanswered requests
         self._max_queue_tokens = max_queue_tokens
         self._turn_tokens = turn_tokens
         self._slice_tokens = slice_tokens
         self._observe = observe
         self._report = report
         self._turns = Turns(slice_tokens)
-        self._long = Turns()  # jobs with texts to be tokenized first, one text of each client at a time
+        self._long = Turns()  # jobs with long texts to tokenize first, one text of each client at a time
         self._open: set[Job] = set()
-        self._at: dict[str, list[Job]] = {}  # what each thread is at
+        self._at: dict[str, list[Job]] = {}  # the jobs that each thread is working on
         self._changed = threading.Condition()
         self._closed = False
         self._deaths: list[float] = []
-        self._rate = 0.0  # estimated tokens a second of the last turns
+        self._rate = 0.0  # moving average of estimated tokens per second
         self._threads: dict[str, threading.Thread] = {}
         self._start("engine", self._score_turns)
 
     def submit(self, work: Work, deliver: Callable[[Job], None], *, client: str = "", patience: float = 0.0) -> Job:
-        """Put work into the queue.
+        """Put work into the queue; return its job.
 
-        Of a queue that is full: with patience the job may be withdrawn after so many seconds, if it did not begin;
-        without, Problem("overloaded") is raised with the seconds after which to try again.
+        If the queue is full: with `patience` (seconds) the job is queued, and the caller may `withdraw` it after that
+        time if it has not begun. Without patience, raises Problem("overloaded"), which says after how many seconds to
+        retry.
         """
         limit = min(self.model.spec.max_length, work.max_length or self.model.spec.max_length)
         costs = [min(limit, tokens) for tokens in work.tokens]
@@ -111,7 +112,7 @@ class Engine:
         return job
 
     def withdraw(self, job: Job) -> Problem | None:
-        """Take a job back that came when the queue was full and did not begin yet; None: it goes on."""
+        """Take back a job that arrived when the queue was full and has not begun; return None if it goes on."""
         with self._changed:
             if job.taken or job.delivered or not job.may_be_refused:
                 return None
@@ -120,7 +121,7 @@ class Engine:
             return self._overloaded()
 
     def close(self) -> None:
-        """Take nothing more, fail what waits, and end the threads after what they are at."""
+        """Accept no more work, fail all waiting jobs, and end the threads after their current work."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -132,10 +133,10 @@ class Engine:
             thread.join(max(0.0, end - time.monotonic()))
 
     def _is_full(self, cost: int) -> bool:
-        """Whether a request of this cost would wait for more than the queue may hold.
+        """Whether a request of this cost would have too many tokens in front of it in the queue.
 
-        Of what is larger only a slice comes before it, as `turns` shares out; and one that is larger than the queue
-        is taken where half of it is free, or it never would be.
+        Of larger requests only a slice comes before it, as `turns` shares the engine. A request larger than the whole
+        queue is accepted if half of the queue is free; otherwise it never would be.
         """
         if not self.waiting_tokens or self.waiting_tokens + cost <= self._max_queue_tokens:
             return False
@@ -152,17 +153,17 @@ class Engine:
         )
 
     def _start(self, name: str, work: Callable[[], None]) -> None:
-        """Start a thread, or start it anew."""
+        """Start a thread, or restart it."""
         self._threads[name] = threading.Thread(
             target=self._keep, args=(name, work), name=f"rewardrt-{name}", daemon=True
         )
         self._threads[name].start()
 
     def _keep(self, name: str, work: Callable[[], None]) -> None:
-        """Do a thread's work until the engine is closed; when it dies of something, see to what follows."""
+        """Run a thread's work until the engine is closed; if the thread dies, handle that."""
         try:
             work()
-        except BaseException as error:  # a bug of ours, or the interpreter's end
+        except BaseException as error:  # a bug of ours, or the interpreter is shutting down
             self._died(name, work, f"{type(error).__name__} at {place(error)}")
         else:
             if name == "engine":
@@ -176,7 +177,7 @@ class Engine:
             self._deliver(job)
         if len(self._deaths) <= RESTARTS and not self._closed:
             self._report(f"error: a thread of the engine died ({reason}); it is started again")
-            with contextlib.suppress(RuntimeError):  # no thread can be started
+            with contextlib.suppress(RuntimeError):  # raised if no thread can be started
                 self._start(name, work)
                 return
         self.dead = True
@@ -200,7 +201,7 @@ class Engine:
             self._score_turn(slices)
 
     def _take(self) -> list[Slice]:
-        """Wait for work and return the next turn; [] at the end."""
+        """Wait for work and return the slices of the next turn; [] when the engine is closed."""
         while True:
             with self._changed:
                 while not self._turns and not self._closed:
@@ -245,7 +246,7 @@ class Engine:
             seconds,
             tuple(waits),
         )
-        with contextlib.suppress(Exception):  # what is counted must not stop what is scored
+        with contextlib.suppress(Exception):  # a failure in the metrics must not stop scoring
             self._observe(turn)
         for each in slices:
             each.job.compute_seconds += seconds
@@ -256,13 +257,13 @@ class Engine:
         with self._changed:
             if job.delivered:
                 return
-            job.delivered = job.gone = True  # what is left of one that failed is not for another turn
+            job.delivered = job.gone = True  # the rest of a failed job gets no further turn
             self._forget(job)
-        with contextlib.suppress(Exception):  # the event loop has ended
+        with contextlib.suppress(Exception):  # the event loop may have ended
             job.deliver(job)
 
     def _score(self, slices: Sequence[Slice]) -> list[Scored | RewardRTError]:
-        """Score the items of a turn in one call, and put each job's results where they belong."""
+        """Score the items of a turn in one call, and add the results to their jobs."""
         encoded: list[EncodedText | RewardRTError] = []
         for each in slices:
             encoded += self._encode(each.job, range(each.start, each.stop))
@@ -290,7 +291,7 @@ class Engine:
         return apart(finish, [index], _failed)[0]
 
     def _encode(self, job: Job, indices: Sequence[int]) -> list[EncodedText | RewardRTError]:
-        """Return each item's token ids, or its error, where they were not made beforehand."""
+        """Return each item's token ids or its error, using those that were made in advance."""
         found = {index: job.encoded.pop(index) for index in indices if index in job.encoded}
         plain: list[tuple[int, Input]] = []
         for index in indices:
@@ -315,7 +316,7 @@ class Engine:
         return OverflowRowError(f"{whole} tokens are more than the limit of {len(text.ids)}; shorten the text")
 
     def _encode_long_texts(self) -> None:
-        """Tokenize long texts, one at a time, and let their jobs join the queue when all theirs are done."""
+        """Tokenize long texts one at a time; a job joins the queue when all its long texts are done."""
         while True:
             with self._changed:
                 while not self._long and not self._closed:
@@ -350,10 +351,10 @@ class Engine:
         return [(piece, shortest(value)) for piece, value in zip(pieces, rewards, strict=True)]
 
     def _probe(self) -> None:
-        """Find out by a text of our own whether the graph still works."""
+        """Run a test text to find out whether the graph still works."""
         try:
             found = self.model.runner.probe()
-        except Exception as error:  # whatever ails the engine
+        except Exception as error:  # any failure makes the engine unhealthy
             self.fault = f"the engine failed ({type(error).__name__})"
         else:
             self.fault = None if found is None else str(found)

@@ -1,4 +1,4 @@
-"""What fails for some texts is done again for fewer, until the one at fault is alone."""
+"""Isolate a failing text: repeat failed work on halves until the text at fault is alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def apart(
     things: Sequence[_Given],
     failed: Callable[[BaseException], _Made],
 ) -> list[_Made]:
-    """Do something with things together; if that fails, with halves of them, down to the one that it fails for.
+    """Do work on all things together; if that fails, on halves, down to the single thing that makes it fail.
 
-    A panic in a library's Rust code is a BaseException.
+    All exceptions are caught, because a panic in a library's Rust code is a BaseException.
     """
     try:
         return list(work(things)) if things else []
@@ -30,7 +30,7 @@ def apart(
 
 
 def place(error: BaseException) -> str:
-    """Return the file and line that an error comes from, for a log."""
+    """Return the file and line where an error was raised, for the log."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next

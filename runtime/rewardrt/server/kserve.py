@@ -1,13 +1,12 @@
-"""KServe's Open Inference Protocol, version 2, over HTTP: `/v2/models/{model}/infer`, with and without binary data
-and a version.
+"""KServe's Open Inference Protocol, version 2, over HTTP: `/v2/models/{model}/infer`, also with binary data.
 
-The input `text` is scored as sent; `prompt` and `response` together are a conversation. Outputs are `score` [n, 1],
-and when they are asked for `tokens` and `truncated` [n, 1].
+The path may name a model version. The input `text` is scored as sent; `prompt` and `response` together are a
+conversation. The output is `score` [n, 1]; on request also `tokens` and `truncated` [n, 1].
 
-NeMo-Aligner calls its reward models so, over Triton: `sentences` are texts as sent, or `tokens` [n, length] are token
-ids of which the first `sequence_lengths` [n, 1] count; the outputs are `rewards` and, as some of its scripts ask,
-`exceeded`: whether a text was cut. Its client is PyTriton's, which asks for the model's configuration first and then
-for every output that is named there.
+NeMo-Aligner uses this protocol for its reward models, with Triton. Its input is `sentences`, texts that are scored as
+sent, or `tokens` [n, length], token ids of which the first `sequence_lengths` [n, 1] count. Its outputs are `rewards`
+and, for some of its scripts, `exceeded`: whether a text was cut. Its client, PyTriton's, first requests the model's
+configuration, and then every output named there.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from rewardrt.text.items import TokenIds
 from rewardrt.text.rows import Row
 
 LENGTH_HEADER = "inference-header-content-length"
-# Tensors and their data types; the first extent is the number of texts.
+# Tensors and their data types; the first dimension is the number of texts.
 INPUTS = {
     "text": "BYTES",
     "prompt": "BYTES",
@@ -58,7 +57,7 @@ BODY = body(
     },
     id=STRING,
     outputs=array(body({"name": only(*OUTPUTS)}, parameters=body(binary_data=BOOLEAN)), maxItems=len(OUTPUTS)),
-    # Beside the instruction, what Triton's clients say of scheduling, which no score depends on.
+    # The instruction, and scheduling parameters of Triton's clients, which do not affect scores.
     parameters=body(binary_data_output=BOOLEAN, priority=INTEGER, timeout=INTEGER, instruction=STRING),
 )
 ANSWER = {
@@ -69,12 +68,12 @@ ANSWER = {
 
 
 def refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered."""
+    """Return the body of a refused request."""
     return {"error": problem.message}
 
 
 def split(data: bytes, headers: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """Return the JSON of a body, and the binary data behind it."""
+    """Return the JSON part of a body, and the binary data after it."""
     size = headers.get(LENGTH_HEADER)
     if size is None:
         return data, b""
@@ -84,7 +83,7 @@ def split(data: bytes, headers: Mapping[str, str]) -> tuple[bytes, bytes]:
 
 
 def check_version(path: Mapping[str, str]) -> None:
-    """Raise Problem for another version of a model than the one that there is."""
+    """Raise Problem for any other model version than the only one that exists."""
     if path.get("version", VERSION) != VERSION:
         raise Problem(
             "unknown_model", f"version {path['version'][:80]!r} of the model is not served; expected {VERSION}"
@@ -150,7 +149,7 @@ def _column(name: str, scores: Sequence[Scored]) -> list[Any]:
 
 
 def _rows(served: Served, tensors: Mapping[str, list[Any]], instruction: str | None) -> tuple[Row, ...]:
-    """Return the rows of the one combination of inputs that there is."""
+    """Return the rows for one of the supported combinations of inputs."""
     names = set(tensors)
     if names == {"prompt", "response"} and len(tensors["prompt"]) == len(tensors["response"]):
         return answers(served, list(zip(tensors["prompt"], tensors["response"], strict=True)), instruction)
@@ -172,9 +171,9 @@ def _ids(ids: list[int], count: int) -> Row:
 
 
 def _values(tensor: dict[str, Any], rest: bytes, most: int) -> tuple[list[Any], bytes]:
-    """Return what a tensor has for each text, of at most so many, and the binary data that is left for the next.
+    """Return a tensor's values, one for each of at most `most` texts, and the binary data after it.
 
-    That is a string, or a number of `sequence_lengths`, or a list of the ids of `tokens`.
+    A value is a string, a number of `sequence_lengths`, or a list of the ids of `tokens`.
     """
     name, shape = tensor["name"], [int(extent) for extent in tensor["shape"]]
     kind = INPUTS[name]

@@ -1,8 +1,8 @@
 """LLaMA-Factory's scores, `POST /v1/score/evaluation`, as its API serves them and its PPO trainer reads them.
 
-Texts are scored as sent, without special tokens added, and cut on the right by `max_length`. The trainer
-(`reward_model_type: api`) reads `scores` of any answer, whatever its status, and waits without a limit: a refusal ends
-the training with a KeyError.
+Texts are scored as sent, without special tokens added, and cut on the right at `max_length` tokens. The trainer
+(`reward_model_type: api`) reads `scores` from every answer, whatever its status, and has no time limit. So a refusal
+ends the training with a KeyError, and requests should rather wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rewardrt.server.problem import Problem
 from rewardrt.server.schema import INTEGER, NUMBER, STRING, STRINGS, array, body, only
 from rewardrt.server.vocabulary import check_texts, reward_of, single_rewards, texts
 
-TRAINERS_NAME = "model"  # what the trainer calls the model, whatever is served
+TRAINERS_NAME = "model"  # the model name that the trainer always sends
 BODY = body({"model": STRING, "messages": STRINGS}, max_length=INTEGER | {"minimum": 1})
 ANSWER = {
     "type": "object",
@@ -26,7 +26,7 @@ ANSWER = {
 
 
 def refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered, as FastAPI writes it."""
+    """Return the body of a refused request, in FastAPI's format."""
     return {"detail": problem.message}
 
 
@@ -59,6 +59,6 @@ def prepare(incoming: Incoming) -> Call:
     )
 
 
-# How long a request waits for a full queue is the operator's choice alone.
+# Only the operator's limit applies to how long a request waits for a full queue.
 DIALECT = Dialect("llamafactory", refusal, {"validation": 422, "too_many": 422}, patience=math.inf)
 SCORE_EVALUATION = Scoring(DIALECT, BODY, prepare, ANSWER)

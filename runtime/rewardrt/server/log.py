@@ -1,7 +1,7 @@
-"""The log: lines that nobody outside can forge, and that scoring never waits for.
+"""The log: lines that clients cannot forge, and that scoring never waits for.
 
-A thread writes them to standard error. A log that cannot be written, or whose reader has stopped, costs lines: how many
-is said when it can be written again.
+A thread writes them to standard error. If it cannot write, or not fast enough, lines are lost; their number is logged
+when writing works again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from time import gmtime, monotonic, sleep, strftime
 
 WAITING_LINES = 10_000
 LINE_CHARACTERS = 20_000
-GATHER_SECONDS = 0.02  # lines of so long a time are written together
+GATHER_SECONDS = 0.02  # lines logged within this time are written together
 
 
 @dataclass
 class Record:
-    """One request, for its line in the log. `path` is as it was sent."""
+    """One request, for its line in the log. `path` is as sent."""
 
     method: str
     path: str
@@ -37,7 +37,7 @@ class Record:
     error: str = ""
 
     def line(self) -> str:
-        """Return the line; it holds nothing of what was scored, but the error may name a field."""
+        """Return the log line. It contains none of the scored texts; the error may name a field."""
         error = f" error={self.error[:300]!r}" if self.error else ""
         return (
             f"{strftime('%Y-%m-%dT%H:%M:%SZ', gmtime())} {quoted(self.method)} {quoted(self.path)} {self.status} "
@@ -49,7 +49,7 @@ class Record:
 
 
 def quoted(value: str) -> str:
-    """Return a word of the log: what could end it, or drive a terminal, is written as Python escapes it."""
+    """Return one word of a log line; a value with white space, quotes or control characters is written as by repr()."""
     word = value[:200]
     if word.isascii() and word.isprintable() and not set(word) & set(" \"'\\="):
         return word or "-"
@@ -57,7 +57,10 @@ def quoted(value: str) -> str:
 
 
 class Log:
-    """Lines on their way to a file descriptor; `write` may be called from any thread, and neither waits nor raises."""
+    """Writes lines to a file descriptor in a thread.
+
+    `write` may be called from any thread; it never waits or raises.
+    """
 
     def __init__(self, descriptor: int | None = None) -> None:
         self._descriptor = descriptor
@@ -69,7 +72,7 @@ class Log:
         self._busy = False
 
     def write(self, line: str) -> None:
-        """Add one line."""
+        """Add one line to the queue."""
         if len(self._lines) >= WAITING_LINES:
             self._lost += 1
             return
@@ -80,7 +83,7 @@ class Log:
                 self._start()
 
     def flush(self, seconds: float = 1.0) -> None:
-        """Wait until what there is has been written, but not longer than this."""
+        """Wait until the queued lines are written, for at most `seconds`."""
         end = monotonic() + seconds
         while (self._lines or self._busy) and self._thread is not None and monotonic() < end:
             sleep(0.005)
@@ -120,5 +123,5 @@ LOG = Log()
 
 
 def log(line: str) -> None:
-    """Write one line to standard error, some time soon."""
+    """Queue one line for standard error."""
     LOG.write(line)

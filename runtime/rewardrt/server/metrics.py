@@ -1,4 +1,4 @@
-"""What Prometheus reads at `/metrics`."""
+"""The metrics that Prometheus reads at `/metrics`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TOKENS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768)
 
 
 class Metrics:
-    """The counters of one server. Every method may be called from any thread."""
+    """The metrics of one server. Every method may be called from any thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
@@ -78,7 +78,7 @@ class Metrics:
         )
 
     def watch(self, models: Models, connections: Connections) -> None:
-        """Read the queues of these models, and the connections, whenever the metrics are asked for."""
+        """Also report the queues of these models, and the number of connections, at the time of each query."""
         self.registry.register(_State(models, connections))
 
     def turn(self, model: str, turn: Turn) -> None:
@@ -94,7 +94,7 @@ class Metrics:
             self._wait.labels(model).observe(seconds)
 
     def request(self, record: Record, kind: str) -> None:
-        """Count one request; `kind` is that of its problem, or "" where it was answered."""
+        """Count one request; `kind` is that of its problem, or "" if it was answered."""
         self._requests.labels(record.protocol, record.status).inc()
         self._seconds.labels(record.protocol).observe(record.seconds)
         if kind == "gone":
@@ -103,20 +103,20 @@ class Metrics:
             self._errors.labels(record.protocol, kind).inc()
 
     def lag(self, seconds: float) -> None:
-        """Count how late the event loop was."""
+        """Record how late the event loop was, in seconds."""
         self._lag.observe(seconds)
 
     def reload(self, result: str) -> None:
-        """Count a bundle that was loaded anew, or was not."""
+        """Count one reload of a bundle by its result."""
         self._reloads.labels(result).inc()
 
     def page(self) -> bytes:
-        """Return what Prometheus reads."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
 class _State:
-    """The queues and connections at the moment of asking."""
+    """The state of queues and connections at the time of a query."""
 
     def __init__(self, models: Models, connections: Connections) -> None:
         self._models = models

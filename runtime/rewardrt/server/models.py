@@ -1,4 +1,4 @@
-"""The bundles of a server: what was loaded of each, by the names that clients call them."""
+"""The bundles of a server by the names that clients use, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from rewardrt.server.problem import Problem
 
 @dataclass
 class Uses:
-    """How many requests may still use the bundles of a time; counted on the event loop alone."""
+    """The number of requests that may still use the bundles of one period; counted only on the event loop."""
 
     count: int = 0
 
 
 @dataclass(frozen=True)
 class Served:
-    """One loaded bundle and its engine; `sha256` is that of the manifest that was loaded, which names all files'."""
+    """One loaded bundle and its engine; `sha256` is that of the loaded manifest, which covers all files."""
 
     name: str
     path: Path
@@ -43,21 +43,21 @@ class Served:
     engine: Engine
     options: ServerOptions
     sha256: str
-    created: int  # when it was loaded, Unix time
-    files: Mapping[Path, tuple[int, int, int]]  # inode, size and time of change of each file when it was loaded
+    created: int  # time of loading, Unix time in seconds
+    files: Mapping[Path, tuple[int, int, int]]  # inode, size and modification time of each file at loading
 
     @property
     def max_length(self) -> int:
-        """How many tokens of a text are scored, if a request says nothing else."""
+        """How many tokens of a text are scored, unless a request says otherwise."""
         return min(self.model.spec.max_length, self.options.max_length or self.model.spec.max_length)
 
     @property
     def changed_on_disk(self) -> bool:
-        """Whether the folder holds something else than what was loaded."""
+        """Whether the files on disk differ from what was loaded."""
         return any(_stamp(path) != stamp for path, stamp in self.files.items())
 
     def describe(self) -> dict[str, Any]:
-        """Return what clients are told about the model: what was loaded, and what really runs."""
+        """Return the model's description for clients: what was loaded, and what really runs."""
         model, manifest = self.model, self.model.bundle.manifest
         certificate = manifest_certificate(model)
         return {
@@ -72,7 +72,7 @@ class Served:
             "max_length": self.max_length,
             "objectives": list(model.spec.output.labels),
             "token_rewards": model.session.has_token_rewards,
-            # The default of a model that reads one, "" where it has none; null for a model that reads none.
+            # The default instruction, "" if the model reads one but has no default; null if it reads none.
             "instruction": model.spec.text.instruction if model.spec.text.takes_instruction else None,
             "normalisation": model.spec.normalise is not None,
             "changed_on_disk": self.changed_on_disk,
@@ -82,14 +82,14 @@ class Served:
 
 
 class Models:
-    """Every served bundle by its names; the first is taken where a protocol names none."""
+    """All served bundles by name; the first is used if a request names none."""
 
     def __init__(self, served: Mapping[str, Served]) -> None:
         self._served = dict(served)
-        self.uses = Uses()  # of the requests that began since a bundle was last replaced
+        self.uses = Uses()  # counts the requests since a bundle was last replaced
 
     def choose(self, name: str | None) -> Served:
-        """Return the bundle of this name, or raise Problem("unknown_model")."""
+        """Return the bundle with this name, or raise Problem("unknown_model")."""
         if name is None:
             return next(iter(self._served.values()))
         if name not in self._served:
@@ -98,9 +98,9 @@ class Models:
         return self._served[name]
 
     def for_hosted_name(self, name: str | None) -> Served:
-        """As `choose`, but the only bundle, if the operator did not name it, answers to any name.
+        """Like `choose`, but if there is only one bundle and the operator did not name it, any name selects it.
 
-        Clients of rerankers and reward models that are hosted somewhere bring a hosted model's name of their own.
+        Clients of hosted rerankers and reward models send the hosted model's name.
         """
         first = next(iter(self._served.values()))
         if name in self._served or first.options.named or len(self.each) > 1:
@@ -108,7 +108,7 @@ class Models:
         return first
 
     def replace(self, new: Mapping[str, Served]) -> Uses:
-        """Put other bundles in the place of those called so; returns what may still use those."""
+        """Replace the bundles of these names; return the counter of requests that may still use the old ones."""
         before, self.uses = self.uses, Uses()
         self._served = {name: new.get(served.name, served) for name, served in self._served.items()}
         return before
@@ -126,7 +126,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Loader:
-    """How bundles are loaded: at the start, and anew."""
+    """How bundles are loaded, at the start and at a reload."""
 
     options: ServerOptions
     provider: ProviderChoice
@@ -136,7 +136,7 @@ class Loader:
     report: Callable[[str], None]
 
     def load_all(self, bundles: Sequence[tuple[tuple[str, ...], Path]]) -> Models:
-        """Load bundles, each under its names, and start their engines."""
+        """Load bundles, each under its names, and start their engines. Raises RewardRTError."""
         served: dict[str, Served] = {}
         for names, path in bundles:
             one = self.load(names[0], path)
@@ -147,7 +147,7 @@ class Loader:
         return Models(served)
 
     def load(self, name: str, path: Path, *, check: bool = False) -> Served:
-        """Load one bundle and start its engine; with `check`, only if it gives a golden text its reward here."""
+        """Load one bundle and start its engine; with `check`, only if a golden text gets torch's reward here."""
         address, folder = locate(path)
         digest = _manifest_sha256(folder)
         model = RewardModel.load(
@@ -163,9 +163,9 @@ class Loader:
             model.answers.check_options(normalize=self.options.normalize)
         except RewardRTError as error:
             raise type(error)(f"{path}: {error}") from error
-        # What is imported and set up by the first text (templates, kernels) is not for the first client to wait for.
+        # Score a text now, so that the first client does not wait for what it sets up (templates, kernels).
         model.score_rows([{"prompt": "a", "response": "b"}])
-        model.session.warm(BATCH_TOKENS)  # kernels of an engine: no client is to wait while they are made
+        model.session.warm(BATCH_TOKENS)  # make a TensorRT engine's kernels before clients come
         if check:
             check_golden_text(model)
         engine = Engine(
@@ -180,7 +180,7 @@ class Loader:
 
 
 def check_golden_text(model: RewardModel) -> None:
-    """Raise BundleError unless the shortest golden text gets torch's reward here, as near as `verify` wants it."""
+    """Raise BundleError unless the shortest golden text gets torch's reward within the tolerance of `verify`."""
     path = model.bundle.name
     if model.bundle.manifest.uncertified or model.precision not in PRECISIONS:
         return
@@ -201,7 +201,7 @@ def _manifest_sha256(path: Path) -> str:
     try:
         return manifest_sha256(path)
     except OSError:
-        return ""  # read_bundle says what is wrong
+        return ""  # loading then reports the error
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
@@ -212,6 +212,6 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def manifest_certificate(model: RewardModel) -> dict[str, Any] | None:
-    """Return what was certified at export for the graph that runs."""
+    """Return the certificate of the running graph as JSON, or None."""
     found = model.bundle.certificate(model.precision)
     return None if found is None else dataclasses.asdict(found)

@@ -1,4 +1,4 @@
-"""The OpenAPI document, made of the tables that the server itself goes by, and the same as a page."""
+"""The OpenAPI document, made from the tables that the server itself uses, and the same as a web page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROBLEM = {"description": "Refused or failed, with the reason in the protocol's
 
 
 def document() -> dict[str, Any]:
-    """Return the document; it is the same for every server of this version."""
+    """Return the document, which is the same for every server of this version."""
     paths: dict[str, Any] = {route.path: {"post": _post(route)} for route in ROUTES}
     paths[RELOAD] = {"post": _reload()}
     for view in (*VIEWS, *DOCUMENTS):
@@ -50,10 +50,10 @@ pre {{ overflow: auto; font-size: 13px; background: #8882; padding: 10px; border
 
 
 def page() -> bytes:
-    """Return the document as a page for people, which asks for nothing else."""
+    """Return the document as a self-contained HTML page."""
     routes = [
         f"<details><summary><b>{method.upper()}</b> <code>{escape(path)}</code>: {escape(operation['summary'])}"
-        f"{' (wants the key, where one is set)' if operation['security'] else ''}</summary>"
+        f"{' (needs the key, if one is set)' if operation['security'] else ''}</summary>"
         f"{_body(operation)}{_answers(operation)}</details>"
         for path, methods in document()["paths"].items()
         for method, operation in methods.items()
@@ -94,7 +94,7 @@ def _post(route: ScoringRoute) -> dict[str, Any]:
 
 
 def _reload() -> dict[str, Any]:
-    summary = "Load the bundles anew, beside those that are served, and swap them. Needs a server with a key."
+    summary = "Reload the bundles while the old ones are served, then swap them. Needs a server with a key."
     responses: dict[str, Any] = {"200": {"description": "Loaded.", "content": {JSON: {"schema": {"type": "object"}}}}}
     responses |= {str(status): _PROBLEM | {"content": {JSON: {}}} for status in (401, 403, 405, 500, 503)}
     return _operation(RELOAD, "post", summary, True) | {"responses": responses}
@@ -145,7 +145,7 @@ def _answer_page(server: Server, path: Mapping[str, str]) -> ViewAnswer:
     return ViewAnswer(_page(), 200, "text/html", (("content-security-policy", PAGE_POLICY),))
 
 
-# Not among VIEWS: what they answer is made of that table, and of this one.
+# These are not in VIEWS, because their answers are made from both tables.
 DOCUMENTS = (
     View("/openapi.json", _answer_document, "This document.", guarded=False, quiet=True),
     View("/docs", _answer_page, "This document, for people.", guarded=False, quiet=True, content_type="text/html"),

@@ -1,7 +1,7 @@
-"""OpenRLHF's remote reward model, `POST /get_reward`, from 0.4 on.
+"""OpenRLHF's remote reward model, `POST /get_reward`, from version 0.4 on.
 
-Its trainer tries again on everything but a 2xx, five times, and then dies. Each text is scored as sent. With several
-URLs a server may get empty lists, and has to answer them.
+Its trainer retries after every status but 2xx, five times, and then dies. Each text is scored as sent. If the trainer
+has several URLs, a server may get empty lists and has to answer them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rewardrt.server.vocabulary import reward_of, single_rewards, texts
 
 BODY = body(
     {"query": STRINGS},
-    prompts=array({}),  # what the texts were made of, and what their answers should be: neither is scored
+    prompts=array({}),  # the prompts within the texts, and the expected answers; neither is scored
     labels=array({}),
 )
 ANSWER = {
@@ -26,7 +26,7 @@ ANSWER = {
 
 
 def refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered."""
+    """Return the body of a refused request."""
     return {"error": problem.message}
 
 
@@ -44,5 +44,5 @@ def prepare(incoming: Incoming) -> Call:
     return Call(served, texts(served, incoming.body["query"]), render)
 
 
-# Its clients wait 180 seconds for an answer, and no longer than 5 for five refusals.
+# Its clients wait 180 seconds for an answer, but give up after five refusals within 5 seconds.
 GET_REWARD = Scoring(Dialect("openrlhf", refusal, patience=120.0), BODY, prepare, ANSWER)

@@ -1,4 +1,4 @@
-"""Our own protocol, `POST /v1/reward`: the rows that `rewardrt score` takes, and the rows that it gives."""
+"""RewardRT's own protocol, `POST /v1/reward`: rows as `rewardrt score` reads them, answered as it writes them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ ANSWER = {
 
 
 def refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered."""
+    """Return the body of a refused request."""
     return {"error": {"message": problem.message, "type": problem.kind, "code": status}}
 
 
 def prepare(incoming: Incoming) -> Call:
-    """Make rows of the rows; one that is refused has its error in its place."""
+    """Parse the rows; a row that is refused has its error in its place."""
     wanted = incoming.body
     served = incoming.models.choose(wanted.get("model"))
     labels = served.model.spec.output.labels if wanted.get("objectives") else ()

@@ -1,4 +1,4 @@
-"""Why a request is not answered with rewards. Which status and body that is, the protocol says."""
+"""Why a request gets no rewards. Each protocol decides on the HTTP status and the body of the answer."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from typing import Literal
 
 Kind = Literal[
     "unauthorized",
-    "forbidden",  # another site's page asks, or a name that is not this server's
+    "forbidden",  # sent by another site's page, or with a Host that is not this server's name
     "not_found",
-    "method",  # a path that takes another method
-    "media_type",  # the body is of another kind than is understood
-    "timeout",  # the body did not come in time
-    "validation",  # the body is not one of the protocol
-    "too_many",  # more texts than a request may have: fewer at a time will do
-    "empty",  # nothing to score where the protocol wants something
+    "method",  # the path exists, but takes another method
+    "media_type",  # the body's content type or encoding is not supported
+    "timeout",  # the body did not arrive in time
+    "validation",  # the body does not follow the protocol
+    "too_many",  # more texts than one request may have; the client can split it
+    "empty",  # nothing to score, in a protocol that requires something
     "unknown_model",
-    "too_large",  # over the body limit
-    "overloaded",  # the queue is full, or the memory for bodies
-    "draining",  # the server is going away
-    "backend",  # the graph failed, or gave no number
+    "too_large",  # the body is over its size limit
+    "overloaded",  # the queue, or the memory for bodies, is full
+    "draining",  # the server is shutting down
+    "backend",  # the graph failed, or its reward is not a finite number
 ]
 MESSAGE_CHARACTERS = 1000
 
 
 class Problem(Exception):
-    """A request that is refused or failed. `retry_after` is in seconds."""
+    """A request that was refused or failed. `retry_after` is in seconds."""
 
     def __init__(self, kind: Kind, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -34,10 +34,10 @@ class Problem(Exception):
 
 
 def too_many(found: int, most: int, what: str = "texts in one request") -> Problem:
-    """Return why a request with so many texts is not answered; a client may split it."""
+    """Return the problem of a request with too many texts; the client may split it."""
     return Problem("too_many", f"{found} {what}; expected at most {most}")
 
 
 def shortened(message: str) -> str:
-    """Return a message of bounded length: what it quotes is the client's."""
+    """Return a message of bounded length, because it may quote the client's text."""
     return message if len(message) <= MESSAGE_CHARACTERS else message[: MESSAGE_CHARACTERS - 1] + "…"

@@ -1,4 +1,4 @@
-"""The process: its socket, its signals, and the way out."""
+"""The server process: its socket, its signals, and its shutdown."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from rewardrt.server.state import Server
 KEEP_ALIVE_SECONDS = 75
 TICK_SECONDS = 0.02
 SWEEP_SECONDS = 0.5
-UNFINISHED_SECONDS = 1.0  # for requests that are not whole when the server begins to drain
-SWITCH_SECONDS = 0.001  # Python's threads take turns: the event loop waits for others at most about so long
+UNFINISHED_SECONDS = 1.0  # time for requests that are incomplete when the shutdown begins
+SWITCH_SECONDS = 0.001  # Python's thread switch interval: about how long the event loop waits for other threads
 
 
 def serve(
@@ -47,10 +47,10 @@ def serve(
 ) -> None:
     """Serve bundles, each under its names, until SIGTERM, SIGINT or SIGHUP.
 
-    Raises RewardRTError when the address cannot be had, what loading a bundle raises, or when an engine died for good.
+    Raises RewardRTError if the address cannot be used or an engine died, and whatever loading a bundle raises.
     """
     context = tls_context(address)
-    with listening(address) as listener:  # first: a second server on a port is refused before it loads anything
+    with listening(address) as listener:  # before loading anything, in case the port is in use
         if not address.is_local and address.uds is None and not options.api_keys:
             log(f"warning: {address.host} can be reached from other machines, and no --api-key guards it")
         metrics = Metrics()
@@ -62,7 +62,7 @@ def serve(
         if server.connections.limit < options.max_connections:
             log(f"warning: at most {server.connections.limit} connections: this process may open few files (ulimit -n)")
         metrics.watch(models, server.connections)
-        document()  # made once, before anybody waits for it
+        document()  # build it before anybody waits for it
         for served in models.each:
             source = f", from {served.model.bundle.source}" if served.model.bundle.source else ""
             model = served.model
@@ -84,9 +84,9 @@ def serve(
 
 
 class _Process(uvicorn.Server):
-    """uvicorn's server with our connections.
+    """uvicorn's server with RewardRT's connections.
 
-    On a signal it first answers what it has accepted, and new requests with 503.
+    On a signal it answers the requests that it has accepted, and refuses new ones with 503.
     """
 
     def __init__(self, server: Server, loader: Loader, address: Address, context: ssl.SSLContext | None) -> None:
@@ -113,7 +113,7 @@ class _Process(uvicorn.Server):
         self._reload = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a second signal ends the wait."""
+        """Start the shutdown; a second signal ends the wait for accepted requests."""
         if self._shared.draining:
             if time.monotonic() < self._deadline:
                 log("ending now: what still waits is answered with 503")
@@ -124,7 +124,7 @@ class _Process(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle SIGHUP as SIGTERM, unless the process was started to survive it, and SIGUSR1 as a wish to reload."""
+        """Treat SIGHUP like SIGTERM, unless the process was started to ignore it, and SIGUSR1 as a reload request."""
         with super().capture_signals():
             if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 signal.signal(signal.SIGHUP, self.handle_exit)
@@ -136,7 +136,7 @@ class _Process(uvicorn.Server):
         self._reload = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen with our connections."""
+        """Listen with RewardRT's connections."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_loop_failed)
         seconds = self._shared.options.header_seconds if self.config.ssl is not None else None
@@ -150,7 +150,7 @@ class _Process(uvicorn.Server):
                 ssl_handshake_timeout=seconds,
             )
             self.servers.append(server)
-            listener.listen(BACKLOG)  # what the system holds for us; the loop takes ACCEPTED_AT_ONCE at a time
+            listener.listen(BACKLOG)  # the system's queue; the loop accepts ACCEPTED_AT_ONCE at a time
         self.started = True
 
     def _connection(self) -> Connection:
@@ -211,6 +211,6 @@ class _Process(uvicorn.Server):
 
 
 def _loop_failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Write what asyncio has to say into the log, in one line."""
+    """Log asyncio's report of an error, on one line."""
     error = context.get("exception")
     log(f"warning: {context.get('message', '')}: {error!r}"[:500])

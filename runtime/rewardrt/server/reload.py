@@ -1,4 +1,4 @@
-"""A new bundle without a restart: loaded beside the old one, tried, and put in its place."""
+"""Reload bundles without a restart: load the new one while the old one serves, test it, and swap them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rewardrt.server.problem import Problem
 
 
 class Reloader:
-    """Loads the bundles of a server anew from their folders, one reload at a time.
+    """Reloads the bundles of a server from their folders, one reload at a time.
 
-    Each request is answered by the bundles that were there when it began. A bundle that cannot be loaded, or that does
-    not give a golden text its reward, changes nothing.
+    Each request is answered by the bundles that were served when it began. If a bundle cannot be loaded, or a golden
+    text does not get its reward, nothing changes.
     """
 
     def __init__(self, models: Models, loader: Loader, count: Callable[[str], None]) -> None:
@@ -34,14 +34,17 @@ class Reloader:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def reload(self) -> list[dict[str, Any]]:
-        """Load every bundle anew; returns what is served now. Raises Problem. Goes on when nobody waits for it."""
+        """Reload every bundle; return what is served now.
+
+        Raises Problem. The reload continues if the caller is cancelled.
+        """
         task = asyncio.ensure_future(self._reload())
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return await asyncio.shield(task)
 
     def start(self) -> None:
-        """Begin a reload that nobody waits for."""
+        """Start a reload in the background."""
         task = asyncio.ensure_future(self._reload())
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -49,7 +52,7 @@ class Reloader:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # what went wrong has been logged
+            task.exception()  # mark it as retrieved; it was logged
 
     async def _reload(self) -> list[dict[str, Any]]:
         async with self._one:
@@ -84,8 +87,8 @@ class Reloader:
         task.add_done_callback(self._done)
 
     async def _end(self, old: list[Served], uses: Uses) -> None:
-        """End the engines of old bundles when the last request that may use them is answered."""
-        async with self._one:  # the next reload waits: at most two of each bundle are in memory
+        """End the engines of old bundles when the last request that may use them has been answered."""
+        async with self._one:  # the next reload waits, so at most two copies of a bundle are in memory
             while uses.count:
                 await asyncio.sleep(0.02)
             for served in old:
@@ -97,14 +100,14 @@ class Reloader:
 
 
 def _free() -> None:
-    """Give memory back that old bundles had: else what was freed in between keeps pages of the process."""
+    """Return the memory of old bundles to the system; otherwise fragmentation would keep its pages in the process."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 async def _in_thread(work: Callable[[], Any]) -> Any:
-    """Do something in a thread that does not hold up the end of the process."""
+    """Run work in a thread that does not delay the end of the process."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
 
@@ -120,7 +123,7 @@ async def _in_thread(work: Callable[[], Any]) -> Any:
         value, failed = None, None
         try:
             value = work()
-        except BaseException as error:  # it is raised where the result is waited for
+        except BaseException as error:  # raised again where the result is awaited
             failed = error
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, value, failed)

@@ -1,4 +1,4 @@
-"""One request for rewards, from its first byte to its answer."""
+"""One scoring request, from its first byte to its answer."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from rewardrt.server.state import Server
 from rewardrt.server.turns import Job, Work
 from rewardrt.server.views import JSON, ViewAnswer
 
-FEW_ITEMS = 64  # an answer for so many is written on the event loop
-LOGGED_BYTES = 16_384  # of a body, with --log-texts
+FEW_ITEMS = 64  # answers with up to this many items are written on the event loop
+LOGGED_BYTES = 16_384  # bytes of a body that are logged with --log-texts
 
 
 class ScoringRequest:
-    """One request for rewards, from its first byte to what is written."""
+    """One scoring request, from its first byte to its answer."""
 
     def __init__(self, server: Server, route: ScoringRoute, scope: Scope, receive: Receive) -> None:
         self.record = Record(scope["method"], path_of(scope), client_address(scope))
@@ -56,7 +56,7 @@ class ScoringRequest:
         self._uses: Uses | None = None
 
     async def answer(self) -> tuple[str, ViewAnswer | None]:
-        """Return the kind of problem, or "", and what to answer; nothing where nobody waits."""
+        """Return the kind of problem ("" if none) and the answer, or None if the client has gone."""
         try:
             return "", await self._score()
         except Problem as problem:
@@ -70,13 +70,13 @@ class ScoringRequest:
             return "backend", refusal(self.dialect, Problem("backend", f"internal error ({type(error).__name__})"))
 
     def logged(self) -> str:
-        """Return what the log says of the body, where that is wanted."""
+        """Return the body for the log if --log-texts is set, else ""."""
         if not self._server.options.log_texts or not self._data:
             return ""
         return f" body={self._data[:LOGGED_BYTES].decode('utf-8', 'backslashreplace')!r}"
 
     def release(self) -> None:
-        """Forget what the request held."""
+        """Release everything that the request has reserved."""
         self._lease.release()
         if self.whole:
             self._server.in_flight -= 1
@@ -124,7 +124,7 @@ class ScoringRequest:
         return await asyncio.get_running_loop().run_in_executor(self._server.threads, work)
 
     async def _work(self, call: Call, work: Work, client: str) -> Job | None:
-        """Have the engine do the work of a call, and drop it when the client goes or has waited for long."""
+        """Have the engine do the work of a call; drop it if the client goes, or if it waited too long to begin."""
         if not work.items:
             return None
         loop = asyncio.get_running_loop()
@@ -178,7 +178,7 @@ def _prepare(scoring: Scoring, incoming: Incoming) -> Call:
 
 def _work(call: Call, options: ServerOptions) -> Work:
     work = call.work(options)
-    assert len(work.tokens) == len(work.items) >= len(work.long)  # computed here, once
+    assert len(work.tokens) == len(work.items) >= len(work.long)  # computes and caches them in this thread
     return work
 
 
@@ -207,7 +207,7 @@ def _account(record: Record, job: Job | None) -> None:
 
 
 def refusal(dialect: Dialect, problem: Problem) -> ViewAnswer:
-    """Return the answer to what is not answered otherwise."""
+    """Return the answer to a refused or failed request."""
     status = dialect.status(problem)
     headers = (("retry-after", str(problem.retry_after)),) if problem.retry_after is not None else ()
     if problem.kind == "unauthorized":
@@ -216,11 +216,11 @@ def refusal(dialect: Dialect, problem: Problem) -> ViewAnswer:
 
 
 def client_address(scope: Mapping[str, Any]) -> str:
-    """Return the address that a request comes from, "-" where there is none."""
+    """Return the address that a request comes from, or "-" if there is none."""
     return f"{scope['client'][0]}" if scope.get("client") else "-"
 
 
 def path_of(scope: Mapping[str, Any]) -> str:
-    """Return the path as it was sent, in which nothing that could end a line stands for itself."""
+    """Return the path as sent, still percent-encoded, so that it cannot contain a line break."""
     raw: bytes = scope.get("raw_path") or scope["path"].encode()
     return raw.decode("latin-1")

@@ -1,4 +1,4 @@
-"""Which route does what: the table that the server, its OpenAPI document and the tests go by."""
+"""The table of routes and what they do; the server, its OpenAPI document and the tests use it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RELOAD = "/v1/reload"  # POST, without a body
 
 @dataclass(frozen=True)
 class ScoringRoute:
-    """A path that takes POST, and what it does; `pick` chooses by the body where protocols share a path."""
+    """A path that takes POST, and what it does; `pick` chooses by the body if protocols share a path."""
 
     path: str
     scorings: tuple[Scoring, ...]
@@ -22,17 +22,17 @@ class ScoringRoute:
     pick: Callable[[Any], int] = lambda body: 0
 
     def choose(self, body: Any) -> Scoring:
-        """Return what this body asks for."""
+        """Return the operation that this body asks for."""
         return self.scorings[self.pick(body) if isinstance(body, dict) else 0]
 
 
 def _has(name: str) -> Callable[[Any], int]:
-    """Return the choice of the second protocol where the body has this field."""
+    """Return a function that chooses the second protocol if the body has this field."""
     return lambda body: int(name in body)
 
 
 def _lacks(name: str) -> Callable[[Any], int]:
-    """Return the choice of the second protocol where the body lacks this field."""
+    """Return a function that chooses the second protocol if the body lacks this field."""
     return lambda body: int(name not in body)
 
 

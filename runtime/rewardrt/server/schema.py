@@ -1,6 +1,6 @@
-"""The part of JSON Schema that the bodies of the protocols need, checked by the schemas that OpenAPI shows.
+"""The part of JSON Schema that the protocols' bodies need: a checker, for the same schemas that OpenAPI shows.
 
-One description does both, so the document cannot say what the server does not do.
+One description serves both, so the document always agrees with the server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NUMBER: Schema = {"type": "number"}
 STRINGS: Schema = {"type": "array", "items": STRING}
 OBJECT: Schema = {"type": "object", "additionalProperties": True}
 NOTHING: Schema = {"type": "null"}
-# What a message may hold beside its role is the row's business, as it is offline.
+# The other fields of a message are checked with the row, as in offline scoring.
 MESSAGES: Schema = {
     "type": "array",
     "items": {
@@ -44,7 +44,7 @@ _PLAIN = {"string": str, "integer": int, "boolean": bool}
 
 
 def body(required: dict[str, Schema] | None = None, **optional: Schema) -> Schema:
-    """Return the schema of an object without further fields; the optional ones may be null."""
+    """Return the schema of an object without other fields; the optional fields may be null."""
     properties = (required or {}) | {name: nullable(schema) for name, schema in optional.items()}
     return {
         "type": "object",
@@ -55,12 +55,12 @@ def body(required: dict[str, Schema] | None = None, **optional: Schema) -> Schem
 
 
 def nullable(schema: Schema) -> Schema:
-    """Return the schema that takes null as well."""
+    """Return the schema that also accepts null."""
     return {"anyOf": [schema, {"type": "null"}]}
 
 
 def only(*values: Any) -> Schema:
-    """Return the schema of the values that are understood, of a field whose other values would change scores."""
+    """Return the schema of a field of which only these values are supported; others would change the scores."""
     return {"enum": list(values)}
 
 
@@ -70,7 +70,7 @@ def array(items: Schema, **limits: int) -> Schema:
 
 
 def check(value: Any, schema: Schema, where: str = "body") -> None:
-    """Raise Problem("validation") that names the first field which is not as the schema says."""
+    """Raise Problem("validation") naming the first field that does not follow the schema."""
     if "anyOf" in schema:
         _check_any(value, schema["anyOf"], where)
         return
@@ -97,7 +97,7 @@ def check(value: Any, schema: Schema, where: str = "body") -> None:
 
 
 def _all_are(values: list[Any], schema: Schema) -> bool:
-    """Whether all values are plainly of a type without further rules; found out without a look at each."""
+    """Whether all values have a plain type without further rules; a quick test of the whole list."""
     if schema not in (STRING, INTEGER, BOOLEAN):
         return False
     return set(map(type, values)) <= {_PLAIN[schema["type"]]}
@@ -135,7 +135,7 @@ def _check_any(value: Any, choices: list[Schema], where: str) -> None:
             problems.append((_is(value, choice.get("type", "")), problem))
         else:
             return
-    # The most telling one: of the choice whose type the value has.
+    # Raise the most useful one: that of the choice whose type matches the value.
     raise next((problem for right_type, problem in problems if right_type), problems[0][1])
 
 

@@ -1,6 +1,6 @@
 """SGLang's scoring routes: `/classify` with `text`, `/v1/rerank` without `model`, and `/v1/embeddings` for verl.
 
-As in SGLang, texts get the tokenizer's special tokens. An embedding has one  the reward.
+As in SGLang, texts get the tokenizer's special tokens. An embedding has one number, the reward.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ EMBEDDINGS_BODY = body(
 
 
 def refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered."""
+    """Return the body of a refused request."""
     return {"error": {"message": problem.message, "type": "BadRequestError", "param": None, "code": status}}
 
 
 def classify(incoming: Incoming) -> Call:
-    """Give each text its reward as an embedding of one number; a text alone gets an object, not a list."""
+    """Return each text's reward as an embedding of one number; a single text gets an object, not a list."""
     wanted = incoming.body
     served = incoming.models.choose(wanted.get("model"))
     single_rewards(served)
@@ -77,7 +77,7 @@ def rerank(incoming: Incoming) -> Call:
 
 
 def embeddings(incoming: Incoming) -> Call:
-    """Give each text its reward as an embedding of one number."""
+    """Return each text's reward as an embedding of one number."""
     wanted = incoming.body
     served = incoming.models.choose(wanted.get("model"))
     packed = wanted.get("encoding_format") == "base64"

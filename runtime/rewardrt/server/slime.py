@@ -1,9 +1,9 @@
-"""slime's remote reward model, `POST /remote_rm`: `--rm-type remote_rm --rm-url URL`, one sample a request.
+"""slime's remote reward model, `POST /remote_rm`: `--rm-type remote_rm --rm-url URL`, one sample per request.
 
-The answer is the reward itself, a JSON number. A prompt that is a string is text already: with `--apply-chat-template`
-slime has put it through the policy's chat template, up to where the answer begins, and the answer is what the policy
-wrote there, its end token included. So prompt and response are scored as they are sent, one after the other. A prompt
-that is a list of messages, as slime sends it without that option, goes through the bundle's own template.
+The answer is the reward itself, a JSON number. A string prompt is a rendered text: with `--apply-chat-template`, slime
+has applied the policy's chat template up to where the answer begins, and the response is what the policy wrote there,
+including its end token. So prompt and response are joined and scored as sent. Without that option slime sends a list of
+messages, which goes through the bundle's own template.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from rewardrt.server.problem import Problem
 from rewardrt.server.schema import MESSAGES, NUMBER, STRING, body
 from rewardrt.server.vocabulary import answered, reward_of, single_rewards, texts
 
-# What the answer should be is for rewards by rules; no reward model reads it.
+# `label`, the expected answer, is for rule-based rewards; reward models do not read it.
 BODY = body({"prompt": {"anyOf": [STRING, MESSAGES]}, "response": STRING}, label={})
 
 
 def refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered; slime looks at the status alone."""
+    """Return the body of a refused request; slime only reads the status."""
     return {"error": problem.message}
 
 
@@ -37,5 +37,5 @@ def prepare(incoming: Incoming) -> Call:
     return Call(served, rows, render)
 
 
-# Its clients wait 120 seconds for an answer, ten times, and the training ends with the tenth failure.
+# Its clients wait 120 seconds for an answer and try ten times; after the tenth failure the training ends.
 REMOTE_RM = Scoring(Dialect("slime", refusal, patience=90.0), BODY, prepare, NUMBER)

@@ -1,4 +1,4 @@
-"""What all requests of a server share."""
+"""The state that all requests of a server share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BODY_THREADS = 2
 
 
 class Server:
-    """What all requests share: the models, the options, and whether the server is going away."""
+    """What all requests share: the models, the options, and whether the server is shutting down."""
 
     def __init__(self, models: Models, options: ServerOptions, metrics: Metrics, *, local: bool = False) -> None:
         self.models = models
@@ -31,15 +31,15 @@ class Server:
         self.threads = ThreadPoolExecutor(BODY_THREADS, "bodies")
         self.reload: Callable[[], Awaitable[list[dict[str, Any]]]] | None = None
         self.draining = False
-        self.in_flight = 0  # requests whose body is there and that are not answered
+        self.in_flight = 0  # requests whose body has been read and that are not answered yet
         self.instance = secrets.token_hex(4)
 
     def refused(self, client: str, status: int, reason: str) -> None:
-        """Count and log what never became a request."""
+        """Count and log a connection that sent no complete request."""
         self.finish(Record("-", "-", client, status=status, error=reason), "timeout" if status == 408 else "validation")
 
     def finish(self, record: Record, kind: str, more: str = "", *, quiet: bool = False) -> None:
-        """Count and log one request; `kind` is that of its problem, or "" where it was answered."""
+        """Count and log one request; `kind` is that of its problem, or "" if it was answered."""
         self.metrics.request(record, kind)
         if not quiet:
             log(record.line() + more)

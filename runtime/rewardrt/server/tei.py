@@ -1,7 +1,7 @@
 """text-embeddings-inference: `/predict`, and `/rerank` with `texts`.
 
-A list of two strings is one pair, a prompt and its answer; a list of lists is a batch. Rewards are raw unless
-`raw_scores` is false, which is a sigmoid. Its clients take a 429 for a full queue.
+A list of two strings is one pair, a prompt and its answer; a list of lists is a batch. Rewards are raw, unless
+`raw_scores` is false, which applies a sigmoid. Its clients expect status 429 for a full queue.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from rewardrt.text.rows import Row
 SHARED: dict[str, Any] = {"truncate": BOOLEAN, "truncation_direction": only("right", "Right"), "raw_scores": BOOLEAN}
 PREDICT_BODY = body(
     {"inputs": {"anyOf": [STRING, STRINGS, array({"anyOf": [STRING, STRINGS]})]}},
-    # What huggingface_hub's text_classification sends beside the text.
+    # Parameters that huggingface_hub's text_classification sends with the text.
     parameters=body(function_to_apply=only("none", "sigmoid"), top_k=INTEGER | {"minimum": 1}),
-    instruction=STRING,  # of pairs
+    instruction=STRING,  # for pairs only
     **SHARED,
 )
 RERANK_BODY = body({"query": STRING, "texts": STRINGS}, return_text=BOOLEAN, instruction=STRING, **SHARED)
@@ -34,12 +34,12 @@ TYPES = {
 
 
 def refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered."""
+    """Return the body of a refused request."""
     return {"error": problem.message, "error_type": TYPES.get(problem.kind, "Validation")}
 
 
 def predict(incoming: Incoming) -> Call:
-    """Give each text or pair its reward as the score of the one label."""
+    """Return each text's or pair's reward as the score of a single label."""
     wanted = incoming.body
     served = incoming.models.choose(None)
     single_rewards(served)

@@ -1,7 +1,8 @@
-"""Whose texts are scored next: shares by client, and of a client's share by request.
+"""Fair scheduling: whose texts are scored next, shared among clients, and within a client among its requests.
 
-Each client that waits gets as many tokens as any other before one gets more, and each of a client's requests a slice in
-its turn: a small request is not behind a large one, and a large one is never left out. No threads and no clocks here.
+Every waiting client gets the same number of tokens before one gets more. Of a client's requests, each gets one slice in
+turn. So a small request does not wait behind a large one, and a large one always makes progress. This module uses no
+threads and no clocks.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from rewardrt.text.chat_template import TemplateInputs
 from rewardrt.text.items import Conversation, Input, Pair, RawText, Steps, TokenIds, as_turns, utf8_bytes
 from rewardrt.text.tokens import EncodedText
 
-SLICE_TOKENS = 2048  # what a client gets before the next one
-# A text's tokens are counted when its turn comes; until then it is taken for so many bytes a token, and some more for
-# the template.
+SLICE_TOKENS = 2048  # tokens that a client gets before the next client
+# A text is tokenized when its turn comes. Until then its number of tokens is estimated from its bytes, plus a constant
+# for the template.
 BYTES_A_TOKEN = 3
 LONG_TEXT = 32_768  # characters
 TEMPLATE_TOKENS = 16
-MESSAGE_CHARACTERS = 48  # what a message costs beside its text
+MESSAGE_CHARACTERS = 48  # characters that each message counts in addition to its text
 
-TokenReward = tuple[str, float]  # the part of the text that a token ends, and the reward after it
+TokenReward = tuple[str, float]  # a token's piece of the text, and the reward after it
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a request wants of an engine. An item that was refused already is its error."""
+    """What a request wants from an engine. An item that was already refused is its error."""
 
     items: tuple[Input | RowError, ...]
     normalize: bool | None = None
@@ -43,18 +44,18 @@ class Work:
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """About how many tokens each item has."""
+        """The estimated number of tokens of each item."""
         return tuple(map(estimated_tokens, self.items))
 
     @cached_property
     def long(self) -> tuple[int, ...]:
-        """The items, by index, that have too many characters to be tokenized on the engine's thread."""
+        """The indices of items that have too many characters to be tokenized on the engine's thread."""
         return tuple(index for index, item in enumerate(self.items) if characters(item) > LONG_TEXT)
 
 
 @dataclass(eq=False)
 class Job:
-    """A request's work in the queue, and what became of it; `deliver` is called once, by an engine's thread."""
+    """A request's work in the queue, and its results; an engine's thread calls `deliver` once."""
 
     work: Work
     costs: list[int]  # estimated tokens of each item
@@ -63,13 +64,13 @@ class Job:
     client: str = ""
     results: list[Scored | RewardRTError] = field(default_factory=list)
     token_rewards: dict[int, list[TokenReward]] = field(default_factory=dict)
-    long: list[int] = field(default_factory=list)  # items that are tokenized before the job's first turn
-    encoded: dict[int, EncodedText | RewardRTError] = field(default_factory=dict)  # what was
-    gone: bool = False  # set when nobody waits for it any more: what is not computed yet never is
-    may_be_refused: bool = False  # it came when the queue was full
-    booked: int = 0  # what it counts for in the queue
-    left: int = 0  # estimated tokens that no turn has taken
-    taken: int = 0  # items that a turn has taken
+    long: list[int] = field(default_factory=list)  # long items to tokenize before the job's first turn
+    encoded: dict[int, EncodedText | RewardRTError] = field(default_factory=dict)  # long items already tokenized
+    gone: bool = False  # nobody waits for the results any more, so nothing further is computed
+    may_be_refused: bool = False  # the job arrived when the queue was full
+    booked: int = 0  # estimated tokens that the job counts in the queue
+    left: int = 0  # estimated tokens that no turn has taken yet
+    taken: int = 0  # number of items that turns have taken
     queue_seconds: float | None = None
     compute_seconds: float = 0.0
     failure: str = ""
@@ -86,7 +87,7 @@ class Slice:
 
 
 class Turns:
-    """The jobs that wait, by client."""
+    """The waiting jobs of each client."""
 
     def __init__(self, slice_tokens: int = SLICE_TOKENS) -> None:
         self._slice_tokens = slice_tokens
@@ -96,15 +97,15 @@ class Turns:
         return bool(self._clients)
 
     def add(self, job: Job) -> None:
-        """Let a job wait for its first turn."""
+        """Put a job into the queue."""
         self._clients.setdefault(job.client, deque()).append(job)
 
     def clear(self) -> None:
-        """Forget all that waits."""
+        """Drop all waiting jobs."""
         self._clients.clear()
 
     def first(self) -> Job | None:
-        """Take the job whose turn it is out of what waits, whole; its client is then behind the others."""
+        """Remove and return the next job as a whole; its client goes behind the others."""
         if not self._clients:
             return None
         client, jobs = self._clients.popitem(last=False)
@@ -114,7 +115,7 @@ class Turns:
         return job
 
     def plan(self, tokens: int) -> tuple[list[Slice], list[Job]]:
-        """Return what is scored next, of about so many tokens; and jobs that nobody waits for, which are dropped."""
+        """Return the slices to score next, of about `tokens` tokens, and the jobs to drop as nobody waits for them."""
         slices: dict[int, Slice] = {}
         dropped: list[Job] = []
         room = tokens
@@ -123,12 +124,12 @@ class Turns:
             share = min(self._slice_tokens, room)
             room -= share - self._serve(jobs, share, slices, dropped)
             if jobs:
-                self._clients[client] = jobs  # behind the others
+                self._clients[client] = jobs  # this puts the client last
         return list(slices.values()), dropped
 
     @staticmethod
     def _serve(jobs: deque[Job], share: int, slices: dict[int, Slice], dropped: list[Job]) -> int:
-        """Take from one client's jobs, each in its turn; returns what is left of its share, below 0 for a long text."""
+        """Take slices from one client's jobs in turn; return the rest of its share, negative after a long text."""
         while jobs and share > 0:
             job = jobs.popleft()
             if job.gone:
@@ -146,14 +147,14 @@ class Turns:
 
 
 def characters(item: Input | RowError) -> int:
-    """Return about how many characters there are to read of an item, before a template adds its own."""
+    """Return the approximate number of characters in an item, without what a template adds."""
     if isinstance(item, RawText):
         return len(item.text)
     return _amount(item, len, MESSAGE_CHARACTERS)
 
 
 def estimated_tokens(item: Input | RowError) -> int:
-    """Return about how many tokens an item has, without reading it."""
+    """Return the approximate number of tokens of an item, without tokenizing it."""
     if isinstance(item, RowError):
         return 1
     if isinstance(item, TokenIds):
@@ -166,7 +167,7 @@ def estimated_tokens(item: Input | RowError) -> int:
 
 
 def _amount(item: object, measure: Callable[[str], int], message: int) -> int:
-    """Add up all the strings of an item, and something for every message."""
+    """Return the sum of the sizes of all strings in an item, plus a constant for each message."""
     if isinstance(item, str):
         return measure(item)
     if isinstance(item, RawText):

@@ -1,4 +1,4 @@
-"""What is served to GET: health, metrics, what the models are, the page and the document of all this."""
+"""The answers to GET: health, metrics, the models, the web page, and the documentation of the routes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ViewAnswer:
 
 @dataclass(frozen=True)
 class View:
-    """A path that takes GET. `guarded` ones want the key; `quiet` ones leave no line in the log."""
+    """A path that takes GET. A `guarded` one needs the key; a `quiet` one is not logged."""
 
     path: str
     answer: Callable[[Server, Mapping[str, str]], ViewAnswer]
@@ -64,7 +64,7 @@ def _ping(server: Server, path: Mapping[str, str]) -> ViewAnswer:
 
 
 def _info(server: Server, path: Mapping[str, str]) -> ViewAnswer:
-    """Answer with the fields of text-embeddings-inference for the first model, and ours for each."""
+    """Answer with text-embeddings-inference's fields for the first model, and RewardRT's for every model."""
     first, options = server.models.each[0], server.options
     return _json(
         {
@@ -145,7 +145,7 @@ def _kserve_model(server: Server, path: Mapping[str, str]) -> ViewAnswer:
 
 
 def _triton_config(server: Server, path: Mapping[str, str]) -> ViewAnswer:
-    """Answer with the model's configuration as Triton writes it, in which shapes are without the number of texts."""
+    """Answer with the model's configuration in Triton's format, whose shapes omit the number of texts."""
     served = server.models.choose(path["model"])
     kserve.check_version(path)
     inputs = [
@@ -175,7 +175,7 @@ def _kserve_model_ready(server: Server, path: Mapping[str, str]) -> ViewAnswer:
     return _json({"name": served.name, "ready": ready}, 200 if ready else 503)
 
 
-# The page asks this server and nobody else, and the browser holds it to that.
+# The page only sends requests to this server, and the browser enforces that.
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -191,11 +191,11 @@ KSERVE, SWIFT = kserve.INFER.dialect, chat.SWIFT.dialect
 VIEWS: tuple[View, ...] = (
     View("/", _page, "A page for people.", guarded=False, quiet=True, content_type="text/html"),
     View("/health", _health, "Whether the models can score, and what was loaded.", False, True, statuses=(200, 503)),
-    View("/ready", _ready, "Whether requests are taken.", False, True, statuses=(200, 503)),
+    View("/ready", _ready, "Whether the server accepts requests.", False, True, statuses=(200, 503)),
     View("/ping", _ping, "As /health, without a body.", False, True, statuses=(200, 503), content_type=""),
-    View("/info", _info, "What is served: the first model as text-embeddings-inference says it, and each as we do."),
+    View("/info", _info, "The first model in text-embeddings-inference's format, and every model in RewardRT's."),
     View("/v1/models", _models, "The names that `model` may have."),
-    View("/v1/models/{model}", _model, "One of them.", statuses=(200, 404)),
+    View("/v1/models/{model}", _model, "One model.", statuses=(200, 404)),
     View("/swift/v1/models", _models, "The same for ms-swift's client, below its path.", dialect=SWIFT),
     View("/v2", _kserve_server, "KServe: the server.", dialect=KSERVE),
     View("/v2/health/live", _kserve_live, "KServe.", False, True, KSERVE),

@@ -1,8 +1,8 @@
 """vLLM's scoring routes: `/classify`, `/score`, `/rerank` and `/pooling`, as verl and vLLM's own examples call them.
 
-Texts get the tokenizer's special tokens unless `add_special_tokens` is false, as vLLM adds them: its clients strip the
-BOS that a chat template writes. Rewards are raw unless `use_activation` is true, which is a sigmoid; `activation` is
-the older name of the same field, and vLLM ignores it now.
+As in vLLM, texts get the tokenizer's special tokens unless `add_special_tokens` is false; its clients remove the BOS
+that a chat template writes. Rewards are raw unless `use_activation` is true, which applies a sigmoid. `activation` is
+the older name of that field, which vLLM now ignores.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ SCORE_BODY = body(
 
 
 def listed(item: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of vLLM's answers with `data`."""
+    """Return the schema of vLLM's answers with a list `data`."""
     return {
         "type": "object",
         "properties": {
@@ -96,7 +96,7 @@ def envelope(kind: str, served: Served, scores: Sequence[Scored], data: list[Any
 
 
 def input_rows(served: Served, wanted: dict[str, Any]) -> tuple[Row, ...]:
-    """Return the rows of `input`, or the one of `messages`."""
+    """Return the rows of `input`, or the one row of `messages`."""
     value, messages = wanted.get("input"), wanted.get("messages")
     if (value is None) == (messages is None):
         raise Problem("validation", "body: expected either input or messages")
@@ -112,7 +112,7 @@ def input_rows(served: Served, wanted: dict[str, Any]) -> tuple[Row, ...]:
 
 
 def classify(incoming: Incoming) -> Call:
-    """Give each text its reward as the one class's `probs`."""
+    """Return each text's reward as `probs` of a single class."""
     wanted = incoming.body
     served, squash = incoming.models.choose(wanted.get("model")), sigmoid(wanted)
 
@@ -129,7 +129,7 @@ def classify(incoming: Incoming) -> Call:
 
 
 def pooling(incoming: Incoming) -> Call:
-    """Give each text its reward, or with "token_classify" the reward after every token where the bundle has them."""
+    """Return each text's reward, or with "token_classify" the reward after every token, if the bundle has them."""
     wanted = incoming.body
     served, squash = incoming.models.choose(wanted.get("model")), sigmoid(wanted)
     every = wanted.get("task") == "token_classify"

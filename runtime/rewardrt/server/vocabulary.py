@@ -1,6 +1,6 @@
-"""What several protocols say in the same words: bodies, rows of texts, limits, and how rewards are written.
+"""What several protocols share: bodies, rows of texts, limits, and the format of rewards.
 
-Protocols share this module and know nothing of each other.
+Protocol modules use this module, and know nothing of each other.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from rewardrt.server.schema import (
 from rewardrt.text.items import RawText, TokenIds
 from rewardrt.text.rows import Row
 
-# The fields of a request that make the text of a conversation.
+# The fields of a request that determine the text of a conversation.
 CONVERSATION = ("messages", "tools", "documents", "chat_template_kwargs", "instruction")
-# What a request may say of a conversation that ends with the answer to score.
+# Schemas of the fields of a conversation that ends with the answer to score.
 CHAT: dict[str, Any] = {
     "messages": MESSAGES,
     "add_generation_prompt": only(False),
     "continue_final_message": only(False),
-    "chat_template": NOTHING,  # the bundle's own is what the model was trained on
+    "chat_template": NOTHING,  # the model was trained with the bundle's own
     "chat_template_kwargs": OBJECT,
     "tools": array(OBJECT),
     "documents": array(OBJECT),
     "instruction": STRING,
 }
 INPUT = {"anyOf": [STRING, STRINGS, array(INTEGER), array(array(INTEGER))]}
-# What vLLM takes everywhere and no score depends on.
+# Fields that vLLM accepts everywhere and that do not affect scores.
 NEUTRAL = {
     "model": STRING,
     "user": STRING,
@@ -82,7 +82,7 @@ RANKED = {
 
 
 def texts(served: Served, values: Sequence[str], *, special_tokens: bool = False) -> tuple[Row, ...]:
-    """Return a row for each text that is scored as sent, on request with the tokenizer's own special tokens."""
+    """Return a row for each text, which is scored as sent; with `special_tokens`, the tokenizer adds its own."""
     rows = []
     for index, value in enumerate(values):
         row = _parse(served, {"text": value}, f"item {index}")
@@ -93,7 +93,7 @@ def texts(served: Served, values: Sequence[str], *, special_tokens: bool = False
 
 
 def answers(served: Served, pairs: Sequence[tuple[str, str]], instruction: str | None = None) -> tuple[Row, ...]:
-    """Return a row for each (prompt, answer), all with one instruction where there is one."""
+    """Return a row for each (prompt, answer), all with the same instruction if there is one."""
     return tuple(
         _parse(served, {"prompt": prompt, "response": answer, "instruction": instruction}, f"item {index}")
         for index, (prompt, answer) in enumerate(pairs)
@@ -101,12 +101,12 @@ def answers(served: Served, pairs: Sequence[tuple[str, str]], instruction: str |
 
 
 def answered(served: Served, messages: Sequence[Any], answer: str) -> tuple[Row, ...]:
-    """Return the row of an answer to a conversation that ends before it."""
+    """Return the row of an answer to the conversation before it."""
     return (_parse(served, {"prompt": list(messages), "response": answer}, ""),)
 
 
 def ranking(served: Served, query: str, documents: Sequence[str], instruction: str | None = None) -> tuple[Row, ...]:
-    """Return the one row of a query and its documents; () for no documents."""
+    """Return the one row of a query and its documents; () if there are no documents."""
     if not documents:
         return ()
     row = {"prompt": query, "responses": list(documents), "instruction": instruction}
@@ -115,12 +115,12 @@ def ranking(served: Served, query: str, documents: Sequence[str], instruction: s
 
 
 def conversation(served: Served, wanted: Mapping[str, Any]) -> tuple[Row, ...]:
-    """Return the row of a conversation that ends with the assistant, with what its template is given beside it."""
+    """Return the row of a conversation that ends with the assistant, with the template's other inputs."""
     return (_parse(served, {name: wanted[name] for name in CONVERSATION if wanted.get(name) is not None}, ""),)
 
 
 def check_texts(served: Served, rows: Sequence[Any]) -> None:
-    """Raise Problem for rows of too many texts, before anything is made of them; a row that is none counts as one."""
+    """Raise Problem if rows have too many texts together, before they are parsed; an invalid row counts as one text."""
     compared, most, found = served.model.spec.reads_two_answers, served.options.max_items, 0
     for row in rows:
         answers = row.get("responses") if isinstance(row, dict) else None
@@ -131,14 +131,14 @@ def check_texts(served: Served, rows: Sequence[Any]) -> None:
 
 
 def single_rewards(served: Served) -> None:
-    """Refuse a model that has no one reward for a text, where a protocol has place for just that."""
+    """Raise Problem for a model that rewards steps, in a protocol with exactly one reward per text."""
     if served.model.spec.input == "steps":
         message = f"model {served.name!r} rewards steps; expected POST /v1/reward with steps"
         raise Problem("validation", message)
 
 
 def reward_of(score: Scored, *, sigmoid: bool = False) -> float:
-    """Return the reward to send, on request between 0 and 1."""
+    """Return the reward to send; with `sigmoid`, mapped to 0..1."""
     if not sigmoid:
         return shortest(score.reward)
     value = float(score.reward)
@@ -146,7 +146,7 @@ def reward_of(score: Scored, *, sigmoid: bool = False) -> float:
 
 
 def cut(score: Scored) -> dict[str, int]:
-    """Return what is added to an item whose text was cut: by how many tokens."""
+    """Return the field that is added to an item whose text was cut: the number of tokens cut off."""
     return {"truncated": score.truncated} if score.truncated else {}
 
 
@@ -158,7 +158,7 @@ def _parse(served: Served, row: dict[str, Any], where: str) -> Row:
 
 
 def openai_refusal(status: int, problem: Problem) -> dict[str, Any]:
-    """Return the body of a request that is not answered, as OpenAI's servers write it and vLLM does."""
+    """Return the body of a refused request in the format of OpenAI's servers, which vLLM uses too."""
     if problem.kind == "unauthorized":
         return {"error": "Unauthorized"}
     kinds = {400: "BadRequestError", 404: "NotFoundError", 413: "BadRequestError", 503: "ServiceUnavailableError"}
@@ -167,13 +167,13 @@ def openai_refusal(status: int, problem: Problem) -> dict[str, Any]:
 
 
 def usage(scores: Sequence[Scored]) -> dict[str, Any]:
-    """Return what a request was charged for."""
+    """Return the number of tokens of a request, in OpenAI's format."""
     tokens = sum(score.tokens for score in scores)
     return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
 
 
 def text_rows(served: Served, value: Any, *, special_tokens: bool) -> tuple[Row, ...]:
-    """Return a row for each text or list of token ids of an `input`."""
+    """Return a row for each text, or each list of token ids, in an `input`."""
     single_rewards(served)
     if isinstance(value, str):
         return texts(served, [value], special_tokens=special_tokens)
@@ -186,7 +186,7 @@ def text_rows(served: Served, value: Any, *, special_tokens: bool) -> tuple[Row,
 
 
 def limits(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return what `truncate_prompt_tokens` says: nothing, the model's own limit (-1), or a lower one."""
+    """Return the options for `truncate_prompt_tokens`: none, the model's own limit (-1), or a lower one."""
     value = wanted.get("truncate_prompt_tokens")
     if value is None:
         return {}
@@ -196,7 +196,7 @@ def limits(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def sigmoid(wanted: dict[str, Any]) -> bool:
-    """Return whether the request asks for a value between 0 and 1."""
+    """Return whether the request wants rewards mapped to 0..1 by a sigmoid."""
     new, old = wanted.get("use_activation"), wanted.get("activation")
     if new is not None and old is not None and new != old:
         raise Problem("validation", f"activation: expected the value of use_activation, {new}; found {old}")
@@ -204,7 +204,7 @@ def sigmoid(wanted: dict[str, Any]) -> bool:
 
 
 def rank(served: Served, wanted: dict[str, Any]) -> Call:
-    """Rank documents with one model; what an object holds beside its `text` comes back with it."""
+    """Rank documents with one model; other fields of a document object than `text` are returned with it."""
     squash = sigmoid(wanted)
     documents = [value if isinstance(value, str) else value["text"] for value in wanted["documents"]]
     shown = wanted.get("return_documents") is not False
@@ -230,6 +230,6 @@ def _shown(document: Any) -> dict[str, Any]:
 
 
 def best_first(scores: Sequence[Scored], top_n: int | None) -> list[int]:
-    """Return the indices of the highest rewards; equal ones keep their order. None and 0 are all of them."""
+    """Return the indices of the `top_n` highest rewards (None and 0: all); equal rewards keep their order."""
     order = sorted(range(len(scores)), key=lambda index: -scores[index].reward)
     return order[: int(top_n)] if top_n else order

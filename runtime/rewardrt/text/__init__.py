@@ -1,1 +1,1 @@
-"""From the object that a user sends to token ids: rows, items, the rendered text, the tokenizer."""
+"""From a user's row to token ids: rows, items, the rendered text, the tokenizer."""

@@ -1,7 +1,7 @@
-"""The chat template: from messages to the text that transformers' `apply_chat_template` makes of them.
+"""The chat template: from messages to the text that transformers' `apply_chat_template` gives.
 
-A template is a Jinja program from the checkpoint. It runs in the same sandbox as in transformers, with the same
-extensions and names. What a template does not read of a row is an error, never left out without a word.
+A chat template is a Jinja program from the checkpoint. It runs in the same sandbox as in transformers, with the same
+extensions and names. If the template ignores something in a row, that is an error; nothing is left out silently.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Message = dict[
 ContentKind = Literal["string", "parts"]
 
 KNOWN_ROLES = frozenset({"system", "user", "assistant", "tool"})
-# Arguments of apply_chat_template itself: no variable of a template can have such a name.
+# Arguments of apply_chat_template itself: a template's variable cannot have one of these names.
 RESERVED = frozenset(
     {
         "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
@@ -36,16 +36,16 @@ RESERVED = frozenset(
 )  # fmt: skip
 _KINDS: tuple[ContentKind, ...] = ("string", "parts")
 _PRINTED_PART = re.compile(r"""type['"]: ?['"]text""")  # a list of parts as Python or JSON writes it
-_SHAPES = 1024  # of conversations that were seen to be shown whole; more are tried anew
+_SHAPES = 1024  # shapes of conversations that are remembered as shown completely; above this the memory is cleared
 
 
 @dataclass(frozen=True)
 class TemplateInputs:
-    """What a row gives the chat template beside its messages.
+    """What a row gives the chat template besides its messages.
 
     `tools` and `documents` are lists of JSON objects. `options` are the row's `chat_template_kwargs`: variables that
-    the template reads by name, such as `enable_thinking`. `instruction` says what is to be judged (a policy, what makes
-    a document relevant); where it goes is the text rule's business.
+    the template reads by name, such as `enable_thinking`. `instruction` says what is to be judged (a policy, or what
+    makes a document relevant); the text rule decides where it is put.
     """
 
     tools: list[dict[str, Any]] | None = None
@@ -63,11 +63,10 @@ NO_INPUTS = TemplateInputs()
 
 
 class ChatTemplate:
-    """A Jinja chat template and the special tokens that it may name.
+    """A Jinja chat template and the special tokens that it may use.
 
-    With `generation_prompt` a text ends with the beginning of the model's own turn (`add_generation_prompt`).
-
-    Raises BundleError for a template that is not valid Jinja.
+    With `generation_prompt` a text ends with the beginning of the model's own turn (`add_generation_prompt`). Raises
+    BundleError for a template that is not valid Jinja.
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], *, generation_prompt: bool = False) -> None:
@@ -76,10 +75,10 @@ class ChatTemplate:
         environment = _environment()
         try:
             tree = environment.parse(source)
-            self.variables = frozenset(meta.find_undeclared_variables(tree))  # what a caller can give it, by name
+            self.variables = frozenset(meta.find_undeclared_variables(tree))  # names that a caller can set
             self.uses_date = any(node.name == "strftime_now" for node in tree.find_all(nodes.Name))
             self._template = environment.from_string(tree)
-        except Exception as error:  # besides its own errors, Jinja lets Python's compiler and recursion errors out
+        except Exception as error:  # Jinja raises its own errors, but also Python's SyntaxError and RecursionError
             message = f"the chat template is not valid Jinja ({_one_line(error)}); mend it and export again"
             raise BundleError(message) from error
         self._special_tokens = dict(special_tokens)
@@ -88,10 +87,11 @@ class ChatTemplate:
 
     @cached_property
     def content_kinds(self) -> dict[str, frozenset[ContentKind]]:
-        """Which kinds of content the template shows, of a user's and of an assistant's message.
+        """Which kinds of content the template can show, for a user's and for an assistant's message.
 
-        A template that reads content as parts alone shows nothing of a string, and one that reads strings alone prints
-        a list of parts as Python or JSON writes it, or fails. Which it is cannot be read off a program: both are tried.
+        A template that reads content only as parts shows nothing of a string. A template that reads content only as a
+        string fails on a list of parts, or prints it as Python or JSON. Which kinds a template reads cannot be seen
+        from its source, so both are tried.
         """
         found: dict[str, set[ContentKind]] = {"user": set(), "assistant": set()}
         words = {"user": sentinel(0), "assistant": sentinel(1)}
@@ -100,7 +100,7 @@ class ChatTemplate:
             try:
                 text = self.apply([_said(role, kind, words[role]) for role, kind in tried.items()], NO_INPUTS)
             except RowError as error:
-                if isinstance(error.__cause__, _security_error()):  # the sandbox ends it, whatever it is given
+                if isinstance(error.__cause__, _security_error()):  # the sandbox stops it for any input
                     raise
                 continue
             for role, kind in tried.items():
@@ -112,16 +112,16 @@ class ChatTemplate:
         """Return what transformers' `apply_chat_template(messages, tokenize=False)` returns.
 
         `inputs` are passed to the template as transformers passes `tools`, `documents` and further arguments. Content
-        comes in a form that the template shows: a string as one part of text where it reads parts alone, and one part
-        of text as a string where it reads strings alone.
+        is converted to a form that the template shows: a string becomes one text part if the template only reads parts,
+        and one text part becomes a string if it only reads strings.
 
-        Raises RowError when the template refuses the messages, does not read one of the inputs, leaves out a message
-        of a role that it does not know, or gives a text that is the same without the last message's content.
+        Raises RowError if the template refuses the messages, does not read one of the inputs, leaves out a message
+        whose role it does not know, or gives the same text without the last message's content.
         """
         if unread := [name for name in inputs.given if name not in self.variables]:
             raise RowError(
-                f"{', '.join(unread)}: this model's chat template does not read what this is; the reward would be the "
-                "same without, so leave it out of the row"
+                f"{', '.join(unread)}: this model's chat template does not read it, so the reward would not depend on "
+                "it; leave it out of the row"
             )
         messages = self.as_read(messages)
         text = self.apply(messages, inputs)
@@ -130,7 +130,7 @@ class ChatTemplate:
         return text
 
     def apply(self, messages: Sequence[Message], inputs: TemplateInputs = NO_INPUTS) -> str:
-        """Return the text, whatever it leaves out; raises RowError where the template refuses the messages."""
+        """Return the rendered text without checking that nothing is left out; raise RowError if the template fails."""
         variables = {
             **self._special_tokens,
             **inputs.options,
@@ -145,7 +145,7 @@ class ChatTemplate:
             raise RowError(f"the chat template refuses this conversation: {_one_line(error)}") from error
 
     def as_read(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the messages with their content in a form that the template shows; raises RowError."""
+        """Return the messages with their content in a form that the template shows. Raises RowError."""
         return [self._as_read(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
     def _as_read(self, message: Message, where: str) -> Message:
@@ -158,10 +158,11 @@ class ChatTemplate:
         return message
 
     def _check_shape(self, messages: Sequence[Message], inputs: TemplateInputs) -> None:
-        """Raise RowError where the template leaves out the last message, or one of a role that templates rarely know.
+        """Raise RowError if the template leaves out the last message, or one with an uncommon role.
 
-        Those get a word that stands nowhere else for their content, and the word is looked for. What a template shows
-        depends on the shape of a conversation, so each shape is tried once.
+        The content of these messages is replaced by a unique word, and the rendered text is searched for it. What a
+        template shows depends on the shape of a conversation (roles, kinds of content, fields), so each shape is tried
+        once.
         """
         last = len(messages) - 1
         shape = (
@@ -183,7 +184,7 @@ class ChatTemplate:
             tried[index] = {**messages[index], **_said(messages[index]["role"], kind, word)}
         try:
             text = self.apply(tried, inputs)
-        except RowError:  # a template may be particular about what stands there: then the content itself is looked at
+        except RowError:  # the template may check the content: then look for the content itself
             text = self.apply(messages, inputs)
             words = {index: content_string(messages[index], "").strip() for index in words}
         for index, word in words.items():
@@ -194,10 +195,10 @@ class ChatTemplate:
         self._shown.add(shape)
 
     def _check_answer(self, messages: Sequence[Message], inputs: TemplateInputs, text: str) -> None:
-        """Raise RowError where the text is the same without the last message's content, or without its tool calls."""
+        """Raise RowError if the text is the same without the last message's content, or without its tool calls."""
         answer, index = messages[-1], len(messages) - 1
         content, calls = answer.get("content"), answer.get("tool_calls")
-        if not calls and isinstance(content, str) and content.strip() in text:  # of no content, too
+        if not calls and isinstance(content, str) and content.strip() in text:  # also true of empty content
             return
         without: list[tuple[str, Message]] = []
         if _says_something(answer):
@@ -208,7 +209,7 @@ class ChatTemplate:
         for part, message in without:
             try:
                 same = self.apply([*messages[:-1], message], inputs) == text
-            except RowError:  # not without it
+            except RowError:  # the template requires it, and so reads it
                 continue
             if same:
                 raise RowError(_left_out(answer, index, part))
@@ -220,9 +221,9 @@ def _says_something(message: Message) -> bool:
 
 
 def content_string(message: Message, where: str) -> str:
-    """Return a message's content as one string, or raise RowError where it is not one.
+    """Return a message's content as one string, or raise RowError if it is not one.
 
-    For templates and formats that know no parts: how several parts would be joined is nowhere said.
+    This is for templates and formats that do not read parts: nothing says how several parts would be joined.
     """
     content = message.get("content")
     if content is None:
@@ -246,7 +247,7 @@ def _said(role: str, kind: ContentKind, text: str) -> Message:
 
 
 def sentinel(index: int) -> str:
-    """Return a word that stands in no conversation, and that no filter of a template changes."""
+    """Return a word that occurs in no conversation, and that no filter of a template changes."""
     return f"Rewardrtword{index}q7x"
 
 
@@ -259,7 +260,7 @@ def _left_out(message: Message, index: int, part: str = "") -> str:
 
 
 def _without_none(message: Message) -> Message:
-    """Return the message as transformers shows it to a template: no null, and the reasoning under each of its names."""
+    """Return the message as transformers gives it to a template: no nulls, and the reasoning under all its names."""
     message = {name: value for name, value in message.items() if value is not None}
     for name in ("reasoning_content", "thinking", "reasoning"):
         if name in message:
@@ -279,7 +280,7 @@ def _one_line(error: BaseException) -> str:
 
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    """Return the environment in which transformers 5.23 renders chat templates."""
+    """Return the Jinja environment in which transformers 5.23 renders chat templates, with limits added."""
     import jinja2
     from jinja2 import ext, nodes, parser, utils
 
@@ -301,7 +302,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     class Namespace(utils.Namespace):
         """Jinja's `namespace`, closed to names that reach Python's own attributes."""
 
-        def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=...)` works
+        def __init__(*args: Any, **kwargs: Any) -> None:  # no named `self`, so that `namespace(self=...)` works
             attributes = dict(*args[1:], **kwargs)
             for name in attributes:
                 Namespace.check_name(name)

@@ -1,4 +1,4 @@
-"""Fields of other formats that hold text: what they are called here, and which of them a row leaves unread."""
+"""Text fields of other formats: their names here, and which of a row's fields are not read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _TURNS = "messages, each with role and content"
-# By the name that other formats give it: what the field is called here.
+# Name of a field in other formats -> its name here.
 NAMES: dict[str, str] = {
     **dict.fromkeys(("question", "query", "instruction", "problem", "user", "human", "user_input"), "prompt"),
     **dict.fromkeys(
@@ -27,12 +27,12 @@ NAMES: dict[str, str] = {
 
 
 def unread(row: Mapping[str, Any]) -> list[str]:
-    """Return the names above under which a row holds text, which nothing reads."""
+    """Return the names from NAMES under which a row has text; no field of that name is read."""
     return [name for name in NAMES if row.get(name) and isinstance(row[name], str | list)]
 
 
 def advice(row: Mapping[str, Any], found: list[str]) -> str:
-    """Say of a row that cannot be scored what its other text fields are called here; `found` are those that count."""
+    """For a row that cannot be scored, say what its other text fields are called here; `found` are the fields read."""
     if found == ["chosen", "rejected"]:
         return "; chosen and rejected that are strings need the prompt that they answer"
     if names := unread(row):

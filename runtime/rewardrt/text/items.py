@@ -1,7 +1,7 @@
-"""What is scored: one text of a row, checked, before it is rendered.
+"""What is scored: one text of a row, checked but not yet rendered.
 
 An item is a text that is scored exactly as sent, a conversation that ends with the assistant's answer, two answers to
-one prompt, or the steps of an answer. A server's client may also send token ids.
+one prompt, or the steps of an answer. Clients of a server may also send token ids.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rewardrt.text.chat_template import NO_INPUTS, Message, TemplateInputs
 
 @dataclass(frozen=True)
 class RawText:
-    """A text that is scored exactly as sent; on request with the special tokens that the tokenizer itself adds."""
+    """A text that is scored exactly as sent; with `special_tokens`, the tokenizer adds its own special tokens."""
 
     text: str
     special_tokens: bool = False
@@ -24,7 +24,7 @@ class RawText:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What came before, and the assistant's answer to it. A prompt that is a string is one user turn."""
+    """A prompt and the assistant's answer to it. A prompt that is a string is one user turn."""
 
     prompt: str | tuple[Message, ...]
     answer: Message
@@ -32,13 +32,13 @@ class Conversation:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The whole conversation, the answer last."""
+        """The whole conversation; the answer is the last message."""
         return (*as_turns(self.prompt), self.answer)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, in the order in which a model that compares them reads them."""
+    """Two answers to one prompt, in the order in which a model that compares answers reads them."""
 
     first: Conversation
     second: Conversation
@@ -46,9 +46,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Steps:
-    """What came before, and the steps of the assistant's answer to it, for a reward each.
+    """A prompt and the steps of the assistant's answer, each of which gets a reward.
 
-    `response` is the answer as a whole where the row has it: what models score that reward no steps.
+    `response` is the whole answer, if the row has it; models that do not reward steps score it instead.
     """
 
     prompt: str | tuple[Message, ...]
@@ -59,22 +59,22 @@ class Steps:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """A text that comes as token ids, which are scored as they are."""
+    """A text sent as token ids, which are scored unchanged."""
 
     ids: tuple[int, ...]
 
 
-Item = RawText | Conversation | Pair | Steps  # what is rendered
+Item = RawText | Conversation | Pair | Steps  # inputs that are rendered to text
 Input = Item | TokenIds
 
 
 def as_turns(prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:
-    """Return the messages that a prompt stands for."""
+    """Return a prompt as messages: a string becomes one user turn."""
     return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
 
 
 def check_string(value: object, where: str) -> str:
-    """Return `value` if it is a string that can be encoded, or raise RowError naming the place."""
+    """Return `value` if it is a string that UTF-8 can encode, or raise RowError naming its place in the row."""
     if not isinstance(value, str):
         raise RowError(f"{where}: expected a string, found {type(value).__name__}")
     try:
@@ -82,14 +82,14 @@ def check_string(value: object, where: str) -> str:
     except UnicodeEncodeError as error:
         found = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start + 1}"
         raise RowError(f"{where}: expected text that can be encoded as UTF-8, found {found}") from None
-    return str.__str__(value)  # a subclass would bring its own methods into the template's sandbox
+    return str.__str__(value)  # a subclass could bring methods of its own into the template's sandbox
 
 
 def check_messages(value: object, where: str) -> tuple[Message, ...]:
-    """Return a copy of a list of messages if it is one, or raise RowError naming the place.
+    """Return a copy of a valid list of messages, or raise RowError naming the place of the fault.
 
-    A message is an object with the string `role` and with `content`: a string, a list of parts of text, or null (or not
-    there) beside `tool_calls`. What else it holds is passed on to the template.
+    A message is an object with a string `role` and a `content`: a string or a list of text parts. With `tool_calls`,
+    content may also be null or missing. Other fields are passed on to the template.
     """
     if not isinstance(value, list | tuple):
         raise RowError(f"{where}: expected a list of messages, found {type(value).__name__}")
@@ -116,7 +116,7 @@ def _check_message(value: object, where: str) -> Message:
 
 
 def _says_otherwise(message: Message, name: str) -> bool:
-    """Whether a message may do without a field: content, where it calls tools."""
+    """Whether a message may lack this field: `content` may be missing if the message calls tools."""
     return name == "content" and bool(message.get("tool_calls"))
 
 
@@ -138,7 +138,7 @@ def _check_content(value: object, where: str) -> str | list[dict[str, str]]:
 
 
 def check_json(value: object, where: str) -> Any:
-    """Return a copy of a value that is made of JSON's types alone, or raise RowError naming the place."""
+    """Return a copy of a value made only of JSON types, or raise RowError naming the place."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
@@ -147,5 +147,5 @@ def check_json(value: object, where: str) -> Any:
 
 
 def utf8_bytes(text: str) -> int:
-    """Return how many bytes a text has in UTF-8, a lone surrogate counted as three."""
+    """Return the length of a text in UTF-8 bytes, counting a lone surrogate as three."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

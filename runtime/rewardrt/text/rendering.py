@@ -1,4 +1,4 @@
-"""From one item to the string that is tokenized. Token ids are `tokens`' business."""
+"""From one item to the string that is tokenized. `tokens` then makes token ids of it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from rewardrt.text.chat_template import ChatTemplate, Message, TemplateInputs, c
 from rewardrt.text.items import Conversation, Item, Pair, RawText, Steps, as_turns, check_string
 
 READS_NO_INSTRUCTION = "instruction: this model reads none; put it into the prompt, as the model was trained to read it"
-# What a format has a place for.
+# The placeholders of a format.
 PLACEHOLDER = re.compile(r"(\{prompt\}|\{response\}|\{instruction\}|\{first\}|\{second\})")
 
 
 @dataclass(frozen=True)
 class RenderedText:
-    """The string to tokenize, and whether it is to be tokenized with nothing added."""
+    """The string to tokenize. `is_raw` means that it was sent as `text`, and the text rule adds nothing to it."""
 
     text: str
     is_raw: bool
     pair: str | None = None  # the second text, for models that read a pair
     prompt: str | None = None  # the first message alone, for models that read at its end
     special_tokens: bool = False  # whether raw text gets the tokenizer's own special tokens
-    steps: int | None = None  # how many the row has; None where it does not say
-    # Says where the answer stands in `text`, from and to which character, or None where that cannot be told. Asked of a
-    # text that is too long alone, since it is rendered once more for it.
+    steps: int | None = None  # number of steps in the row; None if unknown, as for raw text
+    # Returns the answer's start and end offset in `text` in characters, or None if it cannot be found. It is only
+    # called for texts that are too long, because it renders the text again.
     find_answer: Callable[[], tuple[int, int] | None] | None = None
-    # Texts that are tokenized each by itself, one after the other; together they are `text`. Of the step layout
-    # "apart": what comes before the response, then each step and its step token.
+    # Texts that are tokenized separately; joined, they are `text`. With the step layout "apart" they are the text
+    # before the response, then each step and its step token.
     pieces: tuple[str, ...] = ()
 
 
 class Renderer:
-    """Applies a model's text rule to items, up to the string."""
+    """Applies a model's text rule to items, up to the string that is tokenized."""
 
     def __init__(self, rule: TextRule, template: ChatTemplate | None, *, with_prompt: bool = False) -> None:
         if rule.source == "chat_template" and template is None:
@@ -47,7 +47,7 @@ class Renderer:
         self._with_prompt = with_prompt
 
     def render(self, item: Item) -> RenderedText:
-        """Return the string that is tokenized for this item, or raise RowError."""
+        """Return the string to tokenize for this item, or raise RowError."""
         if isinstance(item, RawText):
             return RenderedText(item.text, is_raw=True, special_tokens=item.special_tokens)
         self._instruction((item.first if isinstance(item, Pair) else item).inputs)
@@ -76,7 +76,7 @@ class Renderer:
         )
 
     def _finish(self, text: str) -> str:
-        """Take out, strip and append what the rule says."""
+        """Remove, strip and append what the text rule says."""
         text = text.replace(self._rule.remove, "").rstrip(self._rule.strip_tail)
         end = self._rule.append_if_missing
         if end and not text.endswith(end):
@@ -84,7 +84,7 @@ class Renderer:
         return text + self._rule.close
 
     def _find_answer(self, shown: Conversation | Pair, text: str) -> tuple[int, int] | None:
-        """Return where the answer stands in its text: between what stays the same with another answer."""
+        """Return the answer's character offsets in its text: the part that changes if the answer is replaced."""
         if isinstance(shown, Pair):
             return None
         word = sentinel(0)
@@ -92,13 +92,13 @@ class Renderer:
         answer = {**shown.answer, "content": [{"type": "text", "text": word}] if parts else word}
         try:
             before, found, after = self._finish(self._join(replace(shown, answer=answer))).partition(word)
-        except RowError:  # a template may be particular about what stands there
+        except RowError:  # the template may check the answer's content
             return None
         same = found and text.startswith(before) and text[len(before) :].endswith(after)
         return (len(before), len(text) - len(after)) if same else None
 
     def _instruction(self, inputs: TemplateInputs) -> str:
-        """Return the instruction that the model reads with this row; "" of one that reads none."""
+        """Return the instruction for this row, or "" for a model that reads none. Raises RowError."""
         if not self._rule.takes_instruction:
             if inputs.instruction is not None:
                 raise RowError(READS_NO_INSTRUCTION)
@@ -116,9 +116,9 @@ class Renderer:
         return bool(self._rule.step_token)
 
     def conversation(self, item: Conversation | Steps) -> Conversation:
-        """Return what the model is shown of this item: its steps as the rule lays them out.
+        """Return the conversation that the model reads for this item, with steps laid out by the text rule.
 
-        Raises RowError for an answer in one piece where the model rewards steps, and the other way around.
+        Raises RowError if the model rewards steps and the answer is in one piece, or the other way around.
         """
         if isinstance(item, Conversation):
             if self.rewards_steps:
@@ -136,7 +136,7 @@ class Renderer:
         token = self._rule.step_token
         if self._rule.step_layout != "turns":
             for index, step in enumerate(item.steps):
-                # Two spaces are one token, and the step token another one than the model knows.
+                # Two spaces in a row would become one token, and the step token would no longer be found.
                 if token[0].isspace() and step[-1:].isspace():
                     raise RowError(f"steps[{index}]: ends with white space, which runs into the step token {token!r}")
             response = "".join(step + token for step in item.steps)
@@ -144,7 +144,8 @@ class Renderer:
         *before, last = as_turns(item.prompt)
         if last["role"] != "user":
             raise RowError(
-                f"this model reads steps as turns of the user, after the user's; found {last['role']!r} before"
+                f"this model reads the steps as the user's turns: expected a prompt that ends with role 'user', found "
+                f"{last['role']!r}"
             )
         first = {**last, "content": f"{content_string(last, 'prompt')} {item.steps[0]}"}
         users = [first, *({"role": "user", "content": step} for step in item.steps[1:])]
@@ -163,7 +164,7 @@ class Renderer:
         return self._fill("{prompt}{response}" if self._rule.source == "concatenate" else self._rule.format, item)
 
     def inputs(self, item: Conversation | Pair | Steps) -> TemplateInputs:
-        """Return what the chat template is given beside the messages: the instruction, too, where it reads that."""
+        """Return what the chat template is given besides the messages, including the instruction if it reads one."""
         inputs, name = (item.first if isinstance(item, Pair) else item).inputs, self._rule.instruction_variable
         if not name or name in inputs.options:
             return inputs
@@ -179,7 +180,7 @@ class Renderer:
         return ({"role": "user", "content": self._fill(self._rule.format, shown)},)
 
     def _fill(self, format: str, item: Conversation | Pair) -> str:
-        """Put prompt and answers into the places that a format has for them."""
+        """Fill prompt and answers into a format's placeholders."""
         conversation = item.first if isinstance(item, Pair) else item
         if self._prompt_template is None:
             prompt, answer = self._strings(conversation)
@@ -192,7 +193,7 @@ class Renderer:
         if isinstance(item, Pair):
             second = content_string(item.second.answer, "the second answer")
             values = {"{prompt}": prompt, "{first}": answer, "{second}": second}
-        # Split first: what the texts hold is not looked at for placeholders.
+        # Split the format first, so that placeholders inside the texts are not replaced.
         parts = PLACEHOLDER.split(format)
         return "".join(values.get(part, part) for part in parts)
 
@@ -201,7 +202,7 @@ class Renderer:
         return content_string(first, "messages[0]") if self._template is None else self._template.render((first,))
 
     def _strings(self, item: Conversation) -> tuple[str, str]:
-        """Return prompt and answer of a conversation of one round, for models that know no other."""
+        """Return prompt and answer of a conversation of one round. Raises RowError for longer conversations."""
         if item.inputs.given:
             raise RowError(f"{', '.join(item.inputs.given)}: this model has no chat template to read it; leave it out")
         answer = content_string(item.answer, "the answer")

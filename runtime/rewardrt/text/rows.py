@@ -1,4 +1,4 @@
-"""The row contract: which objects can be scored, and what scoring adds to them.
+"""The row contract: which objects can be scored, and which fields scoring adds to them.
 
 | row in | fields added to the row out |
 | --- | --- |
@@ -7,16 +7,18 @@
 | `prompt` or `messages`, with `chosen` and `rejected` | `chosen_reward`, `rejected_reward`, `margin` |
 | `prompt` or `messages`, with `steps`; `text` with step tokens | `step_rewards`; `reward` if they are aggregated |
 
-The last is for models that reward steps, and the only one but `text` that they take. There `steps` may have `response`
-beside it, or `messages` that end with the answer: the answer as a whole, which is what other models score.
+The last kind of row, and `text`, are the only ones for models that reward steps (process reward models). A row with
+`steps` may also contain the whole answer, as `response` or as the last of its `messages`; other models score that.
 
-Beside messages or a prompt a row may have `tools` and `documents` (lists of objects) and `chat_template_kwargs` (an
-object): the chat template gets them, as TRL and transformers pass them on. A field that would change the text in a way
-that this contract has no place for is refused by its name; all other fields are the user's own, and stay in the row.
+With messages or a prompt, a row may have `tools` and `documents` (lists of objects) and `chat_template_kwargs` (an
+object). They are passed to the chat template, as TRL and transformers do. A field that would change the text in a way
+that this contract does not support is refused by name. All other fields belong to the user and stay in the row.
 
-A model that compares answers takes the rows with several, and adds `comparisons` to `responses` (see `pairwise`).
-Always `tokens` and `truncated`, and `objectives` where they are asked for: an object, or a list of one for each text.
-A row that can't be scored gets `error` instead. A field that is null is not there.
+A model that compares answers takes only rows with several answers, and adds `comparisons` to `responses` (see
+`pairwise`).
+
+Every scored row also gets `tokens` and `truncated`, and on request `objectives`: an object, or a list with one object
+for each text. A row that cannot be scored gets `error` instead. A field that is null counts as missing.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from rewardrt.text.items import (
 
 INPUT_FIELDS = ("text", "messages", "prompt", "response", "responses", "chosen", "rejected")
 TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # given to the chat template
-# Fields of requests and data sets that stand for a change of the text which is not made here.
+# Fields of requests and data sets that would change the text elsewhere, and that are not supported here.
 REFUSED_FIELDS = {
     "system": "put it first in `messages`, as the role system",
     "system_prompt": "put it first in `messages`, as the role system",
@@ -71,10 +73,10 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Row:
-    """A row's texts to score: one, or one for each of `responses`, or chosen and rejected in this order.
+    """A row's texts to score: one text, one for each of `responses`, or chosen and rejected in this order.
 
-    Of a model that compares, `compare` says what: with "texts" the items are all ordered pairs of the answers, with
-    "vectors" they are the answers.
+    For a model that compares answers, `compare` says what the items are: with "texts" all ordered pairs of the answers,
+    with "vectors" the answers.
     """
 
     kind: Literal["single", "ranking", "pair"]
@@ -83,12 +85,12 @@ class Row:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """The two answers of each item, by index, where the items are pairs: (0, 1), (0, 2), ... (1, 0), ..."""
+        """The indices of the two answers in each item, if the items are pairs: (0, 1), (0, 2), ... (1, 0), ..."""
         answers = (1 + math.isqrt(1 + 4 * len(self.items))) // 2
         return list(itertools.permutations(range(answers), 2)) if self.compare == "texts" else []
 
     def label(self, index: int) -> str:
-        """Return the field of the text at this index, to begin a message with; "" where there is only one."""
+        """Return the field name of the text at this index, as a message's prefix; "" if there is only one text."""
         if self.kind == "single":
             return ""
         if self.compare == "texts":
@@ -102,7 +104,7 @@ class Row:
 def parse_row(row: object) -> Row:
     """Return the texts of a row that has exactly one of the shapes above, or raise RowError.
 
-    `chosen` and `rejected` may be lists of messages as TRL writes them: what follows the prompt, or a whole
+    `chosen` and `rejected` may be lists of messages as TRL writes them: the messages after the prompt, or a whole
     conversation. A list that begins with the prompt's own messages is a whole conversation.
     """
     if not isinstance(row, dict):
@@ -126,7 +128,10 @@ def parse_row(row: object) -> Row:
 
 
 def _template_inputs(row: dict[str, Any]) -> TemplateInputs:
-    """Return what the row gives the chat template; `tools` may be JSON in a string, as columns of data sets have it."""
+    """Return what the row gives the chat template.
+
+    `tools` and `documents` may be strings of JSON, as in data set columns.
+    """
     if not any(row.get(name) for name in TEMPLATE_FIELDS) and row.get("instruction") is None:
         return NO_INPUTS
     lists: dict[str, list[dict[str, Any]] | None] = {}
@@ -184,7 +189,7 @@ def _parse_answers(row: dict[str, Any], given: list[str]) -> Row:
 
 
 def _may_have_steps(row: dict[str, Any], found: list[str]) -> bool:
-    """Whether `steps` means steps here; beside other fields that are scored it is the user's own business."""
+    """Whether `steps` means the steps of an answer; in rows of other shapes it is a field of the user's own."""
     one_answer = found in (["prompt"], ["messages"], ["prompt", "response"], ["messages", "response"])
     return found == ["prompt"] or (one_answer and isinstance(row["steps"], list | tuple))
 
@@ -215,7 +220,7 @@ def _raw_text(value: object) -> RawText:
 
 
 def _prompt(row: dict[str, Any], name: str) -> str | tuple[Message, ...]:
-    """Return what the answers answer. Only `prompt` may be a string, which is one user turn."""
+    """Return the prompt: a string (one user turn, only as `prompt`) or messages that do not end with the assistant."""
     value = row[name]
     if name == "prompt" and isinstance(value, str):
         if not value:

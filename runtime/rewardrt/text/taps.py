@@ -1,4 +1,4 @@
-"""Where a model's states are read in a text: the positions that each tap of the spec finds among token ids."""
+"""The positions at which a model's hidden states are read: each tap of the spec, applied to token ids."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ Ids = npt.NDArray[np.int64]
 
 
 def tap_positions(ids: Ids, taps: Sequence[Tap], prompt: int | None = None) -> Ids:
-    """Return the index into `ids` ([tokens] int64, no padding) that each tap reads; for `all_ids` one per occurrence.
+    """Return the index into `ids` that each tap reads, int64 [taps]; for `all_ids` one index per occurrence.
 
-    `prompt` is how many tokens the first message has. Raises RowError when a tap finds nothing to read in this text.
+    `ids` is [tokens] int64 without padding. `prompt` is the number of tokens of the first message. Raises RowError if a
+    tap finds nothing to read in this text.
     """
     return np.concatenate([_find(ids, tap, prompt) for tap in taps])
 
 
 def _find(ids: Ids, tap: Tap, prompt: int | None) -> Ids:
-    """Apply one tap's rule, as spec.Tap states it.
+    """Apply one tap's rule; the rules are defined in spec.Tap.
 
-    last_not_id is transformers' `*ForSequenceClassification` now, before_first_id the same before its pull request
-    35911: modulo the length, as torch did, so that a match at 0 wraps to the last token, where no match ends too.
+    last_not_id is what transformers' `*ForSequenceClassification` does now. before_first_id is what it did before pull
+    request 35911: index of the first match minus 1, modulo the length. So a match at 0 reads the last token, as does a
+    text without a match.
     """
     last = len(ids) - 1
     if tap.rule in ("last_mask", "mean"):
@@ -58,7 +60,7 @@ def _find(ids: Ids, tap: Tap, prompt: int | None) -> Ids:
 
 
 def run_starts(ids: Ids, pattern: Sequence[int]) -> Ids:
-    """Return where every run of `pattern` begins in ids."""
+    """Return the index of the first token of every occurrence of `pattern` in `ids`, int64."""
     padded = np.concatenate([ids, np.full(len(pattern), -1)])  # no id is negative
     windows = np.lib.stride_tricks.sliding_window_view(padded, len(pattern))
     return np.flatnonzero((windows == np.array(pattern)).all(axis=1)).astype(np.int64)

@@ -1,9 +1,10 @@
-"""The sandbox of chat templates, with bounds on what one rendering may take.
+"""The sandbox of chat templates, with limits on the time and memory of one rendering.
 
-A template is a program from the bundle. Jinja has no unbounded loop, but loops in loops, macros that call themselves
-and `'x' * 10**10` take all time or memory there is. What a rendering does is charged here: steps (loop turns, calls,
-filters) and the size of every value that is made of others. What could make much of little in one operation is refused
-before. The limits are far above what a template needs for the conversation that it got.
+A chat template is a program from the bundle. Jinja has no unbounded loop, but nested loops, recursive macros and
+expressions such as `'x' * 10**10` can take any amount of time or memory. So each rendering has a budget of steps (loop
+iterations, calls, filters) and of characters (the size of every value that it builds). An operation that could build a
+large value from small ones is checked before it runs. The limits are far above what a template needs for its
+conversation.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 STEPS = 5_000_000
-SIZE = 2**27  # characters that are made, beside so many for each that was given:
-SIZE_PER_INPUT = 64  # and two more for each message
-ITEM = 64  # characters that an item of a list counts for
-SECONDS = 5.0  # of this thread's own time on a processor
-LARGEST_NUMBER = 100_000  # of columns, characters, digits, parts
-LARGEST_BITS = 100_000  # of an integer
+SIZE = 2**27  # characters that may be built; to these are added, for each character of the input:
+SIZE_PER_INPUT = 64  # characters, and 2 more for each message
+ITEM = 64  # characters that each item of a list or mapping counts as
+SECONDS = 5.0  # CPU time of the rendering thread
+LARGEST_NUMBER = 100_000  # largest argument that counts columns, characters, digits or parts
+LARGEST_BITS = 100_000  # largest integer, in bits
 
 _WIDTHS = ("center", "ljust", "rjust", "zfill", "expandtabs")
 _COUNTING_FILTERS = ("center", "indent", "batch", "slice", "round", "wordwrap", "truncate", "tojson", "urlize")
 
 
 class _Budget(threading.local):
-    """What is left to the rendering that runs in this thread."""
+    """What remains of the budget of the rendering that runs in this thread."""
 
     active = False
     steps = 0
@@ -48,15 +49,15 @@ _left = _Budget()
 
 
 class LimitedTemplate(Template):
-    """A template of which each rendering has limits of its own."""
+    """A template whose every rendering has a budget of its own."""
 
     def render(self, *args: Any, **kwargs: Any) -> str:
-        """Render the template. Raises SecurityError, beside what Jinja raises, when it takes too much."""
+        """Render the template. Raises what Jinja raises, and SecurityError if the rendering exceeds its budget."""
         given = dict(*args, **kwargs)
         before = dict(_left.__dict__)
         messages = given.get("messages")
         share = SIZE_PER_INPUT + 2 * (len(messages) if isinstance(messages, list | tuple) else 0)
-        _left.active = False  # what is given is measured without a limit
+        _left.active = False  # measure the input without a limit
         size = SIZE + share * measure(given)
         _left.__dict__.update(active=True, steps=STEPS, size=size, until=time.thread_time() + SECONDS, checked=STEPS)
         try:
@@ -67,7 +68,7 @@ class LimitedTemplate(Template):
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox, whose templates cannot take unbounded time or memory; it renders as that does."""
+    """Jinja's immutable sandbox with limits on time and memory; within the limits it renders the same text."""
 
     template_class = LimitedTemplate
     intercepted_binops = frozenset(("*", "**", "%", "+", "-"))
@@ -83,7 +84,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return parsed
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute what an operator makes, unless that would be too much."""
+        """Apply a binary operator, unless its result would be too large."""
         _charge(1)
         for one, other in ((left, right), (right, left)):
             if operator == "*" and isinstance(one, str | list | tuple) and isinstance(other, int):
@@ -97,9 +98,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return _made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call what a template calls, unless that would make too much."""
+        """Call what the template calls, unless its result would be too large."""
         _charge(1 + sum(len(value) for value in args if isinstance(value, list | tuple | dict | range)))
-        if __obj is __self.globals.get("lipsum"):  # random text, as much as is asked for
+        if __obj is __self.globals.get("lipsum"):  # Jinja's generator of random text of any length
             _check_numbers([option * 1000 for option in (*args, *kwargs.values()) if isinstance(option, int)])
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps the format methods
         text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
@@ -111,7 +112,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Filters(dict[str, Callable[..., Any]]):
-    """Filters by name, each within the limits, those that are put in later too."""
+    """Filters by name, each wrapped with the limits, including filters that are added later."""
 
     def __init__(self, filters: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__({name: _limited_filter(name, call) for name, call in filters.items()})
@@ -122,7 +123,7 @@ class _Filters(dict[str, Callable[..., Any]]):
 
 
 class _Charging(NodeTransformer):
-    """Has a template say what it does: every turn of a loop, and every value that it makes of others."""
+    """Rewrite a template so that it charges for every loop iteration and for every value that it builds."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -154,7 +155,7 @@ def _through(node: nodes.Expr, name: str) -> nodes.Filter:
 
 
 def measure(value: Any) -> int:
-    """Return the size of a value, all the way down, in characters; stops once it is more than may be made."""
+    """Return the size of a value in characters, including nested values; stop early above the remaining budget."""
     if isinstance(value, str):
         return len(value)
     most = _left.size if _left.active else None
@@ -187,13 +188,13 @@ def _charge(steps: int) -> None:
 
 
 def _claim(size: int) -> None:
-    """Refuse what would be made if it is more than may be; nothing is charged."""
+    """Raise SecurityError if a value of this size would exceed the budget; charge nothing."""
     if _left.active and size > _left.size:
-        raise SecurityError("it makes too much text of what it was given")
+        raise SecurityError("it makes too much text for the size of its input")
 
 
 def _made(value: Any) -> Any:
-    """Charge for a value that was made, and return it."""
+    """Charge for a value that was built, and return it."""
     if _left.active and isinstance(value, str | bytes | list | tuple | Mapping):
         size = measure(value)
         _claim(size)
@@ -203,7 +204,7 @@ def _made(value: Any) -> Any:
 
 @pass_context
 def _items(_: Context, value: Any) -> Any:
-    """Charge for what a loop goes through; what it is stays, so that `loop.length` and the like do."""
+    """Charge for the items that a loop goes over. The value stays as it is, so that `loop.length` and the like work."""
     if isinstance(value, list | tuple | dict | str | range):
         _charge(len(value))
     return value
@@ -216,7 +217,7 @@ def _step(_: Context, value: Any) -> Any:
 
 
 def _limited_filter(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    # Of what Jinja hands over first: the context, the environment, or nothing.
+    # Number of arguments that Jinja puts first: the context or the environment, or none.
     passed = 1 if getattr(call, "jinja_pass_arg", None) is not None else 0
 
     @functools.wraps(call)
@@ -249,7 +250,7 @@ def _limited_filter(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _joined(value: Any, separator: str) -> Any:
-    """Return what is to be joined, as a list, unless it would make too much."""
+    """Return the items to join as a list, unless joining them would build too much."""
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         _claim(measure(value) * (1 + len(separator)))
         return value
@@ -279,7 +280,7 @@ def _check_string_method(text: str, name: str, args: tuple[Any, ...], kwargs: Ma
 
 
 def _check_format(format: str, values: list[Any]) -> None:
-    """Refuse a format that asks for very wide fields, by a number in it or by one of the values."""
+    """Refuse a format with very wide fields, whether the width is a number in it or one of the values."""
     flat = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
     if any(len(number) > 5 for number in re.findall(r"\d+", format)):
         raise SecurityError("it formats a field of 100000 characters or more")

@@ -1,6 +1,6 @@
-"""From the text to the token ids that the graph gets, and the positions at which its states are read.
+"""From the text to the token ids that the graph reads, and the positions at which its hidden states are read.
 
-The only home of the `tokenizers` library. Knows nothing of batches or graphs.
+Only this module imports the `tokenizers` library. It knows nothing of batches or graphs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from rewardrt.text.items import utf8_bytes
 from rewardrt.text.rendering import PLACEHOLDER, RenderedText
 from rewardrt.text.taps import Ids, run_starts, tap_positions
 
-# The tokenizers library takes some 160 bytes of memory for each byte of text. A call of it gets texts of at most
-# BATCH_BYTES together, and one text may have LONGEST_BYTES, or BYTES_PER_TOKEN times the tokens that the model reads.
+# The tokenizers library takes about 160 bytes of memory for each byte of text. So one call gets texts of at most
+# BATCH_BYTES together. One text may have LONGEST_BYTES, or BYTES_PER_TOKEN times the model's max_length if that is
+# more.
 BATCH_BYTES = 2 * 2**20
 LONGEST_BYTES = 4 * 2**20
 BYTES_PER_TOKEN = 16
@@ -34,42 +35,42 @@ BYTES_PER_TOKEN = 16
 
 @dataclass(frozen=True)
 class EncodedText:
-    """One text as the model sees it, without padding."""
+    """One text as the model reads it, without padding."""
 
     ids: Ids  # [tokens] int64, at most max_length
     truncated: int  # tokens that were cut off
-    positions: Ids  # [taps] int64, indices into ids; of a model that rewards steps [steps], in their order
+    positions: Ids  # [taps] int64, indices into ids; [steps] in order for a model that rewards steps
     type_ids: Ids | None = None  # [tokens] int64: 0 and 1 for the two texts of a pair
 
     @property
     def needed(self) -> int:
-        """How many of the ids a causal model has to see: none after the last position that is read."""
+        """The number of ids that a causal model has to read: up to the last position that is read, inclusive."""
         return int(self.positions.max()) + 1
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is left of an encoding."""
+    """The part of an encoding that is left after a cut."""
 
     ids: Ids
     type_ids: Ids
 
 
 class Tokenizer:
-    """The bundle's tokenizer under the spec's rules for special tokens, length and positions."""
+    """The bundle's tokenizer, with the spec's rules for special tokens, length and positions."""
 
     def __init__(self, path: Path, spec: Spec) -> None:
         try:
             self._backend = Backend.from_file(str(path))
-            # A saved tokenizer may pad or cut by itself; both are the spec's business here.
+            # A saved tokenizer may pad or cut by itself; here the spec decides both.
             self._backend.no_padding()
             self._backend.no_truncation()
             self._backend.encode_special_tokens = spec.text.split_special_tokens
-            # What the tokenizer itself puts before a text, such as BOS; -1 where it puts nothing.
+            # The special token that the tokenizer itself puts before a text, such as BOS; -1 if it adds none.
             self._first_special = next(iter(self._backend.encode("", add_special_tokens=True).ids), -1)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # for an unreadable file a bare Exception, for some a panic, which is none
+        except BaseException as error:  # the library raises Exception, or for some files a panic (a BaseException)
             raise BundleError(f"{path}: not a tokenizer that this tokenizers version reads ({error})") from error
         self._spec = spec
         self._cuts = spec.text.source in ("pair", "segments")
@@ -83,18 +84,21 @@ class Tokenizer:
         return encoded
 
     def encode_whole(self, text: RenderedText) -> Ids:
-        """Return all token ids of a text, before anything is cut, put before or after them, or overwritten."""
+        """Return all token ids of a text, int64 [tokens], before the spec cuts them or adds ids before and after."""
         if text.pieces:
             return np.concatenate(self._encode_pieces(text))
         special = self.adds_special_tokens(text)
         return np.array(self._backend.encode(text.text, text.pair, add_special_tokens=special).ids, dtype=np.int64)
 
     def encode_ids(self, ids: Sequence[int], *, max_length: int | None = None) -> EncodedText:
-        """Take token ids as they are, cut to the limit. Raises RowError for an id that the tokenizer does not have."""
+        """Take token ids unchanged, cut to the limit.
+
+        Raises RowError for an id that the tokenizer or model does not have.
+        """
         if len(ids) == 0:
             raise RowError("the text has no tokens; expected at least one")
         known = min(self._backend.get_vocab_size(), self._spec.vocabulary or sys.maxsize)
-        if min(ids) < 0 or max(ids) >= known:  # before numpy sees them: they may be of any size
+        if min(ids) < 0 or max(ids) >= known:  # check before numpy does: the integers may be of any size
             wrong = str(next(each for each in ids if not 0 <= each < known))
             raise RowError(f"token id {wrong[:40]}: expected 0 to {known - 1}")
         if self._spec.input == "steps" or self._spec.reads_prompt_end:
@@ -105,14 +109,15 @@ class Tokenizer:
         return EncodedText(kept, len(ids) - len(kept), tap_positions(kept, self._spec.taps), type_ids)
 
     def pieces(self, text: RenderedText) -> list[str]:
-        """Return the part of the text that each token ends, for people: together they are the text.
+        """Split the text into one piece per token, for display; joined, the pieces are the text.
 
-        A normalizer may make one character of several, or none, and then the tokens' own places do not cover the text:
-        what is left over belongs to the token before it, and white space to the one after it.
+        A normalizer may make one character from several, or remove some, and then the tokens' own offsets do not cover
+        the text. Characters left over are added to the piece of the token before them, and white space to the one after
+        it.
         """
         encoding = self._backend.encode(text.text, add_special_tokens=self.adds_special_tokens(text))
         own = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
-        own = own or list(range(len(encoding.ids)))[-1:]  # a text of nothing but what the normalizer leaves out
+        own = own or list(range(len(encoding.ids)))[-1:]  # the normalizer removed the whole text
         cuts: dict[int, int] = {}
         end = 0
         for index, following in itertools.pairwise(own):
@@ -131,10 +136,12 @@ class Tokenizer:
     def encode_many(
         self, texts: Sequence[RenderedText], *, max_length: int | None = None
     ) -> list[EncodedText | RowError]:
-        """Encode texts in order; a text that cannot be read at every tap gives a RowError in its place.
+        """Encode texts in order.
 
-        So does one at which the tokenizer itself fails, and no other. `max_length` lowers the spec's limit, never
-        raises it.
+        A text that cannot be encoded gives a RowError in its place, and the others are not affected.
+
+        That happens if a tap finds no position to read, if a text is too long for its rule, or if the tokenizer itself
+        fails. `max_length` can lower the spec's limit (in tokens), not raise it.
         """
         limit = min(self._spec.max_length, max_length or self._spec.max_length)
         results: list[EncodedText | RowError | None] = [None] * len(texts)
@@ -168,7 +175,7 @@ class Tokenizer:
         return [self._known(result) for result in results if result is not None]
 
     def _check_size(self, size: int) -> None:
-        """Raise RowError for a text whose tokens would take more memory than any text is worth."""
+        """Raise RowError for a text whose tokens would take too much memory."""
         most = max(LONGEST_BYTES, BYTES_PER_TOKEN * self._spec.max_length)
         if size > most:
             raise RowError(
@@ -177,7 +184,7 @@ class Tokenizer:
             )
 
     def _known(self, result: EncodedText | RowError) -> EncodedText | RowError:
-        """Return the result, or an error in its place where the model has no embedding for one of its tokens."""
+        """Return the result, or a RowError if the model has no embedding for one of its tokens."""
         rows = self._spec.vocabulary
         if isinstance(result, RowError) or rows is None or result.ids.max() < rows:
             return result
@@ -188,7 +195,7 @@ class Tokenizer:
         )
 
     def _encode_batch(self, inputs: Sequence[Any], add_special_tokens: bool) -> list[Any]:
-        """Return an encoding for each text, or a RowError for one at which the library fails."""
+        """Return an encoding for each text, or a RowError for each text at which the library fails."""
         try:
             with _at_this_text():
                 return list(self._backend.encode_batch_fast(inputs, add_special_tokens=add_special_tokens))
@@ -203,9 +210,9 @@ class Tokenizer:
         ]
 
     def adds_special_tokens(self, text: RenderedText) -> bool:
-        """Whether the tokenizer's own special tokens come in.
+        """Whether the tokenizer adds its own special tokens.
 
-        Into raw text only where the model reads pairs, or where they were asked for.
+        To raw text it adds them only if the model reads pairs, or if they were requested.
         """
         if text.is_raw and text.special_tokens:
             return True
@@ -213,10 +220,10 @@ class Tokenizer:
         return rule.add_special_tokens and (rule.source == "pair" or not text.is_raw)
 
     def _cut(self, encoding: Any, limit: int) -> Any:
-        """Cut an encoding that is too long for a model of pairs as transformers' `longest_first` does.
+        """Cut an encoding of a text pair or a segment to `limit` tokens, as transformers' `longest_first` does.
 
-        The special tokens stay. Not done by the library: it also makes every combination of the parts that it cuts
-        off, in time and memory that grow with the square of the texts.
+        Special tokens are kept. The library's own truncation is not used: it also builds every combination of the parts
+        that it cuts off, which takes time and memory quadratic in the texts.
         """
         if not self._cuts or len(encoding.ids) <= limit:
             return encoding
@@ -234,7 +241,7 @@ class Tokenizer:
     def _finish(self, encoding: Any, cut: int, text: RenderedText, limit: int) -> EncodedText:
         whole = np.array(encoding.ids, dtype=np.int64)
         if text.is_raw and text.special_tokens and len(whole) > 1 and whole[0] == whole[1] == self._first_special:
-            whole = whole[1:]  # the text brought it: a second one is of no training
+            whole = whole[1:]  # the text has its own BOS, and the model was not trained on two
         ids, truncated = self._fit(whole, text, limit)
         if self._spec.input == "steps":
             positions = self._step_positions(run_starts(whole, self._spec.taps[0].ids), text, limit)
@@ -245,7 +252,7 @@ class Tokenizer:
         return EncodedText(ids, cut + truncated, positions, type_ids)
 
     def _finish_pieces(self, text: RenderedText, limit: int) -> EncodedText:
-        """Encode a text whose pieces are tokenized each by itself: where its step tokens begin is known."""
+        """Encode a text whose pieces are tokenized separately, so that the first token of each step token is known."""
         if self._spec.text.source == "segments":
             return self._finish_segments(text, limit)
         encoded = self._encode_pieces(text)
@@ -254,9 +261,9 @@ class Tokenizer:
         return EncodedText(ids, truncated, self._step_positions(ends[1::2], text, limit))
 
     def _finish_segments(self, text: RenderedText, limit: int) -> EncodedText:
-        """Encode a text whose pieces are tokenized each by itself, those with words each cut to its part of the limit.
+        """Encode a text whose segments are tokenized separately, each cut to its share of the limit.
 
-        A segment without a place for words is the same in every text, and stays whole.
+        A segment without placeholders is the same in every text, and is never cut.
         """
         special = self.adds_special_tokens(text)
         encodings = self._backend.encode_batch_fast(list(text.pieces), add_special_tokens=special)
@@ -265,14 +272,14 @@ class Tokenizer:
         if fixed and limit <= fixed:
             raise RowError(f"a limit of {limit} tokens leaves no room for text beside {fixed} that are in every text")
         limit -= fixed
-        room, first = int(self._spec.text.first_part * limit + 1e-6), True  # a share is a quotient of whole numbers
+        room, first = int(self._spec.text.first_part * limit + 1e-6), True  # 1e-6: rounding of the share
         parts: list[Ids] = []
         truncated = 0
         for whole, words in zip(encodings, with_words, strict=True):
             kept = self._cut(whole, room) if words else whole
             truncated += len(whole.ids) - len(kept.ids)
             parts.append(np.array(kept.ids, dtype=np.int64))
-            if words and first:  # the others share evenly what it leaves
+            if words and first:  # the others share the rest evenly
                 room, first = (limit - len(kept.ids)) // max(1, with_words.count(True) - 1), False
         ids = np.concatenate(parts)
         return EncodedText(ids, truncated, tap_positions(ids, self._spec.taps))
@@ -288,7 +295,7 @@ class Tokenizer:
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def _fit(self, ids: Ids, text: RenderedText, limit: int) -> tuple[Ids, int]:
-        """Put the rule's ids before and after those of the text, cut to fit; returns how many were cut as well."""
+        """Add the rule's ids before and after the text's own, cut to fit; return them and the number of tokens cut."""
         rule = self._spec.text
         if len(ids) == 0:
             raise RowError("the text has no tokens; expected at least one")
@@ -304,34 +311,34 @@ class Tokenizer:
         return ids, truncated
 
     def _cut_answer(self, ids: Ids, text: RenderedText, room: int) -> Ids:
-        """Cut tokens off the end of the answer, and keep what the rule writes after it: the reward is read there.
+        """Cut tokens off the end of the answer, and keep the text after it, where the reward is read.
 
-        `ids` have the rule's `prepend_ids` before them. Raises RowError where nothing of the answer would be left.
+        `ids` include the rule's `prepend_ids`. Raises RowError if nothing of the answer would be left.
         """
         answer = text.find_answer() if text.find_answer is not None else None
         if answer is None:
             raise RowError(
-                f"{len(ids)} tokens, {room} fit; and what of them is the answer, which could be cut, cannot be told "
-                "from what the chat template makes of it: send a shorter one"
+                f"the text has {len(ids)} tokens and {room} fit; it cannot be cut, because the answer cannot be "
+                "located in it: send a shorter one"
             )
         begin, end = answer
-        # With the places of tokens, which the batches go without: they take time.
+        # Encode again with the tokens' offsets, which `encode_many` leaves out to save time.
         special = self.adds_special_tokens(text)
         offsets = np.array(self._backend.encode(text.text, add_special_tokens=special).offsets)
         before = len(ids) - len(offsets) + int(np.searchsorted(offsets[:, 1], begin, side="right"))
         after = int((offsets[:, 1] > end).sum())
         if room - after <= before:
             raise RowError(
-                f"{before + after} tokens beside the answer, and the limit is {room}: nothing of the answer is left; "
+                f"{before + after} tokens besides the answer, and the limit is {room}: nothing of the answer is left; "
                 "send a shorter prompt"
             )
         return np.concatenate([ids[: room - after], ids[len(ids) - after :]])
 
     def _step_positions(self, begins: Ids, text: RenderedText, limit: int) -> Ids:
-        """Return where the steps' rewards are read, in ids with `prepend_ids` before them.
+        """Return where the steps' rewards are read, as indices into the final ids, which include `prepend_ids`.
 
-        `begins` says where the step tokens begin in the text's own ids before the cut. Raises RowError when there is
-        not one of them for each step, or when the cut would lose one.
+        `begins` are the indices of the step tokens in the text's own ids before the cut. Raises RowError if there is
+        not one for each step, or if the cut would lose one.
         """
         rule, offset = self._spec.text, self._spec.taps[0].offset
         if len(begins) == 0 or text.steps not in (None, len(begins)):
@@ -356,7 +363,8 @@ _ALIVE: weakref.WeakSet[Tokenizer] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    # The threads that tokenize are gone. tokenizers then goes without them, unless this says otherwise: it would wait.
+    # The tokenizing threads do not exist here. The library then works without threads, unless this variable tells it to
+    # use them; it would then wait forever.
     if list(_ALIVE) and os.environ.get("TOKENIZERS_PARALLELISM"):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -365,13 +373,13 @@ after_fork(_forked)
 
 
 def _bytes_of(text: RenderedText) -> int:
-    """Return how much the tokenizer is given for a text."""
+    """Return the number of UTF-8 bytes that the tokenizer is given for a text."""
     parts = text.pieces or (text.text, text.pair or "")
     return sum(map(utf8_bytes, parts))
 
 
 def _in_batches(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the indices in their order, in lists of texts of at most BATCH_BYTES, or of one text."""
+    """Yield the indices in order, in lists whose texts have at most BATCH_BYTES together; a longer text comes alone."""
     some: list[int] = []
     size = 0
     for index in indices:
@@ -386,9 +394,10 @@ def _in_batches(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[i
 
 @contextmanager
 def _at_this_text() -> Iterator[None]:
-    """Make what the library does at one text that text's error.
+    """Turn any failure of the library inside the block into a RowError of this text.
 
-    A panic in its Rust code is a BaseException, which no `except Exception` stops: it would end the thread, or the run.
+    A panic in the library's Rust code is a BaseException, which `except Exception` does not catch: it would end the
+    thread or the run.
     """
     try:
         yield
@@ -400,9 +409,10 @@ def _at_this_text() -> Iterator[None]:
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """Return how many tokens are left of two texts when they share `room`: the longer one is cut first.
+    """Return how many tokens of two texts are kept when they share `room` tokens: the longer text is cut first.
 
-    When both have to be, each gets half; an odd one goes to the longer, and to the second of two equally long ones.
+    If both have to be cut, each gets half. An odd token goes to the longer text, or to the second of two equally long
+    texts.
     """
     if first + second <= room:
         return first, second

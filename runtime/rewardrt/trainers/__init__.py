@@ -1,5 +1,5 @@
-"""Rewards for trainers: a module each, named after the trainer, with the callable that it takes.
+"""Rewards for trainers: one module for each trainer, named after it, with the callable that the trainer takes.
 
-`rewardrt trainer NAME` prints the file or the lines to paste. What each trainer calls, and with what, is said in its
-module; none of them is imported here.
+`rewardrt trainer NAME` prints the file or the lines to paste. Each module says what its trainer calls and with which
+arguments. No trainer is imported here.
 """

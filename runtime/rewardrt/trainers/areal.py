@@ -1,11 +1,12 @@
 """AReaL's reward function, which a workflow takes as a callable or as the string "module.name".
 
-AReaL calls it in a pool of processes with `prompt` and `completions`, both as decoded with their special tokens,
-`prompt_ids`, `completion_ids`, and the fields of the sample. It waits 15 seconds, four times, and then takes 0: use a
-server for a model that takes seconds to load. Read from AReaL 1.0.4: areal/api/reward_api.py, areal/workflow/rlvr.py.
+AReaL calls it in a pool of processes with `prompt` and `completions`, both decoded with their special tokens,
+`prompt_ids`, `completion_ids`, and the fields of the sample. It waits 15 seconds, tries four times, and then takes the
+reward 0; so use a server for a model that takes seconds to load. Read from AReaL 1.0.4: areal/api/reward_api.py,
+areal/workflow/rlvr.py.
 
-Where the sample has `messages`, they and the completion go through the bundle's chat template. Else prompt and
-completion are one text, scored as it is.
+If the sample has `messages`, they and the completion go through the bundle's chat template. Otherwise prompt and
+completion are joined to one text, which is scored as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from rewardrt.trainers.reward import TrainerReward
 
 
 class Reward(TrainerReward):
-    """The reward function of a workflow. `end` is the policy's own end of an answer, which AReaL leaves there."""
+    """The reward function of a workflow.
+
+    `end` is the policy's end of an answer, which AReaL leaves in the completion.
+    """
 
     def __init__(self, where: Any, *, end: str, **options: Any) -> None:
         super().__init__(where, end=end, **options)

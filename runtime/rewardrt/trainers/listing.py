@@ -1,4 +1,4 @@
-"""The trainers, and what each is given: the file or the lines that `rewardrt trainer NAME` prints."""
+"""The trainers, and what `rewardrt trainer NAME` prints for each: a file or a few lines."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rewardrt.errors import RewardRTError
 
 @dataclass(frozen=True)
 class Trainer:
-    """A trainer, by the name that the command knows it by.
+    """A trainer, and what to give it.
 
-    `use` says how the file is named to the trainer, `file` is the file's code, in which {where} stands for the bundle
-    or the server. `lines` need no file, but a server: {url} is its address with the route, or where the trainer takes
-    `several` their addresses, with commas.
+    `name` is the name for the command. `use` says how to name the file to the trainer. `file` is the file's code, in
+    which {where} stands for the bundle or the server. `lines` need a server but no file: {url} stands for its address
+    with `route`, or, if the trainer accepts `several`, for their addresses separated by commas.
     """
 
     name: str
@@ -88,7 +88,7 @@ TRAINERS: tuple[Trainer, ...] = (
 
 
 def find(name: str) -> Trainer:
-    """Return the trainer of this name, or raise RewardRTError naming all."""
+    """Return the trainer with this name, or raise RewardRTError listing all names."""
     found = next((trainer for trainer in TRAINERS if trainer.name == name.lower().replace("_", "-")), None)
     if found is None:
         known = ", ".join(trainer.name for trainer in TRAINERS)
@@ -97,7 +97,7 @@ def find(name: str) -> Trainer:
 
 
 def printed(trainer: Trainer, *, bundle: str | None = None, urls: Sequence[str] = ()) -> str:
-    """Return what to save as rewards.py, or the lines that need no file, for a bundle or for servers.
+    """Return the file to save as rewards.py, or the lines that need no file, for a bundle or for servers.
 
     Raises RewardRTError.
     """

@@ -1,9 +1,9 @@
 """ms-swift's reward plug-in: `--external_plugins FILE.py --reward_funcs NAME`.
 
-ms-swift makes an object of the class that the file puts into `swift.rewards.orms`, and calls it with `completions`, a
-list of strings, and the columns of the data set, `messages` among them: a conversation each, which ends with the
-completion. It wants a list of floats, in which None leaves a completion out. Read from ms-swift 4.6:
-swift/rewards/orm.py, swift/rl_core/grpo_algorithm.py.
+ms-swift makes an object of the class that the file puts into `swift.rewards.orms`. It calls the object with
+`completions`, a list of strings, and the columns of the data set. The column `messages` has one conversation for each
+completion, which ends with that completion. ms-swift expects a list of floats, in which None skips a completion. Read
+from ms-swift 4.6: swift/rewards/orm.py, swift/rl_core/grpo_algorithm.py.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def orm(where: Any, *, failed: Any = None, name: str = "rewardrt", **options: An
         def __call__(self, completions: Sequence[str], **columns: Any) -> list[float | None]:
             return self.rewards(self.conversations(completions, columns))
 
-    RewardRT.__name__ = name  # ms-swift's log knows a reward by its class
+    RewardRT.__name__ = name  # ms-swift's log shows the name of the class
     return RewardRT
 
 
 def async_orm(where: Any, *, failed: Any = None, name: str = "rewardrt", **options: Any) -> type[TrainerReward]:
-    """Return the same with a coroutine: such rewards wait for their servers together."""
+    """Return the same class with a coroutine, so that several such rewards wait for their servers together."""
 
     class AsyncRewardRT(_Rows):
         def __init__(self, args: Any = None, **_: Any) -> None:

@@ -1,7 +1,7 @@
-"""What all trainers' rewards are made of: a bundle or a server, opened where and when it first scores.
+"""The base of all trainers' rewards: a bundle or a server, opened in each process when it first scores.
 
 A trainer may pickle its reward function for every call (a pool of processes), ship it to other machines (Ray), or fork
-after it was made. So what is kept is where the rewards come from; in each process that is opened once.
+after it was made. So the object only stores where the rewards come from.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _LOG = logging.getLogger("rewardrt.trainers")
 
 
 class TrainerReward:
-    """Rewards from a bundle or a server, under the options that all trainers' rewards have."""
+    """Rewards from a bundle or a server, with the options common to all trainers."""
 
-    leaves_out: ClassVar[bool] = False  # whether the trainer leaves out a text whose reward is None
+    leaves_out: ClassVar[bool] = False  # whether the trainer skips a text whose reward is None
 
     def __init__(
         self,
@@ -52,23 +52,22 @@ class TrainerReward:
     ) -> None:
         """Say where rewards come from; nothing is opened yet.
 
-        `where`     a bundle folder, or the address of a server (several are separated by commas); or a `RewardModel`
-                    or `RewardClient` that is there already
-        `failed`    the reward of a text that cannot be scored; "raise": its error ends the call. None is for trainers
-                    that leave such a text out. A server that gives no answer is always an error
-        `chat`      whether a prompt that is a string is a user's turn, for the bundle's chat template. Else prompt and
-                    completion are one text already, which is scored as it is
-        `end`       what the policy ends its answers with, such as <|im_end|>, where the trainer leaves it in the
-                    completion: taken off of an answer that the bundle's chat template ends by itself
-        `columns`   which columns of the data set go to the chat template: some of `tools`, `documents` and
-                    `chat_template_kwargs`. Leave out one that means something else, or that the template does not read
-        `expect_sha256` the SHA-256 of the bundle's reward.json, which names those of all its files; another bundle is
-                    an error
+        `where`     a bundle folder, or the address of a server (several are separated by commas); or an existing
+                    `RewardModel` or `RewardClient`
+        `failed`    the reward of a text that cannot be scored. "raise": its error ends the call. None: for trainers
+                    that skip such a text. A server that does not answer always raises
+        `chat`      whether a string prompt is a user turn for the bundle's chat template. Otherwise a string prompt
+                    and a string completion are joined to one text, which is scored as it is
+        `end`       the text with which the policy ends its answers, such as <|im_end|>, if the trainer leaves it in
+                    the completion. It is removed from answers to which the bundle's chat template adds its own end
+        `columns`   the columns of the data set that are given to the chat template: some of `tools`, `documents` and
+                    `chat_template_kwargs`. Leave out one that means something else or that the template does not read
+        `expect_sha256` the SHA-256 of the bundle's reward.json, which covers all its files; another bundle is an error
         `normalize`, `aggregate`  as in `RewardModel.score_many`
-        `name`      what the trainer's log calls the reward
-        `options`   those of `RewardModel.load` or `RewardClient`
+        `name`      the name of the reward in the trainer's log
+        `options`   further options of `RewardModel.load` or `RewardClient`
 
-        Raises RewardRTError for options that are none.
+        Raises RewardRTError for invalid options.
         """
         if failed is None and not self.leaves_out:
             raise RewardRTError('failed=None: this trainer wants a number for every text; give a number, or "raise"')
@@ -84,7 +83,7 @@ class TrainerReward:
         self._normalize, self._aggregate = normalize, aggregate
 
     def open(self) -> RewardSource:
-        """Return the bundle or the client, opened once in each process. Raises RewardRTError."""
+        """Return the bundle or the client, which is opened once in each process. Raises RewardRTError."""
         source = self._where if isinstance(self._where, RewardSource) else _opened(self._where, self._options)
         if source.input == "pairwise":
             raise RewardRTError(
@@ -96,13 +95,13 @@ class TrainerReward:
         return source
 
     def rewards(self, rows: Sequence[Mapping[str, Any] | RowError]) -> list[Any]:
-        """Return the rewards of rows of one text each; an error that is given stands for its row."""
+        """Return the rewards of rows with one text each; an error among the rows counts as a failed text."""
         good = [dict(row) for row in rows if not isinstance(row, RowError)]
         return self._settled(rows, self.open().score_rows(good, normalize=self._normalize, aggregate=self._aggregate))
 
     async def arewards(self, rows: Sequence[Mapping[str, Any] | RowError]) -> list[Any]:
-        """Do what `rewards` does, while the event loop goes on."""
-        import asyncio  # a sixth of this package's import time, and not everybody's
+        """Do what `rewards` does without blocking the event loop."""
+        import asyncio  # a sixth of this package's import time, and rarely needed
 
         good = [dict(row) for row in rows if not isinstance(row, RowError)]
         source = await asyncio.to_thread(self.open)
@@ -112,8 +111,9 @@ class TrainerReward:
     def row(self, prompt: Any, completion: Any, columns: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the row of a prompt and its completion, each a string or a list of messages.
 
-        Two strings are one text, unless `chat` is set. `columns` are those of the data set, for this sample: what the
-        chat template reads is given to it, and images and the like are there for the row to be refused.
+        Two strings are joined to one text, unless `chat` is set. `columns` are the data set's values for this sample.
+        Those that the chat template reads are passed on. Images and the like are passed on too, so that the row is
+        refused.
         """
         before, after = plain(prompt), plain(completion)
         found = columns or {}
@@ -137,7 +137,7 @@ class TrainerReward:
             before = [{"role": "user", "content": before}]
         if isinstance(before, list) and isinstance(after, list):
             return row | {"messages": [*before, *after]}
-        return row | {"messages": before if isinstance(after, list) else after}  # its error says what is wrong with it
+        return row | {"messages": before if isinstance(after, list) else after}  # refused later, with its own error
 
     def rows(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
@@ -179,7 +179,7 @@ class TrainerReward:
 
 
 def plain(value: Any) -> Any:
-    """Return a value of a data set as Python's own: arrays as lists, objects without what is null in them."""
+    """Convert a data set's value to Python types: arrays to lists, objects without null fields."""
     if hasattr(value, "tolist") and not isinstance(value, str):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -190,12 +190,12 @@ def plain(value: Any) -> Any:
 
 
 def _filled(value: Any) -> bool:
-    """Whether a column has something: a value that is not null, and no empty list, object or string."""
+    """Whether a column has a value: not null, and not an empty list, object or string."""
     return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
 
 
 def _decoded(value: Any) -> Any:
-    """Return what a string stands for, as columns of data sets hold objects; what is no JSON is left as it is."""
+    """Decode a string of JSON, as which data sets may store objects; anything else is returned unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -203,14 +203,14 @@ def _decoded(value: Any) -> Any:
 
 
 def _place(where: str | Path | RewardSource) -> str | RewardSource:
-    """Return where rewards come from in words that other processes understand, in whatever folder they run."""
+    """Return where rewards come from in a form that works in other processes, whatever their working directory."""
     if isinstance(where, RewardSource) or "://" in str(where) or str(where).startswith(SCHEMES):
         return where if isinstance(where, RewardSource) else str(where)
     return os.path.abspath(where)
 
 
 def _checked(where: str | RewardSource, options: dict[str, Any]) -> dict[str, Any]:
-    """Return options that opening will take, or raise RewardRTError."""
+    """Return the options if opening will accept them, or raise RewardRTError."""
     if isinstance(where, RewardSource):
         known: set[str] = set()
         said = f"{type(where).__name__} that is there already: give the options to it"
@@ -247,7 +247,7 @@ def _open(where: str, *, expect_sha256: str | None = None, **options: Any) -> Re
 
 
 def _forked() -> None:
-    """Make a lock that another thread of the parent may have held; the sources open themselves again."""
+    """In a forked process, replace the lock, which another thread may have held; the sources reopen themselves."""
     global _LOCK  # noqa: PLW0603
     _LOCK = threading.Lock()
 

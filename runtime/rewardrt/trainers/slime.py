@@ -1,10 +1,10 @@
 """slime's `--custom-rm-path module.function`.
 
-slime awaits it with its arguments and a sample, or in group and batch mode with a list of samples, and wants a number,
-or a list of them. A sample has `prompt`, a string that is text already (with --apply-chat-template) or a list of
-messages, `response`, `label` and `metadata`. Read from slime, slime/rollout/rm_hub: `async_rm`, `batched_async_rm`.
+slime awaits it with its arguments and a sample and expects a number; in group and batch mode it passes a list of
+samples and expects a list. A sample has `prompt` (a rendered text with --apply-chat-template, else a list of messages),
+`response`, `label` and `metadata`. Read from slime, slime/rollout/rm_hub: `async_rm`, `batched_async_rm`.
 
-A server needs no function: `--rm-type remote_rm --rm-url http://HOST:PORT/remote_rm`.
+With a server no function is needed: `--rm-type remote_rm --rm-url http://HOST:PORT/remote_rm`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from rewardrt.trainers.reward import TrainerReward
 
 
 class Reward(TrainerReward):
-    """The function of `--custom-rm-path`. `end` is the policy's own end of an answer, which slime leaves there."""
+    """The function of `--custom-rm-path`.
+
+    `end` is the policy's end of an answer, which slime leaves in the response.
+    """
 
     def __init__(self, where: Any, *, end: str, **options: Any) -> None:
         super().__init__(where, end=end, **options)
 
     async def __call__(self, args: Any, sample: Any, **_: Any) -> Any:
-        """Return the reward of a sample, or those of a list of samples."""
+        """Return the reward of a sample, or the rewards of a list of samples."""
         if isinstance(sample, list | tuple):
             return await self.arewards([self.sample(each) for each in sample])
         return (await self.arewards([self.sample(sample)]))[0]

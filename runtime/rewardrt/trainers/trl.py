@@ -1,11 +1,11 @@
 """TRL's `GRPOTrainer(reward_funcs=[...])`, and its RLOO and online DPO trainers.
 
-TRL calls it with `prompts` and `completions`, strings or lists of messages, `completion_ids`, and every other column of
-the data set as a list of the same length; with objects of its own besides. It wants a list of floats, in which None
-leaves a completion out. Read from TRL 1.16, trl/trainer/grpo_trainer.py: `_calculate_rewards`.
+TRL calls the function with `prompts` and `completions` (strings or lists of messages), `completion_ids`, every other
+column of the data set as a list of the same length, and some objects of its own. It expects a list of floats, in which
+None skips a completion. Read from TRL 1.16, trl/trainer/grpo_trainer.py: `_calculate_rewards`.
 
-As in TRL's own use of a reward model, prompt and completion that are strings are one text, scored as it is; messages go
-through the chat template, with the columns `tools`, `documents` and `chat_template_kwargs`.
+As when TRL itself uses a reward model, a string prompt and a string completion are joined to one text, which is scored
+as it is. Messages go through the chat template, with the columns `tools`, `documents` and `chat_template_kwargs`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ class _Rows(TrainerReward):
 
 
 class Reward(_Rows):
-    """A reward function for `reward_funcs`. `failed` is None: a completion that cannot be scored is left out."""
+    """A reward function for `reward_funcs`.
+
+    By default `failed` is None: a completion that cannot be scored is skipped.
+    """
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Return the reward of each completion."""
@@ -32,7 +35,7 @@ class Reward(_Rows):
 
 
 class AsyncReward(_Rows):
-    """The same for TRL's event loop: reward functions of this kind wait for their servers together."""
+    """The same for TRL's event loop, so that several such reward functions wait for their servers together."""
 
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Return the reward of each completion."""

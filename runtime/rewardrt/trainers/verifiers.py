@@ -1,6 +1,6 @@
-"""A reward of a verifiers task, plugged in by the task's configuration (`rewards`).
+"""A reward of a verifiers task, which the task's configuration names (`rewards`).
 
-verifiers awaits or calls it with the `trace` of a rollout, whose `messages` are the conversation, and wants a float.
+verifiers calls or awaits it with the `trace` of a rollout, whose `messages` are the conversation, and expects a float.
 Read from verifiers 0.4: verifiers/v1/task.py, `Task.score` and `Task.hooks`.
 """
 
@@ -15,10 +15,10 @@ TOOL_FIELDS = ("name", "description", "parameters")
 
 
 class Reward(TrainerReward):
-    """The reward of a rollout: of its last answer, after all that was said before."""
+    """The reward of a rollout: that of its last answer, given everything before."""
 
     async def __call__(self, trace: Any) -> float:
-        """Return the reward of the conversation on the final branch of a trace."""
+        """Return the reward of the conversation in a trace."""
         found: float = (await self.arewards([self.conversation(trace)]))[0]
         return found
 

@@ -1,9 +1,9 @@
 """verl's custom reward function: `reward.custom_reward_function.path=FILE reward.custom_reward_function.name=NAME`.
 
-verl calls it with `data_source`, `solution_str`, `ground_truth` and `extra_info`, and wants a float; its older manager
-`batch` gives the same in the plural and wants a list. A function runs in threads (manager `naive`) or is shipped to
-workers of Ray (`remote`), a coroutine function runs on verl's event loop. Read from verl 0.9.1:
-verl/trainer/ppo/reward.py, verl/experimental/reward_loop/reward_manager and verl/workers/reward_manager.
+verl calls it with `data_source`, `solution_str`, `ground_truth` and `extra_info` and expects a float. Its older manager
+`batch` passes the plural of these and expects a list. A plain function runs in threads (manager `naive`) or in workers
+of Ray (`remote`); a coroutine function runs on verl's event loop. Read from verl 0.9.1: verl/trainer/ppo/reward.py,
+verl/experimental/reward_loop/reward_manager and verl/workers/reward_manager.
 
 The prompt is not among the arguments: put it into `extra_info`, as `prompt`, a string or a list of messages. The answer
 comes without special tokens.
@@ -20,12 +20,12 @@ from rewardrt.trainers.reward import TrainerReward, plain
 
 class _Rows(TrainerReward):
     def __init__(self, where: Any, *, prompt_field: str = "prompt", **options: Any) -> None:
-        """Name the field of `extra_info` that holds the prompt; the other options are those of `TrainerReward`."""
+        """Name the field of `extra_info` that contains the prompt; the other options are those of `TrainerReward`."""
         super().__init__(where, **options)
         self._prompt_field = prompt_field
 
     def answer(self, solution_str: str, extra_info: Mapping[str, Any] | None) -> dict[str, Any] | RowError:
-        """Return the row of an answer."""
+        """Return the row of an answer, or an error if the prompt is missing."""
         extra = extra_info if isinstance(extra_info, Mapping) else {}
         prompt = plain(extra.get(self._prompt_field))
         if not prompt:
@@ -48,7 +48,8 @@ class Reward(_Rows):
 class AsyncReward(_Rows):
     """The same for verl's event loop, best with a server: `compute_score = AsyncReward("http://...").compute_score`.
 
-    verl looks whether the function itself is a coroutine function, which an object with such a `__call__` is not.
+    Use the method itself: verl checks whether the function is a coroutine function, which an object with an async
+    `__call__` is not.
     """
 
     async def compute_score(
