@@ -320,6 +320,5 @@ def test_the_doctor_says_what_missing_kernels_cost_and_what_mends_it(
 
 
 def test_the_figures_that_the_doctor_names_are_those_of_the_readme() -> None:
-    assert re.search(
-        r"151 ms then and 80 ms with ours", (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
-    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert "256 tokens of a 135M model: 151 ms instead of 80 ms on two cores" in readme
