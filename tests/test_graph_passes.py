@@ -272,7 +272,7 @@ def test_a_scale_goes_into_the_norm_before_where_nothing_else_reads_it(monkeypat
         weights = ("backbone.w", "backbone.v")
         same = Smoothing(scale, planes=2)
 
-        def __init__(self, calibration: Calibration) -> None: ...
+        def __init__(self, calibration: Calibration, count: object) -> None: ...
 
         def smoothing(self, weight: str) -> Smoothing:
             return self.same

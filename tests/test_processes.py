@@ -193,7 +193,7 @@ print(json.dumps(wait(child)))
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("shutil.rmtree(BUNDLE)", "the bundle of a loaded model cannot be opened again: {}: expected a bundle folder, found nothing"),
+        ("shutil.rmtree(BUNDLE)", "the bundle of a loaded model cannot be opened again: {}: expected a bundle folder, found nothing; `rewardrt export CHECKPOINT BUNDLE` makes one"),
         ("edit('created', '1999')", "{}: holds another bundle than when the model was loaded; load the model from it anew"),
         ("flip('model.onnx.data')", "the bundle of a loaded model cannot be opened again: {}/model.onnx.data: its SHA-256 is not the manifest's; the file was changed: copy the bundle again"),
     ],

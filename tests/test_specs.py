@@ -91,6 +91,8 @@ def test_a_table_ranks_the_answers_of_rows_and_of_pairs_best_first(model: Reward
     assert done.returncode == 1 and done.stdout.count("error: expected text, or messages") == 1
     ranked = [line.split(maxsplit=3) for line in done.stdout.splitlines() if line[:4].strip().isdigit()]
     assert [line[0] for line in ranked] == ["1", "2", "3", "1", "2"]
-    for part, shown in ((answers, ranked[:3]), (answers[:2], ranked[3:])):
+    marks = {answers[0]: "chosen    ", answers[1]: "rejected  ", answers[2]: ""}
+    for part, shown, marked in ((answers, ranked[:3], False), (answers[:2], ranked[3:], True)):
         best_first = sorted(part, key=lambda answer: -rewards[answer])
-        assert [(line[3], line[1]) for line in shown] == [(answer, f"{rewards[answer]:.4f}") for answer in best_first]
+        expected = [(marks[each] * marked + each, f"{rewards[each]:.4f}") for each in best_first]
+        assert [(line[3], line[1]) for line in shown] == expected

@@ -476,7 +476,7 @@ def test_the_command_prints_the_same() -> None:
         (["trlx", "--url", "http://a"], "'trlx': expected one of the trainers trl, verl, openrlhf"),
         (["trl"], "give --bundle BUNDLE, or --url of a server"),
         (["trl", "--bundle", str(BUNDLE), "--url", "http://a"], "give --bundle BUNDLE, or --url of a server"),
-        (["trl", "--bundle", "/nowhere"], "/nowhere: expected a bundle folder, with reward.json in it"),
+        (["trl", "--bundle", "/nowhere"], "/nowhere: expected a bundle folder, found nothing; `rewardrt export"),
         (["trl", "--url", "a:5000"], "'a:5000': expected a server's address"),
         (["slime", "--url", "http://a", "--url", "http://b"], "slime takes the address of one server, found 2"),
         (["llama-factory", "--bundle", str(BUNDLE)], "llama-factory takes rewards from a server only: run"),
