@@ -1,6 +1,6 @@
-"""A trained reward model on disk, read and accounted for: its spec, and where every tensor goes.
+"""A trained reward model on disk: its spec, and what every tensor is used for.
 
-No weight is in memory after this step; only the heads have been looked at.
+After this step no weights are in memory; only the heads' values have been checked.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from rewardrt_export.source.tokenizer import TokenizerChoice
 from rewardrt_export.source.weights import StoredTensor, shorten
 from rewardrt_export.token_options import TokenOptions
 
-# A tokenizer that knows no limit says so with a number like 1e30.
+# Larger limits mean "no limit"; tokenizers use a number like 1e30.
 UNLIMITED = 10_000_000
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the rest of the export needs to know."""
+    """What the rest of the export needs to know about a checkpoint."""
 
     source: Source
     spec: Spec
@@ -57,14 +57,14 @@ def read_checkpoint(
     tokenizer: TokenizerChoice | None = None,
     token_options: TokenOptions | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint folder of any known family, or of the kind that `spec_file` describes; options override.
+    """Read a checkpoint of any known family, or of the kind that `spec_file` describes; options override both.
 
-    `base` is the folder of the model that was trained: an adapter's base where adapter_config.json does not name one,
-    and what else a checkpoint leaves out. `pad_token` is the token, or its id, that training padded with;
-    `chat_template` one of several templates by its name, or a file; `token_options` how logits of tokens are read. What
-    was chosen where the files allow two readings is in the source's `choices`.
+    `base` is the folder of the base model: an adapter's, if adapter_config.json does not name one, or the one with the
+    files that a checkpoint lacks. `pad_token` is the token, or its id, that training padded with. `chat_template` is
+    the name of one of several templates, or a file. `token_options` say how logits of tokens are read. Choices made
+    where the files are ambiguous are in the source's `choices`.
 
-    Raises CheckpointError naming the file or the tensors when something is missing, left over or of a wrong shape.
+    Raises CheckpointError naming the file or the tensors if something is missing, left over or of a wrong shape.
     """
     source = read_source(folder, base, pad_token=pad_token, chat_template=chat_template, tokenizer=tokenizer)
     if pooling == "last_mask":
@@ -107,13 +107,13 @@ def read_checkpoint(
 
 
 def _run_time_state(rule: TextRule, source: Source) -> TextRule:
-    """Add what the tokenizer was told beside its file, which tokenizer.json cannot hold."""
+    """Add settings of the tokenizer that tokenizer.json cannot store."""
     split = bool(source.tokenizer.split_special_tokens)
     return dataclasses.replace(rule, split_special_tokens=rule.split_special_tokens or split)
 
 
 def _name_tokens_without_a_row(source: Source, rows: int) -> None:
-    """Say which tokens the embedding has no row for: a text that holds one is refused when it is scored."""
+    """Note the tokens without a row in the embedding; a text that contains one is refused when it is scored."""
     beyond = sorted((number, token) for token, number in source.tokenizer.get_vocab().items() if number >= rows)
     if beyond:
         number, token = beyond[0]
@@ -125,7 +125,7 @@ def _name_tokens_without_a_row(source: Source, rows: int) -> None:
 
 
 def _weigh(draft: Draft, weights: tuple[float, ...], source: Source) -> Draft:
-    """Let the reward be the weighted sum of the head's outputs, as --weights asks for."""
+    """Make the reward the weighted sum of the head's outputs, as given by --weights."""
     if draft.combine.rule not in ("none", "dot"):
         raise CheckpointError(
             f"--weights: the checkpoint's own {draft.combine.rule} makes one reward of its values; leave the option out"
@@ -146,7 +146,7 @@ def describe(
 ) -> tuple[str, Draft]:
     """Return the family's name and its draft, from the checkpoint's files or from a --spec file.
 
-    `options` say how logits of tokens are read; --tokens alone makes the family `token-logit`.
+    `options` say how logits of tokens are read; --tokens without --family selects the family `token-logit`.
     """
     given = options.given if options is not None else []
     if spec_file is None:
@@ -181,9 +181,9 @@ def _fitting(source: Source) -> str:
 
 
 def _bind_backbone(source: Source, draft: Draft, head_tensors: set[str]) -> Binding:
-    # The attention implementation does not matter here: only names and shapes are asked for.
+    # Any attention implementation will do: only names and shapes are needed.
     model = meta_backbone(source.config, "eager")
-    # The head's tensors too: tied embeddings are both the backbone's and a language model's head.
+    # Tied embeddings belong to the backbone and to a language model's head, so the head's tensors are included.
     binding = bind(model, rename_backbone(source.stored, draft, model.base_model_prefix))
     meant = source.unused.keys() | draft.unused.keys() | head_tensors
     names = sorted({tensor.name for tensor in binding.unused.values()} - meant)
@@ -196,7 +196,7 @@ def _bind_backbone(source: Source, draft: Draft, head_tensors: set[str]) -> Bind
 
 
 def rename_backbone(stored: dict[str, StoredTensor], draft: Draft, wanted: str) -> dict[str, StoredTensor]:
-    """Give the backbone's tensors transformers' prefix `wanted` where the draft says that they have another."""
+    """Replace the draft's prefix of the backbone's tensors, if it has one, by transformers' prefix `wanted`."""
     prefix = draft.backbone_prefix
     if not prefix:
         return stored
@@ -207,7 +207,7 @@ def rename_backbone(stored: dict[str, StoredTensor], draft: Draft, wanted: str) 
 
 
 def _pooling_tap(rule: PoolingRule, source: Source) -> Tap:
-    """Make the tap that --pooling asks for; the id it looks for is the pad id, else the tokenizer's."""
+    """Return the tap for --pooling; the id that it looks for is the pad id, or else the tokenizer's."""
     if rule == "last_mask":
         return Tap("last", rule)
     pad = source.choose_pad_id(required=True)
@@ -219,19 +219,23 @@ def _pooling_tap(rule: PoolingRule, source: Source) -> Tap:
 
 
 def _positions(source: Source) -> int | None:
-    """Return for how many tokens the backbone has positions, if it says; some count from past their padding id."""
+    """Return the number of tokens that the backbone has positions for, or None if it has no limit.
+
+    Positions before the first token's, as in RoBERTa, are not counted.
+    """
     total: int | None = getattr(source.config, "max_position_embeddings", None)
     if total is not None and (isinstance(total, bool) or not isinstance(total, int)):
         raise CheckpointError(f"config.json: max_position_embeddings {total!r}; expected a number of tokens")
-    if total is None or total == -1:  # XLNet's way to say that there is no limit
+    if total is None or total == -1:  # XLNet's value for "no limit"
         return None
     return total - first_position(meta_backbone(source.config, "eager"))
 
 
 def _choose_max_length(source: Source, wanted: int | None, positions: int | None) -> int:
-    """Return the limit in tokens: the one asked for, or the smaller of what tokenizer and positions allow.
+    """Return the limit in tokens: the requested one, or the smaller of the tokenizer's and the positions'.
 
-    Where the backbone computes longer texts in another way, no longer ones are taken; that is noted in `choices`.
+    If the backbone computes longer texts differently, texts are limited to the length before that, which is noted in
+    `choices`.
     """
     if (limit := length_limit(source.config)) is not None:
         if wanted is not None and wanted > limit.tokens:
@@ -250,7 +254,7 @@ def _choose_max_length(source: Source, wanted: int | None, positions: int | None
         return int(min(limits))
     if wanted < 1:
         raise CheckpointError(f"--max-length {wanted}: expected at least 1")
-    # DeBERTa that knows distances alone has a bucket for every one.
+    # A DeBERTa with only relative positions has a bucket for every distance, so it has no limit.
     if positions and wanted > positions and getattr(source.config, "position_biased_input", True):
         raise CheckpointError(f"--max-length {wanted}: the backbone has positions for {positions} tokens")
     return wanted

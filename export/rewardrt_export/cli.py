@@ -1,4 +1,4 @@
-"""`rewardrt export`. Light to import: torch and transformers come in only when an export starts."""
+"""`rewardrt export` and `rewardrt families`. Light to import: torch and transformers are imported by an export only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEEDED = ("torch", "transformers", "onnxscript", "onnx_ir", "tomlkit", "onnxrunt
 
 
 def _parse_weights(context: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...]:
-    """Return the numbers of `0.5,0.3`."""
+    """Parse a list of numbers such as `0.5,0.3`."""
     try:
         return tuple(float(number) for number in value.split(",")) if value is not None else ()
     except ValueError:
@@ -36,7 +36,7 @@ def _parse_weights(context: click.Context, option: click.Parameter, value: str |
 
 
 def _parse_text(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Return a text as it is meant: of a file, without its last line break, or with \\n for line breaks."""
+    r"""Return a text with \n and \t replaced by a line break and a tab; `@FILE` reads it from a file."""
     if not encodable(value):
         raise click.BadParameter("expected text in UTF-8")
     if not value.startswith("@"):
@@ -63,13 +63,13 @@ _EXAMPLES = example(
 @click.argument("checkpoint")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--base", help="The base model, if CHECKPOINT leaves it out: a folder or ORG/NAME.")
-@click.option("--family", help="The checkpoint's family, where its files do not say: one of `rewardrt families`.")
+@click.option("--family", help="The checkpoint's family, if its files do not tell: one of `rewardrt families`.")
 @click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="TOML that describes a model of no family.")
 @click.option("--tokens", default="", help="Tokens whose logits make the reward: yes,no or 9693,2152 or 1..5.")
 @click.option(
     "--function",
     type=click.Choice(LOGIT_FUNCTIONS),
-    help="What is made of the logits.  [default: of one logit, of two difference, of a range expectation]",
+    help="The reward's function of the logits.  [default: one token: logit, two: difference, a range: expectation]",
 )
 @click.option(
     "--template",
@@ -77,12 +77,12 @@ _EXAMPLES = example(
     callback=_parse_text,
     help="The text, with {prompt} or {query}, {response} or {document}, and {instruction}; or @FILE.",
 )
-@click.option("--close", default="", callback=_parse_text, help="What comes after the text, as an empty think block.")
-@click.option("--instruction", default="", callback=_parse_text, help="What {instruction} is in rows that have none.")
+@click.option("--close", default="", callback=_parse_text, help="Text to append, such as an empty think block.")
+@click.option("--instruction", default="", callback=_parse_text, help="The {instruction} of rows that have none.")
 @click.option("--explain", is_flag=True, help="Print the spec that would be used, with reasons, and export nothing.")
 @click.option("--pooling", type=click.Choice(POOLING_RULES), help="Where the reward was read in training.")
-@click.option("--pad-token", help="The token, or its id, that training padded with, where the files allow two.")
-@click.option("--chat-template", help="Of several chat templates the one of this name, or a file of one.")
+@click.option("--pad-token", help="The token, or its id, that training padded with, if the files allow two.")
+@click.option("--chat-template", help="The name of one of several chat templates, or a file.")
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Tokens after which a text is cut.  [default: the model's limit]"
 )
@@ -90,7 +90,7 @@ _EXAMPLES = example(
 @click.option(
     "--tokenizer",
     type=click.Choice(("file", "transformers")),
-    help="Whose token ids, where tokenizer.json and transformers disagree.  [default: the file's, and say so]",
+    help="Whose token ids to use if tokenizer.json and transformers disagree.  [default: file, with a note]",
 )
 @click.option("--normalize", is_flag=True, help="Let scoring use the checkpoint's mean and std by default.")
 @click.option(
@@ -99,13 +99,13 @@ _EXAMPLES = example(
     multiple=True,
     help=f"Precision: {in_words(PRECISIONS)}; again for several graphs.  [default: fp32]",
 )
-@click.option("--token-rewards", is_flag=True, help="Have the graphs give the reward after every token, to look at.")
+@click.option("--token-rewards", is_flag=True, help="Also output the reward after every token, for inspection.")
 @click.option("--golden", type=click.Path(path_type=Path), help="JSONL rows to certify on, at least 16 texts.")
 @click.option(
     "--calibrate", type=click.Path(path_type=Path), help="JSONL rows to calibrate int8 on.  [default: golden texts]"
 )
 @click.option(
-    "--no-certify", "certified", flag_value=False, default=True, help="Do not compare with torch: for want of memory."
+    "--no-certify", "certified", flag_value=False, default=True, help="Do not compare with torch, if memory is short."
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
@@ -138,10 +138,10 @@ def export(
 ) -> None:
     """Export a trained reward model to a bundle, and certify it against torch.
 
-    CHECKPOINT is a local folder; or ORG/NAME or hf://ORG/NAME, with @REVISION or without, of which what an export reads
-    is downloaded from the Hugging Face Hub. No code that comes with it is run. The export fails, and leaves
-    nothing, when a head is missing or left over, or when the bundle's rewards are not torch's. With --no-certify they
-    are not compared, the torch model is not needed in memory, and the bundle says that it is uncertified.
+    CHECKPOINT is a local folder, or ORG/NAME or hf://ORG/NAME on the Hugging Face Hub, optionally with @REVISION, whose
+    needed files are downloaded. No code that comes with it is run. The export fails, and leaves nothing behind, if a
+    head is missing or left over, or if the bundle's rewards are not torch's. With --no-certify they are not compared,
+    the torch model need not fit into memory, and the bundle is marked as uncertified.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -221,7 +221,7 @@ def export(
 @click.option("--markdown", is_flag=True, help="Print docs/families.md.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def families(markdown: bool, as_json: bool) -> None:
-    """List the reward-model families: what each calls its head, where it reads, how texts end, what comes out."""
+    """List the reward-model families: the name of the head, where it reads, how texts end, what it outputs."""
     from rewardrt_export.families import FAMILIES
     from rewardrt_export.families.listing import as_markdown, as_rows, as_text
 

@@ -1,7 +1,7 @@
-"""What an export would do with a checkpoint, said before anything is traced: its spec as TOML, with reasons.
+"""What an export would do with a checkpoint: its spec as TOML with reasons, before anything is traced.
 
-The text is a valid --spec file. For a checkpoint of no known family it says which one comes closest, and what does not
-fit.
+The text is a valid --spec file. For a checkpoint of no known family, the error names the closest family and what does
+not fit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def explain(source: Source, family: str | None = None, options: TokenOptions | N
         name, draft = describe(source, family=family, options=options)
     except CheckpointError as error:
         if family is not None or (options is not None and options.given):
-            raise  # what is wrong is what was asked for
+            raise  # the user's own choice does not fit
         raise CheckpointError(f"{error}; {closest(source)}") from error
     chosen = (
         line
@@ -38,7 +38,10 @@ def explain(source: Source, family: str | None = None, options: TokenOptions | N
 
 
 def to_toml(draft: Draft) -> str:
-    """Write a draft as a --spec file: what differs from the defaults or has a reason, with the reasons as comments."""
+    """Write a draft as a --spec file, with the reasons as comments.
+
+    Fields that have their default and no reason are left out.
+    """
     said = []
     for field in dataclasses.fields(draft):
         value = getattr(draft, field.name)
@@ -50,7 +53,7 @@ def to_toml(draft: Draft) -> str:
             continue
         if value != {}:
             said.append((field.name, _stated(value)))
-    # TOML takes what stands after a table for its own: plain values come first.
+    # Plain values come first, because in TOML everything after a table's header belongs to the table.
     said.sort(key=lambda named: _is_table(named[1]))
     parts = []
     for name, plain in said:
@@ -64,9 +67,9 @@ def _is_table(value: Any) -> bool:
 
 
 def _stated(value: Any) -> Any:
-    """Return a dataclass as plain values, without the fields that have their default (TOML has no null either).
+    """Return a dataclass as plain values, without fields that have their default (TOML has no null).
 
-    One that is all defaults is shown by its words, so that something stands under the reason.
+    If all fields have their defaults, its text fields are shown, so that the reason above it refers to something.
     """
     if isinstance(value, tuple):
         return [_stated(item) for item in value]
@@ -81,14 +84,14 @@ def _stated(value: Any) -> Any:
 
 
 def closest(source: Source) -> str:
-    """Say which family comes closest to a checkpoint that is of none, and which tensors do not fit it."""
+    """Name the family closest to a checkpoint of no known family, and the tensors that do not fit it."""
     best: tuple[int, str] | None = None
     for family in FAMILIES.values():
-        if family.with_options is not None:  # its head is any language model's: it is always as near
+        if family.with_options is not None:  # these fit any language model equally well
             continue
         try:
             draft = family.describe(source)
-        except (CheckpointError, KeyError, TypeError, ValueError):  # it is not of this family: anything may be missing
+        except (CheckpointError, KeyError, TypeError, ValueError):  # not of this family, so anything may be missing
             continue
         wanted = {name for head in draft.heads for layer in head.layers for name in (layer.weight, layer.bias) if name}
         missing = sorted(wanted - source.stored.keys())

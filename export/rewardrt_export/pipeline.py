@@ -1,4 +1,4 @@
-"""Export, start to end: one screen that says what happens to a checkpoint."""
+"""The export from start to end: what happens to a checkpoint, on one screen."""
 
 from __future__ import annotations
 
@@ -99,8 +99,22 @@ def export(
     `progress` is called with each step (`rewardrt.steps.Step`) as it begins, and with each text, weight or activation
     of those that count them; `str(step)` is a line for people.
 
-    Raises a RewardRTError and leaves nothing behind when anything fails. An existing `target` is replaced only with
-    `force`, and only once the new bundle is whole. A KeyboardInterrupt says what was left behind.
+    `tokenizer` "file" uses the ids of the saved tokenizer.json, and "transformers" those of the tokenizer that
+    transformers builds; None uses the file's, with a note if the two differ. `pad_token` is the token, or its id, that
+    training padded with, if the files allow two. `chat_template` is the name of one of several templates, or a file.
+    `token_options` say how the logits of tokens are read, for a model whose reward they are.
+
+    `precisions` are names in `rewardrt.bundle.precisions`, with one graph for each. int8 is calibrated on the texts of
+    the JSONL file `calibrate`, or else on every other golden text. With `token_rewards` the graphs also output the
+    reward after every token, for models that read one answer at one token. Without `certified`, the torch model scores
+    nothing except the texts of `calibrate`; the bundle has no golden texts and is marked as uncertified. If the torch
+    model in float32 does not fit into memory, it scores layer by layer, with fewer texts, and int8 is not calibrated.
+
+    `progress` is called with each step (`rewardrt.steps.Step`) when it begins, and with each text, weight or activation
+    if the step counts them; `str(step)` is a line for people.
+
+    Raises a RewardRTError and leaves nothing behind if anything fails. An existing `target` is replaced only with
+    `force`, and only when the new bundle is complete. A KeyboardInterrupt says what was left behind.
     """
     precisions = chosen_precisions(precisions)
     calibrated = any(PRECISIONS[name].calibrated for name in precisions)
@@ -149,7 +163,7 @@ def export(
             if calibration is not None:
                 calibration.reward_std = golden_set.reward_std
         else:
-            # Compares template and tokenizer with transformers' all the same.
+            # This still compares the template and the tokenizer with transformers'.
             encode_texts(checkpoint, folder, None)
             encode_probes(checkpoint, folder, ())
         if calibration is not None and own_texts:
@@ -163,7 +177,7 @@ def export(
         variants = write_graphs(graph, precisions, calibration, folder, progress)
         variants = [build_engine(each, folder, Profile.of(checkpoint.spec.max_length), progress) for each in variants]
         if certified:
-            # After the weights, whose reader says which of them are not finite.
+            # After the weights, because reading those reports any that are not finite.
             write_golden(folder / GOLDEN, golden_set.every)
         manifest = _make_manifest(checkpoint, variants, folder, certified)
         write_manifest(folder, manifest)
@@ -196,16 +210,16 @@ def _make_graph(checkpoint: Checkpoint, token_rewards: bool) -> ir.Model:
 
 def _write_text_files(checkpoint: Checkpoint, folder: Path) -> None:
     assert checkpoint.source.trained is not None
-    # Not its own save(), which says of a full disk neither the file nor that it is an OSError.
+    # Not the library's save(): on a full disk its error is no OSError and does not name the file.
     (folder / TOKENIZER).write_text(checkpoint.source.trained.backend.to_str(pretty=True), encoding="utf-8")
     if checkpoint.source.chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(checkpoint.source.chat_template, encoding="utf-8")
 
 
 def _make_manifest(checkpoint: Checkpoint, variants: Sequence[Variant], folder: Path, certified: bool) -> Manifest:
-    """Describe what is in the folder; the certificates are not there yet."""
+    """Return the manifest for the files in the folder, without certificates."""
     names = [
-        # Each once: two graphs may read one file of weights.
+        # Each name once, because two graphs may share one file of weights.
         *dict.fromkeys(name for variant in variants for name in (variant.graph, *variant.data)),
         TOKENIZER,
         *([GOLDEN] if certified else []),
@@ -239,9 +253,10 @@ def _provenance(checkpoint: Checkpoint) -> Provenance:
 
 @contextlib.contextmanager
 def _workplace(target: Path, force: bool) -> Iterator[Path]:
-    """Give a fresh folder beside the target, gone at the end unless it was moved into place.
+    """Yield a new folder next to the target, which is removed at the end unless it was renamed to the target.
 
-    It lies in a folder of its own, which what it replaces is moved to, and which goes at the end whatever happens.
+    It is inside a temporary folder of its own. A bundle that it replaces is moved there too, and the temporary folder
+    is always removed at the end.
     """
     check_target(target, force=force)
     made = [parent for parent in target.parents if not parent.exists()]
@@ -252,25 +267,25 @@ def _workplace(target: Path, force: bool) -> Iterator[Path]:
         raise ExportError(f"{target}: cannot be written ({error.strerror})") from error
     try:
         try:
-            folder = place / "bundle"  # mkdtemp makes private folders; a bundle is to be read by others
+            folder = place / "bundle"  # mkdtemp's folder is private; other users should be able to read a bundle
             folder.mkdir()
             yield folder
         finally:
             shutil.rmtree(place, ignore_errors=True)
             for parent in made:
-                with contextlib.suppress(OSError):  # not empty: the bundle is in it
+                with contextlib.suppress(OSError):  # not empty if the bundle is in it
                     parent.rmdir()
     except OSError as error:
         raise ExportError(_say_os_error(error, target)) from error
-    except KeyboardInterrupt as end:  # also a second one, while the folder was removed
+    except KeyboardInterrupt as end:  # possibly a second one, during the removal of the folder
         left = f"{place} was left behind: delete it" if place.exists() else "nothing was left behind"
         raise type(end)(left) from None
 
 
 def _say_os_error(error: OSError, target: Path) -> str:
-    """Say what the system refused; of a disk that is full, where."""
+    """Describe an error of the operating system; for a full disk, say where."""
     reason = error.strerror or str(error) or type(error).__name__
-    if error.errno in FULL or error.errno is None:  # numpy has no number for a write that was cut short
+    if error.errno in FULL or error.errno is None:  # numpy's errors have no errno
         return (
             f"{target}: cannot be written whole ({reason}); nothing was left behind: make room, or choose another disk"
         )
@@ -278,7 +293,7 @@ def _say_os_error(error: OSError, target: Path) -> str:
 
 
 def _move(folder: Path, target: Path) -> Bundle:
-    """Put the new bundle into its place; where that fails or is interrupted, the old one is there again."""
+    """Move the new bundle into place; if that fails or is interrupted, restore the old one."""
     replaced = folder.with_name("replaced")
     try:
         if target.exists():

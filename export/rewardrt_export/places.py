@@ -1,4 +1,4 @@
-"""Where a checkpoint is read from and a bundle is written to, looked at before anything heavy is imported."""
+"""Check where a checkpoint is read from and a bundle is written to, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rewardrt.bundle import hub
 from rewardrt.bundle.folder import MANIFEST
 from rewardrt.errors import CheckpointError, ExportError
 
-DESCRIPTIONS = ("config.json", "adapter_config.json")  # one of which a checkpoint's folder has
+DESCRIPTIONS = ("config.json", "adapter_config.json")  # a checkpoint's folder has one of these
 
 
 def find_repository(name: str | Path) -> hub.Repository | None:
-    """Return the repository of the Hub that a checkpoint's name means, or None for a folder.
+    """Return the Hub repository that a checkpoint's name means, or None for a folder.
 
-    `hf://ORG/NAME` is always the Hub's. `ORG/NAME` is a folder if one of that name exists, or if a folder ORG does:
-    then a name that is not found is a slip. Raises HubError for `hf://` with what cannot be a name.
+    `hf://ORG/NAME` is always on the Hub. `ORG/NAME` is a folder if one of that name exists, or if a folder ORG exists,
+    because a missing folder in it is then a typing error. Raises HubError for `hf://` with an invalid name.
     """
     repository = hub.parse(name)
     if repository is None and not Path(name).exists() and not Path(name).parent.exists():
@@ -25,7 +25,7 @@ def find_repository(name: str | Path) -> hub.Repository | None:
 
 
 def check_checkpoint(*folders: Path | None) -> None:
-    """Raise CheckpointError for what is no folder, or is a bundle; None is no folder that was named."""
+    """Raise CheckpointError for a path that is not a folder, or is a bundle; None is skipped."""
     for folder in folders:
         if folder is None:
             continue
@@ -39,19 +39,19 @@ def check_checkpoint(*folders: Path | None) -> None:
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise ExportError where a bundle is not to be written, or cannot be."""
+    """Raise ExportError if a bundle may not or cannot be written to this path."""
     try:
         if target.exists() or target.is_symlink():
             if not force:
                 raise ExportError(f"{target}: exists already; choose another folder, or replace it with --force")
             if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
                 raise ExportError(f"{target}: is not a bundle; --force replaces bundles only")
-    except OSError as error:  # a name that the file system does not take
+    except OSError as error:  # a name that the file system does not allow
         raise ExportError(f"{target}: cannot be written ({error.strerror})") from error
 
 
 def _found_at(folder: Path) -> str:
-    """Say what is where a folder should be, and what to give instead."""
+    """Say what is at a path that should be a folder, and what to give instead."""
     if folder.exists():
         return f"a file; give the folder that it lies in, {folder.parent}"
     repository = hub.named(str(folder))

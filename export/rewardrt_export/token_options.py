@@ -1,4 +1,4 @@
-"""What the command line says of a model whose reward is a function of tokens' logits. Light to import."""
+"""Options of the command line for a model whose reward is a function of tokens' logits. Light to import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOGIT_FUNCTIONS: tuple[LogitFunction, ...] = get_args(LogitFunction)
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """None and "" leave it to the family; the fields are the options of `rewardrt export`."""
+    """The options of `rewardrt export` with these names; None and "" leave the choice to the family."""
 
     tokens: str = ""
     function: LogitFunction | None = None
@@ -21,10 +21,10 @@ class TokenOptions:
 
     @property
     def given(self) -> list[str]:
-        """The options that say something."""
+        """The names of the options that were given."""
         return [f"--{name}" for name, value in vars(self).items() if value]
 
 
 def encodable(text: str) -> bool:
-    """Whether a text can be written as UTF-8: a command line may bring halves of characters."""
+    """Whether a text can be written as UTF-8; a command line may contain lone surrogates."""
     return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in text)

@@ -1,1 +1,1 @@
-"""Whether the exported bundle gives the rewards that the trained model gives."""
+"""Check that the exported bundle gives the trained model's rewards."""

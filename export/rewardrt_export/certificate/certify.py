@@ -1,4 +1,4 @@
-"""The certificate: the exported bundle, scored through the public runtime, against the torch model (`reference`)."""
+"""The certificate: the exported bundle, scored by the public runtime, compared with the torch model (`reference`)."""
 
 from __future__ import annotations
 
@@ -26,43 +26,43 @@ from rewardrt_export.certificate.reference import score_with_torch, spread
 from rewardrt_export.checkpoint import Checkpoint
 from rewardrt_export.precisions.calibrate import Calibration
 
-PROBES_BY_LAYER = 4  # of a model that is read from disk for every text
+PROBES_BY_LAYER = 4  # number of probes for a model that is read from disk for every text
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which texts calibration sees, by their indices, and which are left to be measured on: none is both."""
+    """The indices of the texts that calibration sees, and of those that are left to measure on; no text is in both."""
 
     seen: range
     unseen: range
 
     @classmethod
     def of(cls, texts: int, *, calibrated: bool) -> Split:
-        """Let calibration see every other one of so many texts; without it, all are left."""
+        """Let calibration see every other text, starting with the first; without calibration, all texts are left."""
         return cls(range(0, texts, 2), range(1, texts, 2)) if calibrated else cls(range(0), range(texts))
 
 
 @dataclass(frozen=True)
 class GoldenSet:
-    """The golden texts with torch's rewards: those that calibration and fidelity are about, and the probes."""
+    """The golden texts with torch's rewards: `own` for calibration and fidelity, and the probes."""
 
     own: tuple[GoldenText, ...] = ()
     probes: tuple[GoldenText, ...] = ()
-    split: Split = Split.of(0, calibrated=False)  # of `own`
+    split: Split = Split.of(0, calibrated=False)  # which of `own` calibration sees
 
     @property
     def every(self) -> tuple[GoldenText, ...]:
-        """All texts that the bundle is certified on, as golden.jsonl holds them."""
+        """All texts that the bundle is certified on, in the order of golden.jsonl."""
         return self.own + self.probes
 
     @property
     def unseen(self) -> tuple[GoldenText, ...]:
-        """What calibration did not see of the texts that fidelity is about."""
+        """The texts among `own` that calibration did not see."""
         return tuple(self.own[index] for index in self.split.unseen)
 
     @property
     def reward_std(self) -> float:
-        """The standard deviation of the rewards of all but the probes."""
+        """The standard deviation of torch's rewards, without the probes."""
         return spread([text.rewards for text in self.own])
 
 
@@ -75,10 +75,10 @@ def score_golden(
     by_layer: bool = False,
     count: Count = uncounted,
 ) -> GoldenSet:
-    """Tokenize the golden texts with what is in the bundle's folder, and score them with torch; probes apart.
+    """Tokenize golden texts and probes with the bundle's own files, and score them with torch.
 
-    With `by_layer` they are MIN_TEXTS of the default set, from the first to the last, and a few probes. Raises
-    CertificateError when transformers' own template or tokenizer gives something else for one of them.
+    With `by_layer` they are MIN_TEXTS texts evenly chosen from the default set, and a few probes. Raises
+    CertificateError if transformers' own template, tokenizer or class gives another result for one of them.
     """
     candidates, encoded = encode_texts(checkpoint, bundle, file)
     if by_layer and file is None:
@@ -111,7 +111,7 @@ def score_golden(
 def _compare_with_class(
     checkpoint: Checkpoint, texts: Sequence[EncodedText], rewards: Sequence[tuple[float, ...]]
 ) -> None:
-    """Raise CertificateError where transformers' own class gives other rewards than its backbone under our heads."""
+    """Raise CertificateError if transformers' own class gives other rewards than its backbone with our heads."""
     theirs = rewards_of_class(checkpoint, texts, memory.available_memory())
     allowed = PRECISIONS["fp32"].tolerance_std * max(spread(rewards), 1e-3)
     for index, expected in theirs.items():
@@ -131,9 +131,9 @@ def measure_fidelity(
     by_layer: bool = False,
     count: Count = uncounted,
 ) -> Fidelity:
-    """Compare a graph that rounds, and torch in bfloat16, with torch in float32 on golden texts.
+    """Compare a rounded graph, and torch in bfloat16, with torch in float32 on golden texts.
 
-    They are those that calibration did not see, where the precision is calibrated.
+    For a calibrated precision, only texts that calibration did not see are used.
     """
     unseen = golden.unseen if PRECISIONS[precision].calibrated else golden.own
     texts = [text.encoded for text in unseen]
@@ -143,9 +143,9 @@ def measure_fidelity(
     for text, values in zip(unseen, model.runner.run(texts), strict=True):
         if isinstance(values, InferenceError):
             raise CertificateError(f"{precision}: {values}")
-        found += values[: len(text.rewards)].tolist()  # objectives come after the reward, and torch gave none
+        found += values[: len(text.rewards)].tolist()  # drop the objectives, which torch's list does not have
     rounded = np.array(found)
-    del model  # two of them need not fit
+    del model  # free its memory before torch's is loaded
     other = score_with_torch(checkpoint, texts, dtype=torch.bfloat16, by_layer=by_layer, count=count)
     bfloat16 = np.array([value for each in other for value in each])
     std = golden.reward_std
@@ -167,9 +167,9 @@ def certify(
     by_layer: bool = False,
     count: Count = uncounted,
 ) -> Certificate:
-    """Score the golden texts through the public runtime with one of the graphs, and say how far off torch it is.
+    """Score the golden texts with one of the graphs by the public runtime, and compare with torch.
 
-    Raises CertificateError when that is over the precision's tolerance, or not a number.
+    Raises CertificateError if the difference exceeds the precision's tolerance or is not a number.
     """
     found = verify(RewardModel.load(bundle, provider="cpu", precision=precision, check_hashes=False), count=count)
     if failed := [problem for problem in found.problems if problem.startswith("the graph failed on")]:

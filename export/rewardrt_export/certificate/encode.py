@@ -1,4 +1,4 @@
-"""Golden texts and probes as token ids, by the bundle's own tokenizer and template, held against transformers'."""
+"""Tokenize golden texts and probes with the bundle's own tokenizer and template, and compare with transformers'."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rewardrt_export.checkpoint import Checkpoint
 from rewardrt_export.source.tokenizer import special_tokens
 from rewardrt_export.tracing.attention_masks import named_lengths
 
-LONGEST_PROBE = 6144  # tokens: what eager attention in torch has memory for
-PROBE_WORK = 400_000_000_000  # parameters x tokens of a probe: some seconds of one processor
+LONGEST_PROBE = 6144  # tokens; eager attention in torch needs too much memory for more
+PROBE_WORK = 400_000_000_000  # most parameters x tokens of a probe: some seconds on one processor
 
 
 def encode_texts(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> tuple[list[Candidate], list[EncodedText]]:
-    """Read texts to score with torch from a file, or the default set, and tokenize them as the bundle will.
+    """Read texts to score with torch from a file or the default set, and tokenize them as the bundle will.
 
-    Raises CertificateError.
+    Raises CertificateError if the bundle's template or tokenizer differs from transformers'.
     """
     renderer, tokenizer, template = _reader(checkpoint, bundle)
     candidates = golden_texts(renderer, tokenizer, checkpoint.spec, file)
@@ -34,7 +34,7 @@ def encode_texts(checkpoint: Checkpoint, bundle: Path, file: Path | None) -> tup
 def encode_probes(
     checkpoint: Checkpoint, bundle: Path, lengths: Collection[int]
 ) -> tuple[list[Candidate], list[EncodedText]]:
-    """Make the probes that this checkpoint needs, and tokenize them as the bundle will; raises CertificateError."""
+    """Make the probes for this checkpoint, and tokenize them as the bundle will. Raises CertificateError."""
     renderer, tokenizer, template = _reader(checkpoint, bundle)
     source, spec = checkpoint.source, checkpoint.spec
     assert source.trained is not None
@@ -51,19 +51,19 @@ def encode_probes(
 
 
 def certified_lengths(checkpoint: Checkpoint) -> list[int]:
-    """Return the lengths that config.json names and that a golden text can be longer than, in reasonable time."""
+    """Return the lengths named in config.json that a golden text can exceed in reasonable time."""
     most = min(checkpoint.spec.max_length, LONGEST_PROBE, PROBE_WORK // max(checkpoint.source.parameters, 1))
     return sorted({length for length in named_lengths(checkpoint.source.config).values() if length + MARGIN <= most})
 
 
 def uncertified_lengths(checkpoint: Checkpoint, longest: int) -> tuple[str, ...]:
-    """Return the lengths that config.json names, within the model's limit, and that no golden text is longer than."""
+    """Return the lengths named in config.json, below the model's limit, that no golden text exceeds."""
     named = named_lengths(checkpoint.source.config).items()
     return tuple(f"{name} {length}" for name, length in named if longest <= length < checkpoint.spec.max_length)
 
 
 def _reader(checkpoint: Checkpoint, bundle: Path) -> tuple[Renderer, Tokenizer, ChatTemplate | None]:
-    """Return what makes token ids of rows in the bundle that is being written."""
+    """Return the renderer, tokenizer and template of the bundle that is being written."""
     spec, source = checkpoint.spec, checkpoint.source.chat_template
     template = (
         ChatTemplate(source, spec.special_tokens, generation_prompt=spec.text.generation_prompt) if source else None

@@ -1,11 +1,11 @@
 """The texts that every bundle is certified on.
 
-The default set is our own: short and long, several turns, Chinese and other scripts, code, emoji, raw text, and one
-that has to be cut. A user's own file replaces it.
+The default set was written for this project: short and long texts, several turns, Chinese and other scripts, code,
+emoji, raw text, and one text that has to be cut. A user's own file replaces it.
 
-Probes are added to either: texts at which bundles go wrong that agree on ordinary ones. They hold every special token
-literally, spaces at both ends and several forms of Unicode, each field of a row that the chat template reads, and more
-tokens than each window or original length that config.json names.
+Probes are added to either set. They are texts on which a bundle may be wrong although it agrees on ordinary ones: they
+contain every special token literally, spaces at both ends and several Unicode forms, each field of a row that the chat
+template reads, and more tokens than each window or original length that config.json names.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from rewardrt.text.rendering import Renderer
 from rewardrt.text.rows import parse_row
 from rewardrt.text.tokens import Tokenizer
 
-MIN_TEXTS = 16  # fewer make the standard deviation of the rewards, and so the tolerance, arbitrary
-# The over-long text is certified under a limit of its own where the model's is large: what is tested is the cut.
+MIN_TEXTS = 16  # with fewer, the standard deviation of the rewards, and so the tolerance, would be arbitrary
+# If the model's limit is larger, the over-long text is certified under this one: only the cut matters.
 OVERLONG_LIMIT = 512
 
 
-# Of the probes:
-MOST_SPECIAL = 32  # texts of one special token each, where one text cannot hold all of them
-MARGIN = 24  # tokens past a window or an original length
+# Constants of the probes:
+MOST_SPECIAL = 32  # most texts with one special token each, if one text cannot contain all of them
+MARGIN = 24  # tokens by which a probe exceeds a window or an original length
 FORMS = (
     "  Spaces,\ttabs\n\n and lines; e\u0301 a\u030a \u1112\u1161\u11ab apart and é å 한 in one; "
     "ＡＢＣ　１２３, ﬁ, ½, ㌔; don't, they'll; 1,000 and 007; UPPER and snake_case; "
@@ -50,16 +50,16 @@ TOOLS = [
         },
     }
 ]
-INSTRUCTION = "Judge whether the answer is right, safe and of use."  # to models that read one and have no default
-OTHER = {"role": "assistant", "content": "There is nothing to say."}  # beside a probe's answer, where two are read
+INSTRUCTION = "Judge whether the answer is right, safe and of use."  # for models that read one and have no default
+OTHER = {"role": "assistant", "content": "There is nothing to say."}  # the second answer of a probe, if two are read
 DOCUMENTS = [{"title": "Oslo", "text": "It was four degrees at noon."}]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text to certify on: a row that holds one text, and a limit in tokens below the spec's if not None.
+    """A text to certify on: a row with one text, and a limit in tokens below the spec's, or None.
 
-    Two responses are one text, for models that read two answers together.
+    For models that read two answers together, two responses are one text.
     """
 
     row: dict[str, Any]
@@ -67,16 +67,16 @@ class Candidate:
 
     @property
     def item(self) -> Item:
-        """The row's one text."""
+        """The one text of the row."""
         return text_of(parse_row(self.row))
 
 
 def golden_texts(renderer: Renderer, tokenizer: Tokenizer, spec: Spec, file: Path | None = None) -> list[Candidate]:
-    """Return the texts of `file` (JSONL rows as `rewardrt score` takes), or of the default set.
+    """Return the texts of `file` (JSONL rows as `rewardrt score` takes them), or of the default set.
 
-    Rows of the default set that cannot be scored are left out: the model's template refuses a system turn, say, or a
-    raw text has none of the tokens that a tap looks for. Rows of a file are the user's word, and raise
-    CertificateError then.
+    Rows of the default set that cannot be scored are left out, for example because the model's template refuses a
+    system turn, or a raw text lacks the tokens that a tap looks for. A row of the user's file that cannot be scored
+    raises CertificateError. So does a set with fewer than MIN_TEXTS texts.
     """
     refused: list[RowError] = []
     scorable = (renderer, tokenizer, spec)
@@ -96,7 +96,7 @@ def _default_set(renderer: Renderer, tokenizer: Tokenizer, spec: Spec, refused: 
     if renderer.rewards_steps:
         rows = [_split_into_steps(row) for row in rows if "text" not in row]
         rows += [{"text": text} for row in rows[:2] for text in _rendered(renderer, row)]
-        # A text that is cut may not lose a step: what is cut is what follows the last.
+        # A text must not lose a step when it is cut, so the part that is cut follows the last step.
         question, words = (overlong[0][name] for name in ("prompt", "response"))
         short = {"prompt": question, "steps": ["Breathe in.", "Breathe out."]}
         overlong = [{"text": f"{text} {words}"} for text in _rendered(renderer, short)]
@@ -119,10 +119,11 @@ def probe_texts(
     variables: Collection[str],
     lengths: Collection[int],
 ) -> list[Candidate]:
-    """Return the probes that the model takes, the most telling first.
+    """Return the probes that the model can score, the most revealing ones first.
 
-    `special_tokens` are those that the tokenizer finds in a text, `named_tokens` the ones with a role (bos, eos, pad).
-    `variables` are those that the chat template reads. `lengths` are in tokens: a text that is longer is made for each.
+    `special_tokens` are those that the tokenizer recognises in a text, and `named_tokens` those with a role (bos, eos,
+    pad). `variables` are those that the chat template reads. `lengths` are in tokens; for each there is one longer
+    text.
     """
     refused: list[RowError] = []
 
@@ -140,7 +141,7 @@ def probe_texts(
 
     apart, glued = " ".join(special_tokens), "x".join(special_tokens)
     probes = taken([_answered(f"They are {apart}, or in a row {glued}."), {"text": f"{apart} {glued}"}])
-    if not probes:  # one of them is a marker that may stand nowhere else, or has no row in the embedding
+    if not probes:  # one of them is a marker that is not allowed in texts, or has no row in the embedding
         probes = taken(_answered(f"A text with {token} in it, and{token}without spaces.") for token in special_tokens)
     probes = probes[:MOST_SPECIAL]
     probes += taken([_answered(FORMS), {"text": FORMS}, {"text": f" {FORMS} "}])
@@ -155,7 +156,7 @@ def probe_texts(
 
 
 def _instructed(row: dict[str, Any], spec: Spec) -> dict[str, Any]:
-    """Return the row with an instruction, where a model reads one and its bundle has none."""
+    """Return the row with an instruction, if the model reads one and its bundle has no default."""
     needs = spec.text.takes_instruction and not spec.text.instruction and "text" not in row
     return row | {"instruction": INSTRUCTION} if needs else row
 
@@ -165,13 +166,13 @@ def _answered(response: str) -> dict[str, Any]:
 
 
 def _overlong(tokens: int) -> dict[str, Any]:
-    """Return a row that has more tokens, in any tokenizer: every word is at least one."""
+    """Return a row that has more tokens than `tokens` in any tokenizer, because every word is at least one token."""
     words = " ".join(f"Step {number}: breathe in, count to {number % 7}, breathe out." for number in range(1, tokens))
     return {"prompt": "Describe a breathing exercise in too many steps.", "response": words}
 
 
 def _pair_up(texts: list[Candidate]) -> list[Candidate]:
-    """Put each answer beside that of the text before it, in both orders."""
+    """Pair each answer with the previous text's answer, in both orders."""
     answered = [(text, text.item) for text in texts]
     conversations = [(text, item) for text, item in answered if isinstance(item, Conversation)]
     pairs = []
@@ -191,7 +192,7 @@ def _takes(renderer: Renderer, tokenizer: Tokenizer, text: Candidate, refused: l
 
 
 def _rendered(renderer: Renderer, row: dict[str, Any]) -> list[str]:
-    """Return the text that the model reads for this row, or nothing where it refuses the row."""
+    """Return the text that the model reads for this row, in a list; [] if it refuses the row."""
     try:
         return [renderer.render(text_of(parse_row(row))).text]
     except RowError:
@@ -199,7 +200,7 @@ def _rendered(renderer: Renderer, row: dict[str, Any]) -> list[str]:
 
 
 def _split_into_steps(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of one answer as one whose steps are the answer's sentences and lines."""
+    """Return a row with one answer as a row whose steps are the answer's sentences and lines."""
     (item,) = parse_row(row).items
     assert isinstance(item, Conversation)
     parts = re.split(r"\n+|(?<=[.!?;。!?])\s*", str(item.answer["content"]))
@@ -215,7 +216,7 @@ def _read_file(file: Path, renderer: Renderer, tokenizer: Tokenizer, spec: Spec)
             if isinstance(line.row, RowError):
                 raise line.row
             for item in plan(parse_row(line.row), spec).items:
-                assert not isinstance(item, TokenIds)  # no row of a file gives them
+                assert not isinstance(item, TokenIds)  # rows of files have no token ids
                 tokenizer.encode(renderer.render(item))
                 texts.append(Candidate(_row_of(item), None))
     except RowError as error:
@@ -225,7 +226,7 @@ def _read_file(file: Path, renderer: Renderer, tokenizer: Tokenizer, spec: Spec)
 
 
 def _row_of(item: Item) -> dict[str, Any]:
-    """Write one text as a row of its own, as it stands in golden.jsonl."""
+    """Return one text as a row of its own, in the form of golden.jsonl."""
     if isinstance(item, RawText):
         return {"text": item.text}
     if isinstance(item, Pair):
@@ -243,7 +244,7 @@ def _row_of(item: Item) -> dict[str, Any]:
 
 
 def _inputs_of(item: Conversation | Steps) -> dict[str, Any]:
-    """Return what the item gives the chat template, as the fields of a row."""
+    """Return the item's inputs to the chat template as fields of a row."""
     found = item.inputs
     fields = {"tools": found.tools, "documents": found.documents, "chat_template_kwargs": dict(found.options)}
     return {name: value for name, value in fields.items() if value}

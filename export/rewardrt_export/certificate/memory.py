@@ -1,4 +1,4 @@
-"""How much memory there is, and whether what is to be certified fits into it."""
+"""How much memory is free, and whether the certification fits into it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rewardrt.bundle.precisions import PRECISIONS
 from rewardrt.errors import CertificateError
 from rewardrt_export.checkpoint import Checkpoint
 
-CGROUP = Path("/sys/fs/cgroup")  # a container sees its own limit here
+CGROUP = Path("/sys/fs/cgroup")  # where a container sees its own limit
 
 
 def check_memory(checkpoint: Checkpoint, precisions: Sequence[str]) -> bool:
@@ -32,13 +32,13 @@ def check_memory(checkpoint: Checkpoint, precisions: Sequence[str]) -> bool:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that the machine, or this container's limit, has left; None where that is not known."""
+    """Return the free memory of the machine, or within this container's limit, in bytes; None if unknown."""
     left = []
     if found := re.search(r"^MemAvailable:\s+(\d+) kB", _read_text(Path("/proc/meminfo")), re.MULTILINE):
         left.append(1024 * int(found[1]))
     limit, used = (_read_text(CGROUP / name).strip() for name in ("memory.max", "memory.current"))
     if limit.isdigit() and used.isdigit():
-        # Pages of files that were read long ago count as used, and are given back when memory is asked for.
+        # Cached pages of files count as used, but are released when memory is needed.
         cached = re.search(r"^inactive_file (\d+)", _read_text(CGROUP / "memory.stat"), re.MULTILINE)
         left.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
     return min(left, default=None)

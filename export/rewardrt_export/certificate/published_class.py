@@ -1,8 +1,8 @@
-"""Rewards by transformers' own class of the checkpoint, head and pooling included, as its users would get them.
+"""Rewards by transformers' own class for the checkpoint, including its head and pooling, as its users get them.
 
-The torch reference of a certificate is transformers' backbone under this project's heads and taps. Where transformers
-has the whole class, and the checkpoint fills all of it, a few texts are scored by it as well. What a family's
-description or a pad id gets wrong shows there, since nothing of this project takes part.
+The torch reference of a certificate is transformers' backbone with this project's heads and taps. If transformers has
+the whole class, and the checkpoint fills all of it, a few texts are also scored by that class. This reveals errors in a
+family's description or in the pad id, because nothing of this project takes part.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from rewardrt.bundle.spec import Spec
 from rewardrt.text.tokens import EncodedText
 from rewardrt_export.checkpoint import Checkpoint
 
-MOST_TEXTS, LONGEST_TEXT = 12, 512  # as many texts, of at most so many tokens each
+MOST_TEXTS, LONGEST_TEXT = 12, 512  # about this many texts, of at most this many tokens each
 
 
 def rewards_of_class(checkpoint: Checkpoint, texts: Sequence[EncodedText], free: int | None) -> dict[int, float]:
-    """Return the rewards of some of the texts by their index; {} where transformers has no such class.
+    """Return the rewards of some of the texts by their index; {} if transformers has no such class.
 
-    `free` are the bytes of memory that are left; a model that would take them is not loaded a second time.
+    `free` is the free memory in bytes; a model that would not fit a second time is not loaded.
     """
     source, spec = checkpoint.source, checkpoint.spec
     found = getattr(transformers, source.architecture, None)
@@ -52,7 +52,7 @@ def rewards_of_class(checkpoint: Checkpoint, texts: Sequence[EncodedText], free:
         type_ids = texts[index].type_ids
         if type_ids is not None:
             inputs["token_type_ids"] = torch.from_numpy(type_ids).unsqueeze(0)
-        if not spec.causal:  # as tokenizers give it, and as the reference has it
+        if not spec.causal:  # tokenizers and the reference give one too
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.inference_mode():
             logits = model(**inputs).logits
@@ -63,7 +63,7 @@ def rewards_of_class(checkpoint: Checkpoint, texts: Sequence[EncodedText], free:
 
 
 def _reads_as_the_class(spec: Spec) -> bool:
-    """Whether the spec claims no more than the class: one logit, read where transformers reads it now."""
+    """Whether the spec describes what such a class computes: one logit, read where current transformers reads it."""
     rule = spec.taps[0].rule
     return (
         spec.input == "single"
@@ -75,12 +75,12 @@ def _reads_as_the_class(spec: Spec) -> bool:
 
 
 def _load(found: Any, checkpoint: Checkpoint) -> PreTrainedModel | None:
-    """Load the class from the checkpoint's folder, or return None where the checkpoint does not fill it."""
+    """Load the class from the checkpoint's folder; return None if the checkpoint does not fill it."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar for the progress of loading
+        with contextlib.redirect_stderr(io.StringIO()):  # hides the progress bar
             model, report = found.from_pretrained(
                 checkpoint.source.folder,
                 local_files_only=True,
@@ -88,7 +88,7 @@ def _load(found: Any, checkpoint: Checkpoint) -> PreTrainedModel | None:
                 attn_implementation="eager",
                 output_loading_info=True,
             )
-    except Exception:  # a layout that only this project reads: there is nothing to compare with
+    except Exception:  # a layout that transformers cannot load: there is nothing to compare with
         return None
     finally:
         logger.setLevel(level)
@@ -100,6 +100,6 @@ def _load(found: Any, checkpoint: Checkpoint) -> PreTrainedModel | None:
         return None
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     if checkpoint.spec.causal and (pad is None) != (checkpoint.spec.taps[0].rule == "last_mask"):
-        return None  # --pooling asked for another place
+        return None  # --pooling selected another position
     evaluated: PreTrainedModel = model.eval()
     return evaluated

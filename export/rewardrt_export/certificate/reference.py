@@ -1,6 +1,6 @@
-"""The reference: transformers' own forward pass in float32 with eager attention, one text at a time, nothing padded.
+"""The reference: transformers' own forward pass in float32 with eager attention, one text at a time, without padding.
 
-Where the model does not fit in memory, a layer of it is there only while it runs.
+If the model does not fit into memory, each layer is only loaded while it runs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def score_with_torch(
     by_layer: bool = False,
     count: Count = uncounted,
 ) -> list[tuple[float, ...]]:
-    """Return the raw rewards of each text: one, one for each of its steps, or the vector that it is compared by.
+    """Return the raw rewards of each text: one, one for each step, or the vector by which it is compared.
 
     The backbone computes in `dtype`, the head in float32. `calibration` takes in the input of each linear layer for the
     texts with the indices `observed` (None: all), and its gradient for those that are not too long. The torch model is
@@ -82,7 +82,7 @@ def score_with_torch(
 def _score_text(model: PreTrainedModel, head: RewardHead, spec: Spec, text: EncodedText) -> torch.Tensor:
     inputs = {"input_ids": text.ids} | ({} if text.type_ids is None else {"token_type_ids": text.type_ids})
     batch: dict[str, Any] = {name: torch.from_numpy(ids).unsqueeze(0) for name, ids in inputs.items()}
-    if not spec.causal:  # as tokenizers give it: XLM would go by the ids, and take a pad token in a text for padding
+    if not spec.causal:  # tokenizers give it too; without it, XLM would treat a pad token inside a text as padding
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     hidden = model(**batch, use_cache=False).last_hidden_state[0].float()
     if spec.input == "steps":
@@ -97,7 +97,7 @@ def _score_text(model: PreTrainedModel, head: RewardHead, spec: Spec, text: Enco
 
 
 def _observed_experts(module: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Compute a mixture expert by expert, by the products that `_Watch` has put into the module."""
+    """Compute a mixture expert by expert, with the products that `_Watch` has put into the module."""
     found = torch.zeros_like(hidden)
     for expert in chosen.unique().tolist():
         tokens, places = torch.where(chosen == expert)
@@ -111,7 +111,7 @@ ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_experts)
 
 
 class _Watch:
-    """Hands the inputs of linear layers to a calibration, while the texts that it is to see are scored."""
+    """Passes the inputs of linear layers to a calibration, for the texts that it should see."""
 
     def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
         self._calibration = calibration
@@ -156,13 +156,13 @@ class _Watch:
         return None
 
     def _multiply(self, name: str, experts: Any, expert: int, part: str, rows: torch.Tensor) -> torch.Tensor:
-        """Multiply rows with a weight of one expert, which is watched as that of a layer is."""
+        """Multiply rows by one expert's weight, and record it like a linear layer's."""
         weight = getattr(experts, part)[expert]
         if self._observing:
             own = weight_of_expert(f"{name}.{part}", expert, turned=not experts.is_transposed)
             rows = self._calibration.observe(own, rows)
             if torch.is_grad_enabled():
-                weight = weight.detach()  # a leaf: its gradients go by themselves
+                weight = weight.detach()  # a leaf tensor, which gets its own gradient
                 self._calibration.watch(own, weight, transposed=experts.is_transposed)
         bias = getattr(experts, f"{part}_bias")[expert] if experts.has_bias else None
         return torch.nn.functional.linear(rows, weight.T if experts.is_transposed else weight, bias)

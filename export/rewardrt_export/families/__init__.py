@@ -1,7 +1,7 @@
-"""The reward-model families. A family is one row, made in a module of its own, and this table.
+"""The reward-model families. Each family is one entry of this table, made in a module of its own.
 
-Nothing outside this package asks which family a checkpoint is of: the rest of the export sees a Draft, which is what a
---spec file holds. The maths of each family is in docs/families.md.
+No code outside this package asks for a checkpoint's family: the rest of the export sees a Draft, which is also the
+contents of a --spec file. The formula of each family is in docs/families.md.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Draft", "Family", "choose_family", "matching_families"]
 
-# What backbones call their parts, for a message: the others may be a head.
+# Names of parts of backbones, for a message: other tensors may be a head.
 BACKBONE = re.compile(r"(layers?|h|blocks)\.\d+\.|embed|norm|wte|wpe|ln_f")
 
-# Classes of known scoring models that no spec can say, and why.
+# Classes of known scoring models that no spec can describe, and why.
 NOT_ONE_TEXT = {
     "JinaForRanking": "it reads all documents of a query in one text, and a document's score depends on the others "
     "(jina-reranker-v3); a bundle scores each text by itself",
@@ -80,9 +80,9 @@ FAMILIES = {
 
 
 def choose_family(source: Source, override: str | None = None) -> Family:
-    """Return the one family that a checkpoint is of, from its files alone, or the one named by `override`.
+    """Return the one family that a checkpoint's files match, or the one named by `override`.
 
-    Raises CheckpointError when none or several match: a guess would be a wrong reward.
+    Raises CheckpointError if none or several match, because a guess could give a wrong reward.
     """
     if (reason := NOT_ONE_TEXT.get(source.architecture)) is not None:
         raise CheckpointError(f"{source.architecture}: {reason}")
@@ -108,13 +108,13 @@ def choose_family(source: Source, override: str | None = None) -> Family:
 
 
 def matching_families(source: Source) -> dict[str, str]:
-    """Return the families that a checkpoint's files fit, and why."""
+    """Return the families that a checkpoint's files match, with the reason for each."""
     reasons = {family.name: family.matches(source) for family in FAMILIES.values()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _reading(family: Family) -> str:
-    """Say in what the rewards of a family differ from another's over the same tensors."""
+    """Say how the family reads its reward, which differs between families with the same tensors."""
     return f"{family.tap.partition(';')[0]} (end of text: {family.eos})"
 
 

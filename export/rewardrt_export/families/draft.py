@@ -1,4 +1,4 @@
-"""What a family says of a checkpoint: the part of the spec that is not read off the backbone or the tokenizer."""
+"""A family's description of a checkpoint: the part of the spec that backbone and tokenizer do not determine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Draft:
-    """A spec in the making, and the format of a --spec file. Fields are those of `rewardrt.bundle.spec.Spec`.
+    """An unfinished spec, and the format of a --spec file. Most fields are those of `rewardrt.bundle.spec.Spec`.
 
-    `backbone_prefix` stands before the backbone's tensors on disk where transformers' own prefix does not. `unused` are
-    tensors that belong to the checkpoint and not to the reward, each with the reason. `max_length` is the limit in
-    training where neither config.json nor the tokenizer has it. `reasons` says why, by field name, for --explain.
+    `backbone_prefix` is the prefix of the backbone's tensors on disk, if it is not transformers' own. `unused` are
+    tensors of the checkpoint that the reward does not use, each with the reason. `max_length` is the limit in training,
+    in tokens, if neither config.json nor the tokenizer states it. `reasons` explains fields by name, for --explain.
     """
 
     heads: tuple[Head, ...]
@@ -41,10 +41,10 @@ class Draft:
 class Family:
     """One way in which reward models are trained and saved.
 
-    `matches` says why a checkpoint is of this family, or None, from its files alone. `examples` are checkpoints that
-    users know by name. `head`, `tap`, `eos` and `output` say in words what `describe` says in a Draft, and `maths` is
-    the formula: they are what `rewardrt families` and docs/families.md show. `with_options` describes a checkpoint of a
-    family that reads logits of tokens, with what the command line says of them.
+    `matches` returns the reason why a checkpoint is of this family, or None, from its files alone. `examples` are
+    checkpoints that users know by name. `head`, `tap`, `eos` and `output` say in words what `describe` returns as a
+    Draft, and `maths` is the formula; `rewardrt families` and docs/families.md show them. `with_options` describes a
+    checkpoint of a family that reads logits of tokens, given the options of the command line.
     """
 
     name: str

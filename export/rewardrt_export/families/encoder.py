@@ -1,4 +1,4 @@
-"""transformers *ForSequenceClassification on an encoder: a pair of texts in, a small head over CLS or the mean out."""
+"""transformers' *ForSequenceClassification on an encoder: a pair of texts, and a small head on CLS or on the mean."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rewardrt_export.families.draft import Draft, Family
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
-# transformers' names of activations, where the spec has the same function.
+# transformers' names of activations -> the spec's names of the same functions.
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "relu": "relu",
@@ -39,12 +39,12 @@ def _linear(name: str, activation: Activation = "none") -> Layer:
 
 
 def _pooled(pooler: str) -> Callable[[Any], tuple[Layer, ...]]:
-    """Return a head that is BERT's: the backbone's pooler over the first token, and a linear layer."""
+    """Return a head like BERT's: the backbone's pooler on the first token, and a linear layer."""
     return lambda config: (_linear(pooler, "tanh"), _linear("classifier"))
 
 
 def _dense(activation: Activation | None) -> Callable[[Any], tuple[Layer, ...]]:
-    """Return a head that is RoBERTa's: two linear layers; with None, what is between them is that of the backbone."""
+    """Return a head like RoBERTa's: two linear layers with this activation between; None takes the backbone's."""
 
     def head(config: Any) -> tuple[Layer, ...]:
         between = activation or _activation(config, "hidden_act")
@@ -82,7 +82,7 @@ def _summary_head(config: Any) -> tuple[Layer, ...]:
 
 
 def modernbert_dense(config: Any) -> Layer:
-    """Return the first layer of ModernBERT's head, of an encoder or a decoder: dense, with a norm."""
+    """Return the first layer of ModernBERT's head, for an encoder or a decoder: dense, with a norm."""
     return Layer(
         "head.dense.weight",
         "head.dense.bias" if config.classifier_bias else None,
@@ -93,7 +93,7 @@ def modernbert_dense(config: Any) -> Layer:
     )
 
 
-# Classes before transformers 4 saved a pooler that theirs never call.
+# Poolers that classes before transformers 4 saved, and that *ForSequenceClassification never uses.
 _POOLERS = tuple(
     f"{pooler}.{name}" for pooler in ("roberta.pooler.dense", "bert.pooler") for name in ("weight", "bias")
 )
@@ -132,12 +132,12 @@ ENCODERS: dict[str, Callable[[Any], tuple[Layer, ...]]] = {
     "xlm-roberta": _dense("tanh"),
     "xlm-roberta-xl": _dense("tanh"),
 }
-# Encoders whose tokens are mixed with those beside them, padding too: a text's reward would change with its batch.
+# Encoders that mix each token with its neighbours, including padding, so that padding would change a text's reward.
 UNPADDED = {
     "convbert": "its convolutions reach over the text's end into the padding",
     "mobilebert": "every embedding is made of three tokens, the last one's of padding",
 }
-# Encoders whose maths one graph cannot hold exactly, and why.
+# Encoders that one graph cannot compute exactly, and why.
 NO_GRAPH = {
     "canine": "it reads characters by hashes and pools four of them into one, from the start of a row of fixed length",
     "fnet": "its Fourier transforms are further from torch's, as onnxruntime computes them, than a certificate allows",
@@ -151,7 +151,7 @@ NO_GRAPH = {
     "xlnet": "its class reads the last place of a row, where texts that are padded on the right have none",
     "yoso": "its attention is a sample: tokens meet where random hashes of them are equal",
 }
-# What the class reads of the last layer, by the config's field that says so, as it names it.
+# The config's names of the pooling over the last layer -> the pooling.
 _POOLING = {"cls": "cls", "first": "cls", "bos": "cls", "mean": "mean"}
 
 
@@ -194,7 +194,10 @@ def _describe(source: Source) -> Draft:
 
 
 def _text_rule(source: Source) -> TextRule:
-    """A pair of texts; one rendered text where training left a chat template, as it brings its own special tokens."""
+    """Return the rule for a pair of texts, or for one rendered text if the tokenizer has a chat template.
+
+    A chat template brings its own special tokens.
+    """
     if source.chat_template is not None:
         return TextRule(source="chat_template")
     kinds = getattr(source.config, "type_vocab_size", 0)

@@ -1,4 +1,4 @@
-"""ArmoRM and QRM: several objectives, mixed by a gate that reads the end of the prompt."""
+"""ArmoRM and QRM: several objectives, weighted by a gate that reads the end of the prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REGRESSION = "regression_layer.weight"
 GATE = re.compile(r"gating\.layers\.(\d+)\.(weight|running_mean)")
-# What closes the prompt and opens the answer, by model_type: as text, and as the ids of the published checkpoints.
+# The text between prompt and answer, by model_type, and its ids in the published checkpoints.
 HEADERS = {
     "llama": ("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", (128009, 128006, 78191, 128007, 271)),
     "gemma2": ("<end_of_turn>\n<start_of_turn>model\n", (107, 108, 106, 2516, 108)),
@@ -49,9 +49,9 @@ def _matches_qrm(source: Source) -> str | None:
 
 
 def _gate_layers(source: Source) -> tuple[Layer, ...]:
-    """Return the gating network's linear layers, told from its tensors: an MLP, with batch norms (QRM) or without.
+    """Return the linear layers of the gating network, an MLP with batch norms (QRM) or without, read off its tensors.
 
-    ReLUs and dropouts have no tensors, so that the numbers of the layers have gaps.
+    ReLUs and dropouts have no tensors, so the layers' numbers have gaps.
     """
     found = sorted((int(match[1]), match[2]) for name in source.stored if (match := GATE.fullmatch(name)))
     norms = {number for number, kind in found if kind == "running_mean"}
@@ -61,13 +61,13 @@ def _gate_layers(source: Source) -> tuple[Layer, ...]:
         name = f"gating.layers.{number}"
         following = linear[linear.index(number) + 1] if number != linear[-1] else number + 1
         norm = next((f"gating.layers.{other}" for other in range(number + 1, following) if other in norms), None)
-        bias = f"{name}.bias" if norm is None else None  # a batch norm brings its own
+        bias = f"{name}.bias" if norm is None else None  # a batch norm has its own
         layers.append(Layer(f"{name}.weight", bias, "none" if number == linear[-1] else "relu", batch_norm=norm))
     return tuple(layers)
 
 
 def _header(source: Source) -> tuple[int, ...]:
-    """Return the ids between prompt and answer: as config.json or this tokenizer has them, else the published ones."""
+    """Return the ids between prompt and answer: from config.json, else from this tokenizer, else the published ones."""
     stated = source.raw.get("gating_token_pattern")
     if isinstance(stated, list) and stated and all(isinstance(number, int) for number in stated):
         return tuple(stated)

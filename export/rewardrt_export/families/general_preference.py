@@ -1,4 +1,4 @@
-"""The general preference model: a vector for each answer, compared by a skew product that the prompt weighs."""
+"""The general preference model: a vector for each answer, compared by a skew product weighted by the prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _matches(source: Source) -> str | None:
     if GATE in source.stored:
         return f"it has {GATE}"
     if VALUES not in source.stored or (source.stored[VALUES].shape[:1] == (1,) and is_its_own(source)):
-        return None  # OpenRLHF called its head so too, and wrote into config.json whose it is
+        return None  # OpenRLHF's head may have this name too; its config.json shows that it is OpenRLHF's
     outputs = source.stored[VALUES].shape[:1]
     return f"it has {VALUES} with {'one output' if outputs == (1,) else 'several outputs'}"
 
@@ -48,7 +48,11 @@ def _describe(source: Source) -> Draft:
 
 
 def _training_text(source: Source) -> TextRule:
-    """The template's text goes through the tokenizer as any other: where both write a BOS, there are two."""
+    """Return the training text's rule.
+
+    The text that the chat template gives is tokenized like any other: if both template and tokenizer add a BOS, there
+    are two.
+    """
     eos, eos_id = source.tokenizer.eos_token, source.tokenizer.eos_token_id
     if eos is None or eos_id is None:
         raise CheckpointError("the tokenizer has no eos_token; a general preference model is trained to end with one")

@@ -1,6 +1,6 @@
 """Guards: language models whose first word says whether a text is harmful. The reward is the probability of harm.
 
-Their long policies are the checkpoint's own chat template, or a file of the user's.
+Their long policies are in the checkpoint's own chat template, or in a file of the user's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _shield_gemma(source: Source) -> Recipe:
 
 def _llama_guard(source: Source) -> Recipe:
     text = chat_rule(source)
-    # Guard 3 says an empty line before the word. A template that writes it after the header leaves none to say.
+    # Guard 3 generates an empty line before the word, unless the template already ends with one.
     turns: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     tokens = {name: str(token) for name, token in source.tokenizer.special_tokens_map.items()}
     template = ChatTemplate(source.chat_template or "", tokens, generation_prompt=True)

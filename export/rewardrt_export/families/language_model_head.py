@@ -1,4 +1,4 @@
-"""Rows of a language model's own head as a reward head: the logits of a few tokens, at the positions of the reward."""
+"""Rows of a language model's own head as a reward head: the logits of a few tokens at the reward's positions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
 NAME = "lm_head.weight"
-# Fields by which configs state what is done to logits.
+# Config fields that change logits.
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 TIED_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 
 
 def token_head(source: Source, ids: tuple[int, ...], taps: tuple[str, ...] = ("last",)) -> Head:
-    """Return a head that gives these tokens' logits, with the scale and the softcap of the model's class.
+    """Return a head that gives these tokens' logits, with the scale and softcap of the model's class.
 
-    Raises CheckpointError when there is no head, or when the class does something else to its logits.
+    Raises CheckpointError if there is no such head, or if the class changes its logits in another way.
     """
     from rewardrt_export.model.logits import logit_rule  # brings torch, which the listing does without
 
@@ -50,9 +50,9 @@ def token_head(source: Source, ids: tuple[int, ...], taps: tuple[str, ...] = ("l
 
 
 def token_id(source: Source, text: str) -> int:
-    """Return the id of the one token that a text is.
+    """Return the id of a text that is exactly one token.
 
-    Raises CheckpointError where the tokenizer makes none or several of it.
+    Raises CheckpointError if the tokenizer makes none or several tokens of it.
     """
     ids = source.tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
@@ -65,7 +65,7 @@ def token_id(source: Source, text: str) -> int:
 
 
 def _head_tensor(source: Source) -> str:
-    """Return the LM head's tensor; where it is tied to the embeddings, only they are stored."""
+    """Return the name of the LM head's tensor; if it is tied to the embeddings, only those are stored."""
     if NAME in source.stored:
         return NAME
     tied = [name for name in source.stored if name.endswith(TIED_EMBEDDINGS)]

@@ -1,4 +1,4 @@
-"""LDL-Reward: distributions over scores, one for each objective, and a gate, in files beside the model."""
+"""LDL-Reward: a distribution over scores for each objective, and a gate, in files next to the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rewardrt_export.families.sequence_classification import pad_tap, text_rule
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
-SCORES = 10  # of every distribution, evenly spaced from 0 to 1; the class has the number in its code
+SCORES = 10  # scores of each distribution, evenly spaced from 0 to 1; a constant in the class's code
 
 
 def _matches(source: Source) -> str | None:
@@ -25,7 +25,7 @@ def _matches(source: Source) -> str | None:
 
 
 def _layers(source: Source, file: str) -> tuple[Layer, ...]:
-    """Return the linear layers of one file; between them are leaky ReLUs, and dropouts in the gate."""
+    """Return the linear layers of one file; leaky ReLUs are between them, and dropouts in the gate."""
     pattern = re.compile(rf"({file}\.(?:network\.)?(?:(\d+)\.)?)weight")
     found = sorted((int(match[2] or 0), match[1]) for name in source.stored if (match := pattern.fullmatch(name)))
     if not found:

@@ -1,7 +1,7 @@
-"""One linear layer on a decoder, under the names and text rules that its trainers gave it: nine families, one table.
+"""One linear layer on a decoder, under the names and text rules of its trainers: nine families in one table.
 
-Each has a head of its own name, but `v_head` is everybody's: InternLM2, Athene, Starling, DeepSpeed-Chat and trlx are
-told apart by model_type, architecture and what stands before the backbone's tensors.
+Most families have a head with a name of its own, but several use `v_head`: InternLM2, Athene, Starling, DeepSpeed-Chat
+and trlx are distinguished by model_type, architecture and the prefix of the backbone's tensors.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def _token(source: Source, name: str) -> str:
 
 
 def _before_first(source: Source, trained: int | None, skip: int = 0) -> Tap:
-    """Make the tap before a padding token that stands in the text; one that the tokenizer has not stands in none.
+    """Return the tap before the first padding token, or the last token if the tokenizer has no such token.
 
-    `trained` is the id that the family's own code pads with, whatever config.json says; --pad-token goes before it.
+    `trained` is the id with which the family's own code pads, whatever config.json says; --pad-token takes precedence.
     """
     token_id = trained if source.padding.given is None else source.pad_id
     return Tap("last", "last_mask") if token_id is None else Tap("last", "before_first_id", (token_id,), skip=skip)
@@ -51,7 +51,7 @@ def _match_eurus(source: Source) -> str | None:
     return "it has regression_head.weight" if "regression_head.weight" in source.stored else None
 
 
-# By model_type, where the tokenizer has no chat template: the model cards' own texts.
+# The model cards' text formats by model_type, for tokenizers without a chat template.
 _OPENBMB_TEXTS = {
     "mistral": "[INST] {prompt} [/INST] {response}",  # Eurus
     "llama": "Human: {prompt}\n\nAssistant: {response}",  # UltraRM
@@ -170,11 +170,11 @@ def _describe_internlm2(source: Source) -> Draft:
 
 
 def _reward_token_text(source: Source, reward_id: int) -> TextRule:
-    """Append the reward token as text, so that a template that ends with it gets no second one."""
+    """Return the rule that appends the reward token as text, unless the template already ends with it."""
     token: Any = source.tokenizer.convert_ids_to_tokens(reward_id) if reward_id < len(source.tokenizer) else None
     if token and source.tokenizer.encode(token, add_special_tokens=False) == [reward_id]:
         return TextRule("chat_template", append_if_missing=token, overwrite_last=reward_id)
-    return TextRule("chat_template", append_ids=(reward_id,))  # no text can hold it, so it is not there yet
+    return TextRule("chat_template", append_ids=(reward_id,))  # no text contains it, so always append
 
 
 INTERNLM2_REWARD = Family(
@@ -264,7 +264,7 @@ def _describe_beaver(source: Source) -> Draft:
 
 
 def _running_normaliser(source: Source, *, centred: bool) -> Affine | None:
-    """Return safe-rlhf's normaliser: the saved buffers, else config.json's; None where it has never been updated."""
+    """Return safe-rlhf's normaliser from its saved buffers or config.json; None if it was never updated."""
     values = {}
     for name, untouched in (("mean", 0.0), ("var", 1.0)):
         stored, listed = source.stored.get(f"normalizer.{name}"), source.raw.get(name)
@@ -348,7 +348,7 @@ OPENASSISTANT_PYTHIA = Family(
     describe=_describe_openassistant,
 )
 
-END_OF_CONVERSATION = "<|endoftext|>"  # as text, whether the tokenizer knows such a token or not
+END_OF_CONVERSATION = "<|endoftext|>"  # added as text, even if the tokenizer has no such token
 
 
 def _match_deepspeed(source: Source) -> str | None:
@@ -356,7 +356,7 @@ def _match_deepspeed(source: Source) -> str | None:
 
 
 def _describe_deepspeed(source: Source) -> Draft:
-    # Its Llama tokenizers get a pad token of their own, all others pad with EOS, whatever config.json says.
+    # DeepSpeed-Chat gives Llama tokenizers a pad token and pads all others with EOS, whatever config.json says.
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if source.config.model_type == "llama" else tokenizer.eos_token_id
     starts_padded = source.config.model_type == "opt"  # OPT's tokenizer begins every text with EOS

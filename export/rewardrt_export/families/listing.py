@@ -1,4 +1,4 @@
-"""The families as text, JSON and the page docs/families.md, all from the one table."""
+"""The families as text, JSON and the page docs/families.md, all from one table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Each table says:
 
 
 def as_rows(families: Iterable[Family]) -> list[dict[str, object]]:
-    """Return each family's words, for JSON."""
+    """Return each family's description, for JSON."""
     return [
         {"name": family.name, "title": family.title, "examples": list(family.examples)}
         | {word: getattr(family, word) for word in WORDS}

@@ -1,4 +1,4 @@
-"""A causal language model that was trained so that one logit of the next token is the reward."""
+"""A causal language model trained so that one logit of the next token is the reward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A head of two linear layers with a ReLU between: Qwen2.5-Math-RM, INF-ORM."""
+"""A head of two linear layers with a ReLU between them: Qwen2.5-Math-RM, INF-ORM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the values of a reward model with several objectives are called."""
+"""The names of the objectives of reward models with several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HELPSTEER = (
     "helpsteer-complexity",
     "helpsteer-verbosity",
 )
-# In the order of the rows of ArmoRM's regression_layer, which QRM took over; from their model cards.
+# In the order of the rows of regression_layer in ArmoRM and QRM; from their model cards.
 ARMORM = (
     *HELPSTEER,
     "ultrafeedback-overall_score",
@@ -32,9 +32,9 @@ ARMORM = (
 
 
 def label_names(config: dict[str, Any], count: int, known: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the names of `count` outputs: config.json's, else those `known` of the family, else LABEL_0 and so on.
+    """Return the names of `count` outputs: config.json's, else the family's `known` names, else LABEL_0 and so on.
 
-    LABEL_0, LABEL_1, ... in config.json are what transformers writes where nobody said anything.
+    LABEL_0, LABEL_1, ... in config.json are transformers' defaults, and count as no names.
     """
     default = tuple(f"LABEL_{index}" for index in range(count))
     stated = config.get("id2label")

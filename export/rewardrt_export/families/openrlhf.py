@@ -1,4 +1,4 @@
-"""OpenRLHF: a class made at run time, of the base model and one linear layer without bias."""
+"""OpenRLHF: a class made at run time from the base model's class and one linear layer without bias."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
 
-# The classes that it made at run time, now and before.
+# The names of the class that OpenRLHF makes at run time, in current and earlier versions.
 ARCHITECTURES = ("RewardModel", "LLMForSequenceRegression")
 
 
 def is_its_own(source: Source) -> bool:
-    """Whether config.json says that OpenRLHF wrote it."""
+    """Whether config.json shows that OpenRLHF wrote it."""
     return "value_head_prefix" in source.raw or source.architecture in ARCHITECTURES
 
 
@@ -25,7 +25,7 @@ def _matches(source: Source) -> str | None:
     if "prompt_head.weight" in source.stored:
         return None
     if source.architecture == "CriticModel":
-        return None  # scores the tokens of a policy in training, not texts
+        return None  # it scores the tokens of a policy in training, not texts
     if "value_head_prefix" in source.raw:
         return "config.json has value_head_prefix"
     if source.architecture in ARCHITECTURES:
@@ -66,7 +66,7 @@ def _head_name(source: Source) -> str:
 
 
 def training_text(source: Source) -> TextRule:
-    """RewardDataset and its collation: template, rstrip, " " + EOS, cut, last id forced to EOS."""
+    """Return the rule of OpenRLHF's RewardDataset: template, rstrip, " " + EOS, cut, last id forced to EOS."""
     eos, eos_id = source.tokenizer.eos_token, source.tokenizer.eos_token_id
     if eos is None or eos_id is None:
         raise CheckpointError("the tokenizer has no eos_token; OpenRLHF trains every text to end with one")

@@ -1,4 +1,4 @@
-"""PairRM: a DeBERTa that reads a prompt and two answers, and scores each answer at a marker before it."""
+"""PairRM: a DeBERTa that reads a prompt and two answers, and scores each answer at the marker before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 MARKERS = {"source": "source_prefix_id", "first": "cand1_prefix_id", "second": "cand2_prefix_id"}
 HEAD = (Layer("head_layer.1.weight", "head_layer.1.bias", "tanh"), Layer("head_layer.4.weight", "head_layer.4.bias"))
-# What tokenize_pair of the model card takes: 1,224 tokens of the prompt and at least 412 of each answer.
+# The limits of tokenize_pair in the model card: 1,224 tokens of the prompt and at least 412 of each answer.
 MAX_LENGTH, SOURCE_LENGTH = 2048, 1224
 
 

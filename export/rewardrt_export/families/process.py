@@ -1,7 +1,7 @@
-"""Process reward models: a reward for every step of an answer, read at the token that ends it.
+"""Process reward models: a reward for every step of an answer, read at the token that ends the step.
 
-They differ in that token, in how the steps become text, and in the head: a classifier's two labels, two rows of a
-language model's head, or a value head. How the rewards of the steps become one is the caller's business.
+The families differ in that token, in how steps become text, and in the head: a classifier with two labels, two rows of
+a language model's head, or a value head. The caller decides how to combine the rewards of the steps.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _matches_trl(source: Source) -> str | None:
 
 
 def _names_labels(source: Source) -> bool:
-    """Whether somebody named the two labels, which PRMTrainer leaves as transformers makes them."""
+    """Whether the two labels have names; PRMTrainer leaves transformers' defaults."""
     return label_names(source.raw, 2) != label_names({}, 2)
 
 
@@ -96,7 +96,7 @@ def _describe_trl(source: Source) -> Draft:
 
 
 def _needs_naming(source: Source) -> str | None:
-    """A language model as it stands: nothing in the folder says that it was trained to reward steps."""
+    """Match nothing: the files of such a language model do not show that it was trained to reward steps."""
     return None
 
 
@@ -151,9 +151,9 @@ def _describe_rlhflow(source: Source) -> Draft:
 
 
 def _answer_ids(source: Source) -> tuple[int, ...]:
-    """Return what the template puts between a user's turn and the assistant's answer, and the answer '+', as ids.
+    """Return the ids of the template's text between a user turn and the assistant's answer, and of the answer '+'.
 
-    A '+' alone would not do: steps of mathematics are full of them.
+    A '+' alone would not be enough, because steps of mathematics contain many.
     """
     turns = [{"role": "user", "content": "step"}, {"role": "assistant", "content": GOOD}]
     text = str(source.tokenizer.apply_chat_template(turns, chat_template=source.chat_template, tokenize=False))

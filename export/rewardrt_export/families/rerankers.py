@@ -1,7 +1,7 @@
-"""Rerankers that are language models: how each publisher writes query and document, and what is read.
+"""Rerankers that are language models: how each publisher formats query and document, and which logits are read.
 
-Formats are those of the publishers' own code, which `Recipe.source` names. Where it tokenizes the parts of a text apart
-so does the rule here.
+Formats are those of the publishers' own code, named in `Recipe.source`. Where that code tokenizes the parts of a text
+separately, so does the rule here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MXBAI_TASK = (
     "(0 for not relevant, 1 for relevant).\nRelevance:"
 )
 MXBAI_END = "<|im_end|>\n<|im_start|>assistant\n"
-MXBAI_LENGTH = 8192  # of query, "\n" and document; three quarters of it for the query
+MXBAI_LENGTH = 8192  # tokens of query, "\n" and document; at most three quarters of them for the query
 
 BGE_TASK = (
     "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "

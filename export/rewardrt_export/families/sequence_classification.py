@@ -1,4 +1,4 @@
-"""transformers *ForSequenceClassification on a decoder: `score`, read at the last token that is not padding."""
+"""transformers' *ForSequenceClassification on a decoder: `score`, read at the last token that is not padding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rewardrt_export.source.directions import is_two_way
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
-# Decoders whose class does not call its head `score`: the head of each, by model_type.
+# The heads of decoders whose class does not call its head `score`, by model_type.
 HEADS: dict[str, Callable[[Any], tuple[Layer, ...]]] = {
     "ctrl": lambda config: (Layer("classifier.weight"),),
     "modernbert-decoder": lambda config: (
@@ -25,7 +25,7 @@ HEADS: dict[str, Callable[[Any], tuple[Layer, ...]]] = {
         Layer("classifier.weight", "classifier.bias" if config.classifier_bias else None),
     ),
 }
-# Athene, Starling, INF-ORM and the like call their own classes so too, with a head that transformers does not know.
+# Heads of Athene, Starling, INF-ORM and others, whose own classes have the same suffix but another head.
 OTHER_HEADS = ("v_head.weight", "score.0.weight")
 
 
@@ -40,7 +40,7 @@ def _matches(source: Source) -> str | None:
         return None
     if source.architecture.endswith("ForSequenceClassification"):
         return f"its architecture is {source.architecture}"
-    # The base's config.json beside trained weights: this name is OpenRLHF's too.
+    # The base's config.json next to trained weights. OpenRLHF uses the name score.weight too.
     if "score.weight" in source.stored and source.says_base_model and not is_its_own(source):
         return f"it has score.weight, the name of its head, and config.json says {source.architecture}"
     return None
@@ -71,7 +71,7 @@ def _describe(source: Source) -> Draft:
 
 
 def _stated_labels(config: dict[str, Any]) -> int | None:
-    """`num_labels` is often there only as the length of id2label."""
+    """Return config.json's number of labels, which is often only stated as the length of id2label."""
     if isinstance(config.get("id2label"), dict):
         return len(config["id2label"])
     number = config.get("num_labels")
@@ -79,16 +79,16 @@ def _stated_labels(config: dict[str, Any]) -> int | None:
 
 
 def pad_tap(source: Source, rule: PoolingRule = "last_not_id") -> Tap:
-    """Return where transformers reads; without a pad id that is the last position.
+    """Return the tap where transformers reads; without a pad id that is the last token.
 
-    Code that was copied from transformers before its pull request 35911 still reads at `before_first_id`.
+    Code copied from transformers before its pull request 35911 reads at `before_first_id` instead.
     """
     pad = source.pad_id
     return Tap("last", "last_mask") if pad is None else Tap("last", rule, (pad,))
 
 
 def text_rule(source: Source) -> TextRule:
-    """TRL's: a template as it is; without one prompt + response, the tokenizer's special tokens and a closing EOS."""
+    """Return TRL's text rule: the chat template, or without one prompt + response with special tokens and EOS."""
     if source.chat_template is not None:
         return TextRule(source="chat_template")
     eos = source.tokenizer.eos_token

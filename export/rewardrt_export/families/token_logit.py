@@ -18,10 +18,10 @@ from rewardrt_export.token_options import LOGIT_FUNCTIONS, LogitFunction, TokenO
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
-# What people call the two texts, and what a spec calls them.
+# Placeholders that users may write -> the spec's names.
 NAMES = {"{query}": "{prompt}", "{document}": "{response}"}
 _RANGE = re.compile(r"([0-9]{1,6})\.\.([0-9]{1,6})")
-_ID = re.compile(r"[0-9]{2,9}")  # one digit is a word
+_ID = re.compile(r"[0-9]{2,9}")  # a single digit is a token's text, not an id
 _WORDS = {
     "logit": (1, 1),
     "difference": (2, 2),
@@ -34,9 +34,10 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one kind of model is read. Of two tokens the first is the one whose probability is the reward.
+    """How one kind of model is read.
 
-    The logits are divided by `temperature`. `values` are those of the first and the last token of an expectation.
+    Of two tokens, the reward is the probability of the first. The logits are divided by `temperature`. `values` are the
+    values of the first and the last token of an expectation.
     """
 
     tokens: tuple[str | int, ...]
@@ -45,10 +46,10 @@ class Recipe:
     temperature: float = 1.0
     values: tuple[float, float] | None = None
     max_length: int | None = None
-    source: str = ""  # where the publisher says so
+    source: str = ""  # where the publisher documents it
 
     def draft(self, source: Source) -> Draft:
-        """Return the spec of a checkpoint that is read so. Raises CheckpointError."""
+        """Return the draft of a checkpoint that is read by this recipe. Raises CheckpointError."""
         ids = tuple(each if isinstance(each, int) else token_id(source, each) for each in self.tokens)
         self._say_other_pieces(source, ids)
         least, most = _WORDS[self.function]
@@ -59,7 +60,7 @@ class Recipe:
             raise CheckpointError(f"--tokens: {list(ids)} names one token twice")
         head = token_head(source, ids)
         if self.temperature != 1.0:
-            # Of c tanh(s x / c) / t: both the cap and the scale are smaller by t.
+            # c tanh(s x / c) / t: dividing by t makes both the cap and the scale smaller by t.
             head = replace(head, scale=head.scale / self.temperature, softcap=head.softcap / self.temperature)
         if self.function == "expectation":
             if self.values is None:
@@ -88,7 +89,7 @@ class Recipe:
         )
 
     def _say_other_pieces(self, source: Source, ids: tuple[int, ...]) -> None:
-        """Say so where a word is another token after the end of the text than by itself, as "▁yes" and "yes"."""
+        """Note if a word becomes another token after the end of the text than by itself, such as "▁yes" and "yes"."""
         end = (self.text.format.rpartition("}")[2] + self.text.close)[-20:]
         before = source.tokenizer.encode(end, add_special_tokens=False) if end else []
         for word, number in zip(self.tokens, ids, strict=True):
@@ -103,12 +104,12 @@ class Recipe:
 
 
 def _pieces(source: Source, ids: tuple[int, ...]) -> list[str]:
-    """Return the vocabulary's own names of tokens: those with and without a space differ."""
+    """Return the vocabulary's names of tokens, which show whether a token includes a space."""
     return [str(piece) for piece in source.tokenizer.convert_ids_to_tokens(list(ids))]
 
 
 def describe_with(found: Recipe, source: Source, options: TokenOptions) -> Draft:
-    """Return the draft of a checkpoint that is read by a recipe, with what the options say otherwise."""
+    """Return the draft of a checkpoint that is read by a recipe, changed by the options."""
     if options.tokens:
         tokens, values = parse_tokens(options.tokens)
         found = replace(found, tokens=tokens, values=values)
@@ -129,7 +130,7 @@ def describe_with(found: Recipe, source: Source, options: TokenOptions) -> Draft
 
 
 def _closed(source: Source, text: TextRule, close: str) -> TextRule:
-    """Let a text end with these words, whichever way its end is made."""
+    """Return the text rule with a text appended, in the way that fits the rule's source."""
     if text.source == "segments":
         return replace(text, segments=(*text.segments, close))
     if text.append_ids:
@@ -139,10 +140,10 @@ def _closed(source: Source, text: TextRule, close: str) -> TextRule:
 
 
 def parse_tokens(given: str) -> tuple[tuple[str | int, ...], tuple[float, float] | None]:
-    """Return the tokens that --tokens names, and the values of a range.
+    """Return the tokens of --tokens, and for a range the values of its first and last token.
 
-    `yes,no` are texts, `9693,2152` ids, `1..5` the digits with their values; a JSON list is for tokens with spaces or
-    commas, and for numbers that are texts.
+    `yes,no` are texts, `9693,2152` are ids, and `1..5` are digits with their values. A JSON list is for tokens with
+    spaces or commas, and for numbers that are texts.
     """
     if not encodable(given):
         raise CheckpointError("--tokens: expected text that can be encoded as UTF-8, found a lone surrogate")
@@ -178,7 +179,7 @@ def parse_tokens(given: str) -> tuple[tuple[str | int, ...], tuple[float, float]
 
 
 def _is_token(value: object) -> bool:
-    """Whether a value of a JSON list is a text that can be encoded, or an id."""
+    """Whether a value in a JSON list is a text that UTF-8 can encode, or an id."""
     if type(value) is int:
         return 0 <= value < 10**9
     return isinstance(value, str) and bool(value) and encodable(value)
@@ -187,7 +188,8 @@ def _is_token(value: object) -> bool:
 def format_rule(source: Source, template: str, *, instruction: str = "") -> TextRule:
     """Return the rule of a text with {instruction}, {prompt} or {query}, and {response} or {document}.
 
-    It is tokenized as a whole, after the BOS that the tokenizer adds. A text that is too long is cut in the response.
+    The text is tokenized as a whole, after the BOS that the tokenizer adds. A text that is too long is cut in the
+    response.
     """
     for name, ours in NAMES.items():
         template = template.replace(name, ours)
@@ -213,7 +215,7 @@ def chat_rule(source: Source, *, close: str = "", instruction_variable: str = ""
 
 
 def begin_ids(source: Source, template: str) -> tuple[int, ...]:
-    """Return the BOS that the tokenizer puts before a text, unless the text brings its own."""
+    """Return the BOS that the tokenizer adds, unless the text begins with its own."""
     bos = source.tokenizer.bos_token
     added = list(source.tokenizer("")["input_ids"])
     if bos is None or template.startswith(str(bos)) or added[:1] != [source.tokenizer.bos_token_id]:
@@ -222,7 +224,7 @@ def begin_ids(source: Source, template: str) -> tuple[int, ...]:
 
 
 def logit_score(source: Source) -> tuple[int | None, int | None]:
-    """Return the ids of sentence-transformers' LogitScore module, the true and the false token's; None for none."""
+    """Return the ids in sentence-transformers' LogitScore module, of the true and the false token; None if absent."""
     path = source.folder / LOGIT_SCORE
     if not path.is_file():
         return None, None
@@ -235,14 +237,14 @@ def logit_score(source: Source) -> tuple[int | None, int | None]:
 
 
 def is_qwen3_reranker(source: Source) -> bool:
-    """Whether files say so: vLLM's override in config.json, or sentence-transformers' LogitScore of yes and no."""
+    """Whether the files say so: vLLM's override in config.json, or sentence-transformers' LogitScore of yes and no."""
     if source.raw.get("is_original_qwen3_reranker") is True:
         return True
     return source.config.model_type == "qwen3" and _texts_of_logit_score(source) == ("yes", "no")
 
 
 def is_zerank_2(source: Source) -> bool:
-    """Whether sentence-transformers' LogitScore reads Yes alone, as in zerank-2."""
+    """Whether sentence-transformers' LogitScore reads only Yes, as in zerank-2."""
     return source.config.model_type == "qwen3" and _texts_of_logit_score(source) == ("Yes", None)
 
 
@@ -252,9 +254,9 @@ def _texts_of_logit_score(source: Source) -> tuple[str | None, str | None]:
 
 
 def stated_tokens(source: Source) -> list[int]:
-    """Return the ids of `classifier_from_token` in config.json, vLLM's name for them: the false one first.
+    """Return the ids of `classifier_from_token` in config.json, vLLM's field, with the false token first.
 
-    They are names in the vocabulary, and one or two. Raises CheckpointError for others.
+    The field lists one or two names in the vocabulary. Raises CheckpointError otherwise.
     """
     found = source.raw.get("classifier_from_token")
     if found is None:
@@ -270,7 +272,7 @@ def stated_tokens(source: Source) -> list[int]:
 
 
 def _stated(source: Source) -> tuple[int, ...]:
-    """Return the ids that the checkpoint's files name, the true one first."""
+    """Return the ids that the checkpoint's files name, with the true token first."""
     return tuple(reversed(stated_tokens(source))) or tuple(each for each in logit_score(source) if each is not None)
 
 
@@ -294,14 +296,14 @@ def logit_family(
     title: str,
     examples: tuple[str, ...],
     recipe: Callable[[Source], Recipe],
-    matches: Callable[[Source], str | None] = lambda source: None,  # as where nothing in the files tells it
+    matches: Callable[[Source], str | None] = lambda source: None,  # by default no file identifies the family
     *,
     head: str,
     eos: str,
     output: str,
     maths: str,
 ) -> Family:
-    """Make the row of a family whose checkpoints are all read by one recipe, at the last token."""
+    """Return a family whose checkpoints are all read by one recipe, at the last token."""
 
     def with_options(source: Source, options: TokenOptions) -> Draft:
         return describe_with(recipe(source), source, options)

@@ -1,4 +1,4 @@
-"""URM: a normal distribution for each attribute, of which only the means make the reward."""
+"""URM: a normal distribution for each attribute; only the means make up the reward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rewardrt_export.families.sequence_classification import pad_tap, text_rule
 if TYPE_CHECKING:
     from rewardrt_export.source.folder import Source
 
-# Of the five HelpSteer attributes, as published for Nemotron-4; the class has them in its code.
+# Weights of the five HelpSteer attributes, as published for Nemotron-4; constants in the class's code.
 WEIGHTS = (0.3, 0.74, 0.46, 0.47, -0.33)
 GATE = ("weights.fc.0", "weights.fc.2", "weights.fc.4")
 

@@ -1,4 +1,4 @@
-"""TRL's AutoModelForCausalLMWithValueHead, which LLaMA-Factory and GRM train too: `v_head` on a language model."""
+"""TRL's AutoModelForCausalLMWithValueHead, also used by LLaMA-Factory and GRM: `v_head` on a language model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUMMARY = "v_head.summary"
 
 
 def _matches(source: Source) -> str | None:
-    # Skywork's process reward models have the same head, with a sigmoid.
+    # Skywork's process reward models have the same head, followed by a sigmoid.
     if source.architecture.endswith("ForPrmModel"):
         return None
     if any(name.startswith(f"{SUMMARY}.") for name in source.stored):
@@ -46,7 +46,7 @@ def _describe(source: Source) -> Draft:
 
 
 def _layers(source: Source) -> tuple[Layer, ...]:
-    """Return the head's layers as config.json states them, else as the tensors are numbered (0, 2, 4, ...)."""
+    """Return the head's layers: as stated in config.json, else by the numbers of its tensors (0, 2, 4, ...)."""
     numbers = [int(found[1]) for name in source.stored if (found := re.fullmatch(rf"{SUMMARY}\.(\d+)\.weight", name))]
     kind = source.raw.get("vhead_layer_type", "mlp" if numbers else "linear")
     if kind == "linear":
@@ -63,7 +63,7 @@ def _layers(source: Source) -> tuple[Layer, ...]:
 
 
 def _backbone_prefix(source: Source) -> str:
-    """Return what a state dict of the whole wrapper has before the backbone's names, such as a ZeRO-3 save."""
+    """Return the prefix of the backbone's names in a state dict of the whole wrapper, such as a ZeRO-3 save."""
     from rewardrt_export.source.folder import language_model_head
 
     wrapped = {".".join(name.split(".")[:2]) for name in source.stored if name.startswith("pretrained_model.")}

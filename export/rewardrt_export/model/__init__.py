@@ -1,1 +1,1 @@
-"""The torch modules of a reward model: the backbone, and the heads on it."""
+"""The torch modules of a reward model: the backbone and the heads."""

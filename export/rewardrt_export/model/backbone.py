@@ -1,7 +1,7 @@
-"""The language model under the head: its class, its fake twin for tracing, and which stored tensors fill it.
+"""The language model under the head: its class, its fake copy for tracing, and the stored tensors that fill it.
 
-transformers is the authority here: its classes say what the parameters are called, its conversion mapping says how
-the tensors of a checkpoint become them (experts that lie apart on disk and are one parameter in memory, for one).
+transformers decides here: its classes define the parameters' names, and its conversion mapping defines how a
+checkpoint's tensors become them. For example, experts may be separate tensors on disk and one parameter in memory.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from rewardrt_export.model.length_limits import hold, hold_rotary
 from rewardrt_export.model.two_way import look_both_ways
 from rewardrt_export.source.weights import StoredTensor, first_line, shorten
 
-# Buffers that old transformers versions saved and every version computes anew.
+# Buffers that old transformers versions saved, and that every version computes itself.
 RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attention|attn)\.(bias|masked_bias)|position_ids)$")
 
 
-LARGEST_BUFFER = 2**28  # numbers; 1 GiB in float32, far more than the masks and frequencies of any known model
-# What no model is trained in: weights of these types are quantized, and stand for others by scales.
+LARGEST_BUFFER = 2**28  # elements; 1 GiB in float32, far more than the masks and frequencies of any known model
+# Types of quantized weights, which only have a meaning together with scales.
 PACKED = (torch.uint8, torch.int8, torch.int16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
 class ParameterSource:
-    """Where one parameter comes from: stored tensors and what makes the parameter of them."""
+    """The source of one parameter: stored tensors, and a function that makes the parameter from them."""
 
     stored: tuple[StoredTensor, ...]
     read: Callable[[], torch.Tensor]
@@ -55,7 +55,7 @@ class Binding:
 
 
 def backbone_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """Return transformers' bare model class (no head) for this config."""
+    """Return transformers' bare model class (without a head) for this config."""
     try:
         found = AutoModel._model_mapping[type(config)]
     except KeyError:
@@ -65,9 +65,10 @@ def backbone_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def meta_backbone(config: PretrainedConfig, attention: str, experts: str = "eager") -> PreTrainedModel:
-    """Build the backbone without memory for its weights; buffers that are computed from the config are real.
+    """Build the backbone without memory for its weights; buffers computed from the config are real.
 
-    `attention` and `experts` name registered implementations of these.
+    `attention` and `experts` name registered implementations of attention and mixtures of experts. Raises
+    CheckpointError if the class cannot be built from the config.
     """
     pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if isinstance(pad, int) and isinstance(vocabulary, int) and pad >= vocabulary:
@@ -79,7 +80,7 @@ def meta_backbone(config: PretrainedConfig, attention: str, experts: str = "eage
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = experts
     found = backbone_class(config)
-    # What an encoder's class puts after its last layer is the head's: not every class on disk has it.
+    # A pooler after an encoder's last layer counts as part of the head; not every checkpoint has it.
     pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(found).parameters else {}
     try:
         with torch.device("meta"):
@@ -89,13 +90,13 @@ def meta_backbone(config: PretrainedConfig, attention: str, experts: str = "eage
         _compute_buffers(model)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever the class's code raises: it takes config.json's fields as they come
+    except Exception as error:  # the class does not check config.json's fields, and its code may raise anything
         raise CheckpointError(f"{found.__name__} cannot be built of config.json: {_blame(config, error)}") from error
     return look_both_ways(hold_rotary(model).eval(), config)  # type: ignore[arg-type]
 
 
 def _blame(config: PretrainedConfig, error: Exception) -> str:
-    """Say what was wrong with a config: of a name that was not found, the field that has it."""
+    """Say what was wrong with a config; if a name in it is unknown to the class, name the field."""
     if isinstance(error, KeyError) and str(error.args[:1]).startswith("('rewardrt"):
         return "it has attention of its own, and does not take another by name; this backbone cannot be exported yet"
     if isinstance(error, KeyError) and error.args:
@@ -106,7 +107,7 @@ def _blame(config: PretrainedConfig, error: Exception) -> str:
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """Give the non-persistent buffers (rotary frequencies, scales) their values, by the class's own initialisation."""
+    """Compute the non-persistent buffers (rotary frequencies, scales) by the class's own initialisation."""
     for module in model.modules():
         names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
         for name in names:
@@ -131,8 +132,8 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 
 def first_position(model: PreTrainedModel) -> int:
-    """Return the position id of a text's first token: 0, or the one after the padding id in RoBERTa and its kin."""
-    counted = "create_position_ids_from_input_ids"  # of the class of embeddings, or of its module
+    """Return the position id of a text's first token: 0, or the padding id plus 1 in RoBERTa and similar models."""
+    counted = "create_position_ids_from_input_ids"  # defined in the class of the embeddings, or in its module
     for module in model.modules():
         if hasattr(module, "padding_idx") and (
             hasattr(module, counted) or (hasattr(module, "position_embeddings") and hasattr(_home(module), counted))
@@ -153,7 +154,7 @@ def _home(module: nn.Module) -> ModuleType:
 def fill_with_fakes(module: nn.Module, mode: FakeTensorMode) -> None:
     """Replace every meta parameter and buffer by a fake CPU tensor, so that tracing sees ordinary devices.
 
-    A parameter that several layers share stays one, and is stored once.
+    A parameter shared by several layers stays shared, and is stored once.
     """
     fakes: dict[int, nn.Parameter] = {}
     kept: list[nn.Parameter] = []
@@ -164,7 +165,7 @@ def fill_with_fakes(module: nn.Module, mode: FakeTensorMode) -> None:
                     if id(parameter) not in fakes:
                         fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
                         fakes[id(parameter)] = nn.Parameter(fake, requires_grad=False)
-                        kept.append(parameter)  # so that no other gets its id
+                        kept.append(parameter)  # keep it alive, so that its id() is not reused
                     part._parameters[name] = fakes[id(parameter)]
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.is_meta:
@@ -174,7 +175,7 @@ def fill_with_fakes(module: nn.Module, mode: FakeTensorMode) -> None:
 def load(
     model: PreTrainedModel, sources: dict[str, ParameterSource], dtype: torch.dtype, *, by_layer: bool = False
 ) -> None:
-    """Give a meta backbone its weights in `dtype`; with `by_layer`, those of a layer only while it runs.
+    """Give a meta backbone its weights in `dtype`; with `by_layer`, load each layer's weights only while it runs.
 
     They are then read each time. The layers are the model's largest list of modules. See `layer_by_layer`.
     """
@@ -200,9 +201,9 @@ def _layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def bind(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> Binding:
-    """Say for every parameter and persistent buffer of the backbone which stored tensors make it.
+    """Return for every parameter and persistent buffer of the backbone the stored tensors that make it.
 
-    Nothing is read. Raises CheckpointError naming the tensors when a parameter has none, or a shape differs.
+    Nothing is read. Raises CheckpointError naming the tensors if a parameter has none, or if a shape differs.
     """
     packed = sorted(
         f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
@@ -223,7 +224,7 @@ def bind(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> Binding:
     direct: dict[str, StoredTensor] = {}
     collected: dict[str, list[tuple[str, StoredTensor]]] = {}
     unused: dict[str, StoredTensor] = {}
-    ignored = model._keys_to_ignore_on_load_unexpected or []  # what older versions of the class saved and never used
+    ignored = model._keys_to_ignore_on_load_unexpected or []  # saved by older versions of the class, never used
     for name in sorted(stored, key=_natural):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
         if target not in wanted:
@@ -264,7 +265,7 @@ def bind(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> Binding:
 def _converted(
     model: PreTrainedModel, converter: WeightConverter, target: str, parts: list[tuple[str, StoredTensor]]
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return a reader for each parameter that transformers' converter makes of these stored tensors."""
+    """Return a reader for each parameter that transformers' converter makes from these stored tensors."""
 
     def convert() -> dict[str, torch.Tensor]:
         fresh = copy.deepcopy(converter)
@@ -281,5 +282,5 @@ def _converted(
 
 
 def _natural(name: str) -> list[Any]:
-    """Sort `experts.10` after `experts.9`: converters stack tensors in the order in which they come."""
+    """Sort key by which `experts.10` comes after `experts.9`: converters stack tensors in the given order."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,7 +1,7 @@
-"""The heads of a spec as one torch module: states at the taps in, the reward and its objectives out.
+"""The heads of a spec as one torch module: from the states at the taps to the reward and its objectives.
 
-The same module is traced into the graph and, with real weights, is the end of the certificate's reference. Its maths is
-held by tests that write each family's formula out by themselves.
+The same module is traced into the graph and, with real weights, computes the end of the certificate's reference. Its
+formulas are therefore checked by tests that write out each family's formula independently.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ BATCH_NORM_EPS = 1e-5  # torch's default, which no checkpoint states
 
 
 class RewardHead(nn.Module):
-    """Made on the meta device; `sources` says how each parameter is read.
+    """The heads on the meta device; `sources` has a reader for each parameter.
 
-    Raises CheckpointError for a tensor that is missing, of a shape that does not follow from the one before, not
-    finite, or all zeros: such a head was lost or never trained.
+    Raises CheckpointError for a tensor that is missing, has a shape that does not fit the layer before it, is not
+    finite, or is all zeros: such a head was lost or never trained.
     """
 
     def __init__(self, spec: Spec, stored: dict[str, StoredTensor], width: int) -> None:
         super().__init__()
         self.spec = spec
         self.sources: dict[str, Reader] = {}
-        self.tensors: set[str] = set()  # names on disk
+        self.tensors: set[str] = set()  # names of the checkpoint's tensors
         sizes = [self._add_head(index, head, stored, width * len(head.taps)) for index, head in enumerate(spec.heads)]
         combine = spec.combine
         if combine.matrix is not None:
@@ -52,9 +52,9 @@ class RewardHead(nn.Module):
         _check_sizes(spec, sizes)
 
     def forward(self, states: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return [..., 1 + objectives] from one state [..., hidden] by tap name.
+        """Return [..., 1 + objectives] from one state [..., hidden] for each tap name.
 
-        Of a skew product, return the vectors [..., values] that texts are compared by.
+        For the combine rule skew, return the vectors [..., values] by which texts are compared.
         """
         values = [self._run_head(index, head, states) for index, head in enumerate(self.spec.heads)]
         combine, output = self.spec.combine, self.spec.output
@@ -72,7 +72,7 @@ class RewardHead(nn.Module):
         elif combine.rule == "skew":
             reward = first / first.norm(dim=-1, keepdim=True) if combine.unit else first
             if len(values) == 2:
-                # Both texts of a comparison have the same gate, so that each brings its square root.
+                # Both texts of a comparison have the same gate, so each vector is multiplied by its square root.
                 gate = torch.softmax(values[1] / combine.temperature, -1) * combine.scale
                 reward = reward * torch.sqrt(gate).repeat_interleave(2, -1)
         else:
@@ -81,7 +81,7 @@ class RewardHead(nn.Module):
             reward = torch.softmax(reward, -1)[..., output.index : output.index + 1]
         elif output.function == "log_odds":
             others = [place for place in range(reward.shape[-1]) if place != output.index]
-            # Written out: logsumexp's sum is added in an order that depends on the batch.
+            # Written out, because logsumexp adds in an order that depends on the batch.
             most = reward[..., others].amax(-1, keepdim=True)
             rest = _weighted_sum(torch.exp(reward[..., others] - most), torch.ones(len(others)))
             reward = reward[..., output.index : output.index + 1] - most - torch.log(rest)
@@ -146,7 +146,10 @@ class RewardHead(nn.Module):
         shape: tuple[int | None, ...] | None,
         layer: Layer | None = None,
     ) -> int:
-        """Register one parameter; `shape` is what it has to be, None for any size. Returns its rows on disk."""
+        """Register one parameter and return its number of rows on disk.
+
+        `shape` is the expected shape, with None for an axis of any size; None as a whole accepts any shape.
+        """
         expected = "any shape" if shape is None else [size if size is not None else "outputs" for size in shape]
         if tensor_name not in stored:
             like = sorted(other for other in stored if other.count(".") <= 1)
@@ -178,9 +181,9 @@ class RewardHead(nn.Module):
 
 
 def _weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum over the last axis, and keep it, as a matrix product.
+    """Return the weighted sum over the last axis, which is kept, computed as a matrix product.
 
-    onnxruntime's ReduceSum adds in an order that depends on where a row lies in memory, and so on the batch.
+    onnxruntime's ReduceSum adds in an order that depends on a row's place in memory, and so on the batch.
     """
     return values @ weights.unsqueeze(-1)
 
@@ -193,7 +196,7 @@ def _check_values(name: str, values: torch.Tensor) -> None:
 
 
 def _check_sizes(spec: Spec, sizes: list[int]) -> None:
-    """Check that the heads give as many values as the combine rule and the output take."""
+    """Check that the heads give as many values as the combine rule and the output need."""
     rule, name = spec.combine.rule, spec.heads[0].layers[-1].weight
     chooses = spec.output.function in ("softmax", "log_odds")
     if rule == "none" and not chooses and sizes != [1]:

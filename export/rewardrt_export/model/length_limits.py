@@ -1,7 +1,7 @@
-"""How long a text may be before a class computes something else: the length up to which one graph is exact.
+"""The text length up to which a model's class computes in one way, so that one graph is exact.
 
-Some backbones have two ways: rotary frequencies for short texts and others for long ones, or attention that is whole in
-short texts and sparse in long ones. A graph has the first, and longer texts are cut as they are at any model's limit.
+Some backbones change with the length: they use other rotary frequencies for long texts, or replace full attention by
+sparse attention. A graph contains the short-text version, and longer texts are cut, as at any model's limit.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-# Kinds of rotary frequencies that depend on the text's length, for which no prefix could be shared either.
+# Types of rotary frequencies that depend on the length of the whole text, which would also rule out prefix reuse.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """Up to how many tokens a backbone computes in one way, and what it does beyond."""
+    """The number of tokens up to which a backbone computes in one way, and what it does beyond."""
 
     tokens: int
     beyond: str
 
 
 def length_limit(config: PretrainedConfig) -> LengthLimit | None:
-    """Return the length up to which the backbone computes in one way; None: any."""
+    """Return the length up to which the backbone computes in one way; None if there is no such limit."""
     limits = [limit for limit in (_rotary_limit(config), _sparse_limit(config)) if limit is not None]
     return min(limits, key=lambda limit: limit.tokens, default=None)
 
 
 def hold(config: PretrainedConfig) -> PretrainedConfig:
-    """Let a config's backbone compute what it does of short texts, whatever the length; changed in place."""
+    """Set a config so that its backbone treats every text like a short one. Changes the config in place."""
     if _sparse_limit(config) is not None:
         config.attention_type = "original_full"
     return config
 
 
 def hold_rotary(model: nn.Module) -> nn.Module:
-    """Let the rotary frequencies of a backbone stay those of short texts, which it was built with; in place."""
+    """Fix a backbone's rotary frequencies at those for short texts, with which it was built. Changes it in place."""
     for module in model.modules():
         kind: Any = getattr(module, "rope_type", None)
         if isinstance(kind, dict):
@@ -72,6 +72,6 @@ def _rotary_limit(config: PretrainedConfig) -> LengthLimit | None:
 def _sparse_limit(config: PretrainedConfig) -> LengthLimit | None:
     if getattr(config, "attention_type", None) != "block_sparse":
         return None
-    # Of BigBird: blocks of both ends, of a token's own neighbourhood and the random ones are then all there are.
+    # BigBird: up to this length, the end blocks, neighbouring blocks and random blocks cover the whole text.
     tokens = (5 + 2 * int(config.num_random_blocks)) * int(config.block_size)
     return LengthLimit(tokens, "beyond them its attention is over blocks of tokens, some of them chosen at random")

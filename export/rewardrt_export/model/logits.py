@@ -1,8 +1,9 @@
-"""What a language model's class does around its head: hidden state -> logits, beside the product with its rows.
+"""What a language model's class does between hidden state and logits, besides the product with the head's rows.
 
-Some divide the state before the head or scale the logits after it, some cap them by a tanh. Config fields of one name
-mean other things in other classes (`logits_scaling` divides in Granite and multiplies in HyperCLOVA X), so the class is
-asked: its own forward pass is run with its backbone and its head replaced by functions whose results are known.
+Some classes scale the state before the head, scale the logits after it, or cap them by a tanh. Config fields with the
+same name mean different things in different classes (`logits_scaling` divides in Granite and multiplies in HyperCLOVA
+X). So the class itself is tested: its forward pass is run with its backbone and its head replaced by functions with
+known results.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _PROBES = (-700.0, -31.0, -3.0, -0.25, 1e-3, 0.5, 1.0, 12.0, 90.0, 1e9)
 
 @dataclass(frozen=True)
 class LogitRule:
-    """logit = cap * tanh(scale * x / cap) of x = row @ (before * state) + bias; without the tanh for cap 0."""
+    """logit = cap * tanh(scale * x / cap) with x = row @ (before * state) + bias; softcap 0 means no tanh."""
 
     before: float
     scale: float
@@ -31,12 +32,12 @@ class LogitRule:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing is done to the logits."""
+        """Whether the logits are not changed."""
         return self == LogitRule(1.0, 1.0, 0.0)
 
 
 class _Output(BaseModelOutputWithPast):
-    """Says None to whatever else a class asks its backbone's output for."""
+    """A backbone's output that returns None for every other attribute that a class reads."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -45,9 +46,9 @@ class _Output(BaseModelOutputWithPast):
 
 
 def logit_rule(config: PretrainedConfig) -> LogitRule:
-    """Return what the language model's class of this config does around its head.
+    """Return what the language model class of this config does around its head.
 
-    Raises CheckpointError where that is something else than a LogitRule says.
+    Raises CheckpointError if a LogitRule cannot express it.
     """
     try:
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -66,7 +67,7 @@ def logit_rule(config: PretrainedConfig) -> LogitRule:
         with torch.device("meta"):
             model: Any = kind(hold(config))
         model.eval()
-        # Under whichever name the class calls it: its prefix, its decoder, the usual one.
+        # The class may access its backbone by any of these names.
         for backbone in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
             if backbone is not None and backbone is not model:
                 backbone.forward = lambda *args, **fields: _Output(last_hidden_state=state)
@@ -86,7 +87,7 @@ def logit_rule(config: PretrainedConfig) -> LogitRule:
 
 
 def _fit(state: torch.Tensor, head_input: torch.Tensor | None, logits: torch.Tensor) -> LogitRule | None:
-    """Find the rule that explains every probe, or None."""
+    """Return the rule that explains all probes, or None."""
     x = torch.tensor(_PROBES)
     if head_input is None or head_input.shape != state.shape or logits.shape != x.shape:
         return None

@@ -1,7 +1,7 @@
-"""A decoder's class whose tokens look both ways: rerankers that were trained so have no class in transformers.
+"""A decoder class whose tokens attend in both directions, for rerankers that have no class in transformers.
 
-The class stays as it is. Its attention modules are told that they are not causal, and the mask that it asks
-transformers for is the one of an encoder.
+The class is not changed. Its attention modules are told that they are not causal, and it gets an encoder's mask in
+place of the causal one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rewardrt_export.source.directions import is_two_way
 
 
 def look_both_ways(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """Let the tokens of a backbone look both ways, in place, if its config says so."""
+    """Make a backbone's tokens attend in both directions, in place, if its config says so."""
     if not is_two_way(config):
         return model
     home = vars(sys.modules[type(model).__module__])
@@ -29,7 +29,7 @@ def look_both_ways(model: PreTrainedModel, config: PretrainedConfig) -> PreTrain
             module.is_causal = False  # type: ignore[assignment]
     forward = model.forward
 
-    @functools.wraps(forward)  # what it takes is asked of its signature
+    @functools.wraps(forward)  # keeps the signature, which is inspected later
     def two_way(*args: Any, **fields: Any) -> Any:
         causal = home["create_causal_mask"]
         home["create_causal_mask"] = create_bidirectional_mask

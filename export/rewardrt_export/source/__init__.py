@@ -1,1 +1,1 @@
-"""A checkpoint folder as it stands: config, tensors by name, tokenizer. Nothing here knows families."""
+"""A checkpoint folder as it is on disk: config, tensors by name, tokenizer. Nothing here knows families."""

@@ -1,4 +1,4 @@
-"""An adapter folder: adapter_config.json, checked for what can be merged exactly, and the base that it belongs to."""
+"""An adapter folder: adapter_config.json, checked for what can be merged exactly, and the adapter's base model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rewardrt_export.source.text_files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-# Fields of adapter_config.json that are followed here, or change nothing once training is over. A field that is set
-# and not listed is a variant that is not known here, and stops the export.
+# Fields of adapter_config.json that the merge follows, or that have no effect after training. Any other field that is
+# set means an unknown variant, and stops the export.
 KNOWN_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
@@ -21,11 +21,11 @@ KNOWN_FIELDS = {
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
     "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
-# Ways to start that leave the base as it is. The others (pissa, olora, loftq, ...) train against another base than the
-# one on disk, and PEFT's own conversion writes them as a plain adapter with `true`.
+# Initialisations that leave the base weights unchanged. The others (pissa, olora, loftq, ...) train against a changed
+# base; PEFT can convert such an adapter to a plain one, which has `true` here.
 KNOWN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
-# Fields that are looked into, and what they have to be where they are set.
+# The types that these fields must have if they are set.
 FIELD_TYPES: tuple[tuple[tuple[str, ...], type, str], ...] = (
     (("rank_pattern", "alpha_pattern"), dict, "an object by module"),
     (("modules_to_save",), list, "a list of modules"),
@@ -34,7 +34,7 @@ FIELD_TYPES: tuple[tuple[tuple[str, ...], type, str], ...] = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder, and the base that it was found to belong to."""
+    """An adapter folder, and its base model's folder."""
 
     folder: Path
     base: Path
@@ -42,21 +42,21 @@ class Adapter:
 
     @property
     def task(self) -> str | None:
-        """PEFT's name for the class that was trained (SEQ_CLS, CAUSAL_LM, ...), if the adapter says."""
+        """PEFT's task type of the trained class (SEQ_CLS, CAUSAL_LM, ...), if the adapter states it."""
         found = self.config.get("task_type")
         return found if isinstance(found, str) else None
 
     @property
     def saved_modules(self) -> list[str]:
-        """Modules that were trained whole, and saved with the adapter."""
+        """Modules that were trained as a whole, and saved with the adapter."""
         return [str(name) for name in self.config.get("modules_to_save") or []]
 
 
 def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
-    """Return the adapter that a checkpoint folder is, or None for a whole model; `base` says where its base lies.
+    """Return the adapter in a checkpoint folder, or None if it is a whole model; `base` is the base model's folder.
 
-    Raises CheckpointError when the base is not here (it is downloaded only by name), or the adapter is of an unknown
-    kind.
+    Raises CheckpointError if the base is not on this machine (it is only downloaded if it is named), or if the kind of
+    adapter is unknown.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
@@ -76,7 +76,7 @@ def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
 
 
 def _on_the_hub(named: Any, revision: Any) -> str:
-    """Say how the base is downloaded, where its name may be one of the Hub."""
+    """Say how to download the base, if its name may be a repository on the Hub."""
     repository = hub.named(f"{named}@{revision}" if revision else str(named))
     return "" if repository is None else f", or have it downloaded: --base {repository}"
 
@@ -84,7 +84,7 @@ def _on_the_hub(named: Any, revision: Any) -> str:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # no name that a file system takes
+    except (OSError, ValueError):  # a name that the file system does not allow
         return False
 
 

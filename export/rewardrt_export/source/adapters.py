@@ -1,7 +1,8 @@
-"""A LoRA adapter over its base: the tensors of the merged model, each merged only when it is read.
+"""A LoRA adapter on its base: the tensors of the merged model, each merged only when it is read.
 
-The merge is PEFT's own, in float32: base + scaling * B @ A, and DoRA's rescaling. What PEFT cannot merge exactly, or
-what changes the base before training, is refused by name. Nothing here knows what a tensor is for.
+The merge is PEFT's, computed in float32: base + scaling * B @ A, and DoRA's rescaling. An adapter is refused by name if
+PEFT cannot merge it exactly, or if its method changes the base before training. Nothing here knows what a tensor is
+for.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(\.weight)?"
 )
-# How PEFT's wrappers call the module that they wrap.
+# PEFT's names for a wrapped module.
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)\.")
 
 
 def merge_adapter(adapter: Adapter, base: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Return the base's tensors with the adapter's changes, and what the adapter adds, such as a head.
+    """Return the base's tensors with the adapter's changes, and the tensors that the adapter adds, such as a head.
 
-    Raises CheckpointError naming the tensors when one has no place in the base or no counterpart, or a shape differs.
+    Raises CheckpointError naming the tensors if one has no place in the base or no counterpart, or if a shape differs.
     """
     lora, whole = _sort(adapter, _read_adapter_tensors(adapter.folder))
     _check_saved(adapter, lora, whole)
@@ -66,7 +67,7 @@ def _read_adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _sort(
     adapter: Adapter, stored: dict[str, StoredTensor]
 ) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
-    """Part the adapter's tensors into LoRA's, by module and part, and those that stand in place of the base's."""
+    """Separate the adapter's tensors: LoRA's, by module and part, and those that replace tensors of the base."""
     lora: dict[str, dict[str, StoredTensor]] = {}
     whole: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
@@ -84,7 +85,10 @@ def _sort(
 
 
 def _check_saved(adapter: Adapter, lora: dict[str, dict[str, StoredTensor]], whole: dict[str, StoredTensor]) -> None:
-    """Check that modules_to_save were saved. PEFT lists two names for a classifier, of which a model has one."""
+    """Check that the modules in modules_to_save were saved.
+
+    For a classifier PEFT lists two names, of which one exists.
+    """
     listed = adapter.saved_modules
     found = [module for module in listed if any(f".{module}." in f".{name}" for name in whole)]
     if listed and not found:
@@ -97,9 +101,9 @@ def _check_saved(adapter: Adapter, lora: dict[str, dict[str, StoredTensor]], who
 
 
 def _place(name: str, base: dict[str, StoredTensor]) -> str | None:
-    """Return the base's own name for a tensor: the same, or with one module more or less at the front.
+    """Return the base's own name for a tensor: the same name, or one with a module more or less at the front.
 
-    A bare backbone is saved without the name that a model with a head has for it; a wrapper adds one.
+    A bare backbone is saved without the prefix that it has inside a model with a head, and a wrapper adds a prefix.
     """
     if name in base:
         return name
@@ -113,7 +117,7 @@ def _place(name: str, base: dict[str, StoredTensor]) -> str | None:
 def _merge_module(
     adapter: Adapter, module: str, parts: dict[str, StoredTensor], target: str, stored: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of one module after the merge: its weight, and its bias if LoRA has one too."""
+    """Return the merged tensors of one module: its weight, and its bias if LoRA has one too."""
     config, where = adapter.config, f"{adapter.folder}: the adapter's {module}"
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
@@ -160,7 +164,7 @@ def _read_merged(
     second: StoredTensor,  # [out, rank]
     scaling: float,
     transposed: bool,  # whether the base is [in, out]
-    magnitude: StoredTensor | None,  # [out], of DoRA
+    magnitude: StoredTensor | None,  # [out], for DoRA
 ) -> torch.Tensor:
     change = scaling * (second.read().float() @ first.read().float())
     weight = base.read().float()
@@ -184,7 +188,7 @@ def _rank_and_scaling(adapter: Adapter, module: str) -> tuple[int, float]:
 
 
 def _by_pattern(adapter: Adapter, field: str, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that the end of the module's name matches, as PEFT does."""
+    """Return the value of the first pattern that matches the end of the module's name, as PEFT does."""
     for pattern, value in (adapter.config.get(field) or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
@@ -195,9 +199,10 @@ def _by_pattern(adapter: Adapter, field: str, module: str, default: Any) -> Any:
 
 
 def _check_layers(adapter: Adapter, changed: set[str], base: dict[str, StoredTensor]) -> None:
-    """Check that no layer lost its part: what is changed in one layer is changed in all, unless the config says where.
+    """Check that no layer lost its adapter.
 
-    PEFT only warns, and such a layer would run without its adapter.
+    A module that is changed in one layer must be changed in all, unless the config limits the layers. PEFT only warns
+    about a missing one, and such a layer would run without its adapter.
     """
     config = adapter.config
     targets = config.get("target_modules")

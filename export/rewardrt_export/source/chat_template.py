@@ -1,8 +1,8 @@
-"""The chat template of a checkpoint folder: every file in which transformers 4 and 5 keep one, and which one is taken.
+"""The chat template of a checkpoint folder: all files in which transformers 4 and 5 store one, and which one is taken.
 
 A tokenizer reads chat_template.jinja, the folder additional_chat_templates and tokenizer_config.json. Processors wrote
-chat_template.json, or the field in processor_config.json, which the tokenizer of the same folder does not read: such a
-model would be scored on its prompt and response without a word of the template that it was trained with.
+chat_template.json, or a field in processor_config.json, which the tokenizer of the same folder does not read. Ignoring
+these would score such a model on its bare prompt and response, without the template that it was trained with.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ FIELD = "chat_template"
 
 
 def read_chat_template(folder: Path, wanted: str | None = None) -> tuple[str | None, str | None]:
-    """Return the folder's chat template, if it has one, and a line that says which it is where there was a choice.
+    """Return the folder's chat template, if any, and a line that says which one it is if there was a choice.
 
-    `wanted` is the name of one of several, or a file to read instead. Raises CheckpointError naming the file.
+    `wanted` is the name of one of several templates, or a file to read instead. Raises CheckpointError naming the file.
     """
     own = _tokenizer_templates(folder)
     others = {name: templates for name in PROCESSOR_FILES if (templates := _from_json(folder / name))}
@@ -37,7 +37,7 @@ def read_chat_template(folder: Path, wanted: str | None = None) -> tuple[str | N
 
 
 def _tokenizer_templates(folder: Path) -> dict[str, str]:
-    """Return the templates that transformers' tokenizer reads, by name: files of their own before tokenizer_config."""
+    """Return the templates that transformers' tokenizer reads, by name; separate files come before tokenizer_config."""
     found = {DEFAULT: _checked(read_text(folder / JINJA), folder / JINJA)} if (folder / JINJA).is_file() else {}
     if (folder / FOLDER).is_dir():
         paths = sorted((folder / FOLDER).glob("*.jinja"))
@@ -46,7 +46,7 @@ def _tokenizer_templates(folder: Path) -> dict[str, str]:
 
 
 def _from_json(path: Path) -> dict[str, str]:
-    """Return the templates in a JSON file's field: one, a list of them with names, or an object by name."""
+    """Return the templates in a JSON file's field: a single text, a list of named ones, or an object by name."""
     if not path.is_file():
         return {}
     value = read_json(path).get(FIELD)

@@ -1,4 +1,4 @@
-"""config.json, read by transformers' class of its model_type; and what of the tensors it must agree with."""
+"""config.json, read by transformers' class for its model_type, and how it must agree with the tensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rewardrt_export.source.layouts import LAYOUTS, Layout
 from rewardrt_export.source.weights import StoredTensor, first_line
 
 CONFIG_FILE = "config.json"
-# Of embeddings: their rows are the vocabulary.
+# Names of embedding matrices, which have one row for each token of the vocabulary.
 VOCABULARY_TENSORS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
 
 MAY_BE_ABSENT = ("quantization_config", "vision_config", "audio_config", "text_config", "auto_map")
-# Numbers of which transformers makes lists while it reads config.json, and what is out of all proportion for each.
+# Numbers for which transformers builds lists while it reads config.json, and the largest value accepted for each.
 COUNTED = {"num_labels": 1_000_000} | dict.fromkeys(
     ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 100_000
 )
@@ -26,7 +26,7 @@ COUNTED = {"num_labels": 1_000_000} | dict.fromkeys(
 def follow_vocabulary(
     config: PretrainedConfig, before: dict[str, StoredTensor], after: dict[str, StoredTensor]
 ) -> None:
-    """Set the config's vocabulary to that of the adapter, which holds the embeddings if tokens were added."""
+    """Set the config's vocabulary size to the adapter's, which contains the embeddings if tokens were added."""
     for name in before.keys() & after.keys():
         old, new = before[name].shape, after[name].shape
         if old != new and old[0] == config.vocab_size and old[1:] == new[1:]:
@@ -34,14 +34,14 @@ def follow_vocabulary(
 
 
 def fit_vocabulary(config: PretrainedConfig, stored: dict[str, StoredTensor]) -> None:
-    """Take the vocabulary's size from the tensors: trainers round it up, and the base model's config does not know."""
+    """Take the vocabulary size from the tensors: trainers round it up, which the base model's config does not show."""
     sizes = {tensor.shape[0] for name, tensor in stored.items() if name.endswith(VOCABULARY_TENSORS)}
     if len(sizes) == 1:
         config.vocab_size = sizes.pop()
 
 
 def read_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
-    """Read what stands in the folder's config.json, `raw`, as a config of its class; raises CheckpointError."""
+    """Return the config of its class for the folder's config.json, whose contents are `raw`. Raises CheckpointError."""
     where, kind = folder / CONFIG_FILE, raw.get("model_type")
     if _is_quantized(raw.get("quantization_config")):
         raise CheckpointError(f"{where}: a quantized checkpoint; export the one it was made from")
@@ -68,9 +68,9 @@ def read_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
 
 
 def _mend(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """Write what transformers' classes are too strict about as they want it; the meaning is the same.
+    """Rewrite values about which transformers' classes are too strict, without changing their meaning.
 
-    A whole number where they expect a float (`"initializer_range": 0`), and null where a field may only be absent.
+    These are integers where a float is expected (`"initializer_range": 0`), and null where a field may only be absent.
     """
     found = {name: value for name, value in raw.items() if value is not None or name not in MAY_BE_ABSENT}
     types = {field.name: field.type for field in dataclasses.fields(CONFIG_MAPPING[kind])}
@@ -79,27 +79,27 @@ def _mend(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _blamed_field(kind: str, raw: dict[str, Any]) -> str:
-    """Name the field without which transformers takes the config: what it raises often does not."""
+    """Name the field without which transformers accepts the config, because its own error often does not say."""
     for name in raw:
         try:
             CONFIG_MAPPING[kind].from_dict({key: value for key, value in raw.items() if key != name})
-        except Exception:  # then it is not this one alone
+        except Exception:  # this field is not the only cause
             continue
         return f": {name} {str(raw[name])[:80]!r}"
     return ""
 
 
 def _is_quantized(stated: Any) -> bool:
-    """Whether config.json's quantization_config says that weights are quantized: null, {} and false do not."""
+    """Whether config.json's quantization_config means quantized weights; null, {} and false do not."""
     if not isinstance(stated, dict):
         return bool(stated)
-    if stated.get("quant_method") in (None, "none", "bitsandbytes"):  # the last says by two switches what it does
+    if stated.get("quant_method") in (None, "none", "bitsandbytes"):  # bitsandbytes has its own switches
         return any(stated.get(name) for name in ("load_in_4bit", "load_in_8bit", "bits"))
     return True
 
 
 def check_size(config: PretrainedConfig, stored: dict[str, StoredTensor]) -> None:
-    """Check that the config's layers can be among the tensors, before any are built: each takes time and memory."""
+    """Check before building any layers that the tensors can include all of them; building takes time and memory."""
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > len(stored):
         raise CheckpointError(
@@ -109,7 +109,7 @@ def check_size(config: PretrainedConfig, stored: dict[str, StoredTensor]) -> Non
 
 
 def layout_of(raw: dict[str, Any]) -> Layout | None:
-    """Return the layout of a model that transformers has no class for, if it is one that is known here."""
+    """Return the layout of a model that transformers has no class for, or None."""
     return LAYOUTS.get(str(raw.get("model_type")))
 
 

@@ -1,4 +1,4 @@
-"""Which way a decoder's tokens look: a field of its config that transformers does not know of."""
+"""The direction of attention in a decoder, stored in a config field that transformers does not know."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _FIELD = "rewardrt_two_way"
 
 
 def set_two_way(config: Any) -> None:
-    """Say in a decoder's config that its tokens look both ways, as an encoder's do."""
+    """Record in a decoder's config that its tokens attend in both directions, as an encoder's do."""
     setattr(config, _FIELD, True)
 
 
 def is_two_way(config: Any) -> bool:
-    """Return whether a decoder's tokens look both ways."""
+    """Return whether a decoder's tokens attend in both directions."""
     return bool(getattr(config, _FIELD, False))

@@ -1,6 +1,6 @@
-"""A checkpoint folder as it stands: config.json, tensors by name, tokenizer. Nothing here knows families.
+"""A checkpoint folder as it is on disk: config.json, tensors by name, tokenizer. Nothing here knows families.
 
-What needs more than one folder, or comes in a layout that transformers has no class for, is made uniform here.
+Checkpoints that need a second folder, or whose layout transformers has no class for, are made uniform here.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ from rewardrt_export.source.tokenizer_files import find_tokenizer_files
 from rewardrt_export.source.tokenizer_loader import read_tokenizer
 from rewardrt_export.source.weights import StoredTensor, check_weights, read_file, read_tensors, shorten
 
-# Where LLaMA-Factory and TRL put a value head beside a model; TRL's name beside an adapter is the whole model's.
+# Files in which LLaMA-Factory and TRL save a value head next to a model. Next to an adapter, TRL uses the name of a
+# whole model's weights.
 VALUE_HEAD_FILES = ("value_head.safetensors", "value_head.bin", "v_head.bin")
 FILES_BESIDE_ADAPTERS = (*VALUE_HEAD_FILES, "model.safetensors", "pytorch_model.bin")
-# The class that PEFT's task types are trained in, by model_type; the base's config.json names another.
+# The classes in which PEFT's task types are trained, by model_type; the base's config.json names another class.
 TASK_CLASSES: dict[str, dict[str, str]] = {
     "SEQ_CLS": dict(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     "TOKEN_CLS": dict(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
@@ -54,10 +55,10 @@ _LANGUAGE_MODEL_HEAD = re.compile(r"(pretrained_model\.)?(lm_head|embed_out)\.(w
 
 @dataclass(frozen=True)
 class Source:
-    """What a family is told from, and makes its spec of.
+    """The contents of a checkpoint, from which a family is recognised and its spec is made.
 
-    An adapter looks like the whole model that it was trained as: its base's config and the merged tensors. `unused` are
-    tensors that the reward does not use, and why that is right.
+    An adapter looks like the whole model that was trained: its base's config and the merged tensors. `unused` are
+    tensors that the reward does not use, each with the reason.
     """
 
     folder: Path
@@ -69,22 +70,22 @@ class Source:
     padding: Padding
     adapter: Adapter | None = None
     unused: dict[str, str] = field(default_factory=dict)
-    # Where the files allow two readings: the one that was taken, by what was chosen. Export prints each as a line, and
-    # the manifest keeps them.
+    # Where the files were ambiguous: what was chosen, by subject. Export prints each as a line, and the manifest stores
+    # them.
     choices: dict[str, str] = field(default_factory=dict)
-    trained: TrainedTokenizer | None = None  # `tokenizer`, and how it was settled on
+    trained: TrainedTokenizer | None = None  # `tokenizer`, and why it was chosen
 
     @property
     def architecture(self) -> str:
-        """The first of config.json's `architectures`, or what to call a config without."""
+        """The first of config.json's `architectures`, or a description of a config without one."""
         found = self.raw.get("architectures")
         return str(found[0]) if isinstance(found, list) and found else "a model without architectures"
 
     @property
     def says_base_model(self) -> bool:
-        """Whether config.json names no class with a head of a reward's: the base model's, a language model's, or none.
+        """Whether config.json names no class with a reward head, but a base model, a language model, or nothing.
 
-        It is then the base's own file, which trainers leave beside the weights, and says nothing of the head.
+        It is then the base model's own file, which trainers leave next to the weights, and says nothing about the head.
         """
         found = self.raw.get("architectures")
         if not (isinstance(found, list) and found):
@@ -94,25 +95,25 @@ class Source:
 
     @property
     def parameters(self) -> int:
-        """How many numbers all stored tensors hold."""
+        """The number of values in all stored tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.stored.values())
 
     @property
     def width(self) -> int:
-        """The size of the backbone's last hidden state (small OPT models project it down at the end)."""
+        """The size of the backbone's last hidden state (small OPT models project it to another size at the end)."""
         width: int = getattr(self.config, "word_embed_proj_dim", None) or self.config.hidden_size
         return width
 
     @property
     def pad_id(self) -> int | None:
-        """The id that training padded with, None where transformers reads the last token; noted in `choices`.
+        """The id that training padded with, or None if transformers reads the last token; noted in `choices`.
 
-        Raises CheckpointError where the files allow two.
+        Raises CheckpointError if the files allow two readings.
         """
         return self.choose_pad_id()
 
     def choose_pad_id(self, *, required: bool = False) -> int | None:
-        """Return `pad_id`; with `required`, the tokenizer's where there is none."""
+        """Return `pad_id`; with `required`, the tokenizer's if there is none."""
         found, choice = self.padding.choose(required=required)
         if choice is not None:
             self.choices["pad_token"] = choice
@@ -136,10 +137,10 @@ def read_source(
 ) -> Source:
     """Read a checkpoint folder, or an adapter's folder and its base's.
 
-    What the folder leaves out, config.json or the tokenizer, is read from the folder `base`. `pad_token` is the token,
-    or its id, that training padded with; `chat_template` one of several by its name, or a file; `tokenizer` says which
-    of two readings of the tokenizer is taken where they differ. Raises CheckpointError naming the file that is missing
-    or damaged.
+    If the folder lacks config.json or the tokenizer, they are read from the folder `base`. `pad_token` is the token, or
+    its id, that training padded with. `chat_template` is the name of one of several templates, or a file. `tokenizer`
+    says which of two tokenizers is taken if they differ. Raises CheckpointError naming the file that is missing or
+    damaged.
     """
     check_checkpoint(folder, base)
     adapter = find_adapter(folder, base)
@@ -177,7 +178,7 @@ def language_model_head(stored: dict[str, StoredTensor]) -> dict[str, str]:
 
 
 def _read_whole(folder: Path) -> dict[str, StoredTensor]:
-    """Read the tensors of a whole model, and of a value head that was saved beside it."""
+    """Read the tensors of a whole model, and of a value head saved next to it."""
     stored, beside = read_tensors(folder), _read_head_file(folder, VALUE_HEAD_FILES)
     twice = sorted(stored.keys() & beside.keys())
     if twice:
@@ -188,7 +189,7 @@ def _read_whole(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_head_file(folder: Path, names: tuple[str, ...]) -> dict[str, StoredTensor]:
-    """Read the first of these files that is there; old ones call the head's layer `summary` alone."""
+    """Read the first of these files that exists; old files name the head's layer just `summary`."""
     for name in names:
         if (folder / name).is_file():
             found = {
@@ -202,7 +203,7 @@ def _read_head_file(folder: Path, names: tuple[str, ...]) -> dict[str, StoredTen
 def _read_adapter_source(
     adapter: Adapter, pad_token: str | None, chat_template: str | None, choice: TokenizerChoice | None
 ) -> Source:
-    """Read an adapter as the model that was trained: the base's files, and the adapter's own where it has some."""
+    """Read an adapter as the model that was trained: the base's files, or the adapter's own if it has them."""
     folder, base = adapter.folder, adapter.base
     described = folder if (folder / CONFIG_FILE).is_file() else base
     raw = read_json(described / CONFIG_FILE)
@@ -239,7 +240,7 @@ def _read_adapter_source(
 def _untied_head(
     config: PretrainedConfig, plain: dict[str, StoredTensor], stored: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Give a tied head its own tensor where an adapter changes the embeddings: PEFT leaves the head as it was."""
+    """If an adapter changes tied embeddings, give the head its own tensor, because PEFT leaves the head unchanged."""
     changed = [name for name in plain.keys() & stored.keys() if name.endswith(VOCABULARY_TENSORS)]
     changed = [name for name in changed if stored[name] is not plain[name]]
     if not config.tie_word_embeddings or "lm_head.weight" in stored or len(changed) != 1:
@@ -248,6 +249,6 @@ def _untied_head(
 
 
 def _read_template(folder: Path, wanted: str | None) -> tuple[str | None, dict[str, str]]:
-    """Return the chat template, and what was chosen where there are several."""
+    """Return the chat template, and the choice if there were several."""
     template, choice = read_chat_template(folder, wanted)
     return template, {} if choice is None else {"chat_template": choice}

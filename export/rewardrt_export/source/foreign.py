@@ -1,4 +1,4 @@
-"""Folders whose weights are in another program's layout: what each is, and the command that makes plain ones of it."""
+"""Folders whose weights are in another program's format: what they are, and how to convert them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 
 @dataclass(frozen=True)
 class Foreign:
-    """One layout: any of the `names` (globs) in a folder shows it; `{folder}` and `{name}` are filled in."""
+    """One format: a folder has it if a file matches one of the `names` (globs).
+
+    `what` names the format, and `remedy` is the command that converts it. `{folder}`, `{parent}` and `{name}` in them
+    are filled in.
+    """
 
     names: tuple[str, ...]
     what: str
@@ -83,7 +87,7 @@ PROGRAMS = (
 
 
 def describe_foreign(folder: Path) -> str:
-    """Say what a folder without plain weights holds, and how plain ones are made of it."""
+    """Say what a folder without plain weights contains, and how to make plain weights from it."""
     shards = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
     if shards:
         index = "model.safetensors.index.json" if shards[0].endswith("safetensors") else "pytorch_model.bin.index.json"
@@ -101,12 +105,12 @@ def describe_foreign(folder: Path) -> str:
 
 
 def _holder(found: Path) -> Path:
-    """Return the folder that the shards are in."""
+    """Return the folder that contains the shards."""
     return found if found.is_dir() and found.name.startswith("pytorch_model_fsdp") else found.parent
 
 
 def _near(folder: Path) -> str:
-    """Name files that may be the weights under another name, or a folder below that has them."""
+    """Name files that may be the weights under another name, or a subfolder that has weights."""
     files = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     files = [
         name for name in files if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")

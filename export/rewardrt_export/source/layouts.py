@@ -1,7 +1,7 @@
-"""Checkpoints that transformers has no class for, read as ones that it has: a table by config.json's model_type.
+"""Checkpoints that transformers has no class for, read as an architecture that it has: a table by model_type.
 
-Both halves of a row only rename and cut: the config becomes that of another architecture, and every tensor gets the
-name and the rows that it has there. Nothing is read from disk before it is needed.
+An entry only renames and slices: the config becomes that of the other architecture, and every tensor gets its name and
+its rows there. Nothing is read from disk before it is needed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Stored = dict[str, StoredTensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """`config` makes the other architecture's config of config.json; `tensors` renames and cuts the stored tensors."""
+    """`config` makes the other architecture's config from config.json; `tensors` renames and slices stored tensors."""
 
     config: Callable[[dict[str, Any]], PretrainedConfig]
     tensors: Callable[[Stored, dict[str, Any]], Stored]
 
 
 def _internlm2_config(raw: dict[str, Any]) -> PretrainedConfig:
-    """InternLM2 is Llama with one matrix for queries, keys and values; `bias` is that of its attention alone."""
+    """InternLM2 is Llama with one matrix for queries, keys and values; its `bias` only applies to attention."""
     taken = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta",
@@ -42,7 +42,10 @@ def _internlm2_config(raw: dict[str, Any]) -> PretrainedConfig:
 
 
 def _internlm2_scaling(raw: dict[str, Any]) -> dict[str, Any] | None:
-    """Its dynamic scaling starts beyond max_position_embeddings, where no bundle ever goes: within, it is none."""
+    """Return its RoPE scaling; dynamic scaling counts as none.
+
+    Dynamic scaling only has an effect beyond max_position_embeddings, and texts are cut before that.
+    """
     scaling = raw.get("rope_scaling")
     if not scaling or scaling.get("type", scaling.get("rope_type")) == "dynamic":
         return None
@@ -61,7 +64,7 @@ _INTERNLM2_LAYER = re.compile(r"(?P<layer>(?:.*\.)?layers\.\d+)\.(?P<part>.+)\.(
 
 
 def _internlm2_tensors(stored: Stored, raw: dict[str, Any]) -> Stored:
-    """Rename as `_INTERNLM2_NAMES` says, and cut `attention.wqkv` into q_proj, k_proj and v_proj."""
+    """Rename tensors as in `_INTERNLM2_NAMES`, and split `attention.wqkv` into q_proj, k_proj and v_proj."""
     found: Stored = {}
     for name, tensor in stored.items():
         match = _INTERNLM2_LAYER.fullmatch(name)
@@ -80,9 +83,10 @@ def _internlm2_tensors(stored: Stored, raw: dict[str, Any]) -> Stored:
 
 
 def _internlm2_rows(tensor: StoredTensor, raw: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the rows of wqkv that are queries, keys and values.
+    """Return the row indices of the queries, keys and values in wqkv.
 
-    One group for each key/value head: the query heads that share it, then its key head, then its value head.
+    wqkv has one group of rows for each key/value head: the query heads that share it, then its key head, then its value
+    head.
     """
     heads = int(raw["num_attention_heads"])
     groups = int(raw.get("num_key_value_heads") or heads)
@@ -99,7 +103,7 @@ def _take_rows(tensor: StoredTensor, name: str, rows: torch.Tensor) -> StoredTen
 
 
 def _llama_two_way_config(raw: dict[str, Any]) -> PretrainedConfig:
-    """NVIDIA's Llama for rerankers and embeddings: the same tensors, and tokens that look both ways."""
+    """NVIDIA's Llama for rerankers and embeddings: the same tensors, with tokens that attend in both directions."""
     config = LlamaConfig.from_dict({name: value for name, value in raw.items() if name != "model_type"})
     config.use_cache = False
     set_two_way(config)

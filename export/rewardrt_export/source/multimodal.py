@@ -1,4 +1,4 @@
-"""The text part of a checkpoint that also takes images or sound: a reward is over text, and the rest is left out."""
+"""The text part of a checkpoint that also takes images or audio; a reward reads text only, and the rest is left out."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from transformers import AutoModel, PretrainedConfig
 from rewardrt.errors import CheckpointError
 from rewardrt_export.source.weights import StoredTensor
 
-# What transformers calls the text's backbone inside a multimodal one, and in the names of its tensors.
+# transformers' name for the text backbone inside a multimodal one, also used in the names of its tensors.
 TEXT_BACKBONE = "language_model"
-# Of the whole config, what its heads and losses go by: the text's own config has the defaults of these.
+# Fields about heads and losses that are set in the whole config, while the text config only has their defaults.
 _OF_THE_WHOLE = ("architectures", "id2label", "label2id", "problem_type")
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config of the text's backbone, which for most models is the config itself.
+    """Return the config of the text backbone, which for most models is the config itself.
 
-    Raises CheckpointError for a model whose text part is no backbone of its own.
+    Raises CheckpointError if the model's text part is not a backbone of its own.
     """
     if config.is_encoder_decoder:
         raise CheckpointError(
@@ -46,7 +46,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 def text_tensors(
     config: PretrainedConfig, stored: dict[str, StoredTensor]
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors with the text's named as those of a text model, and which others no text goes through.
+    """Return the tensors, with those of the text backbone renamed as in a text model, and those that text does not use.
 
     `config` is the whole model's.
     """

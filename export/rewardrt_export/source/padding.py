@@ -1,6 +1,6 @@
-"""The token that training padded with: which id it was, where the files say, and the question where they do not.
+"""The pad token of training: its id if the files determine it, and an error with the choices if they do not.
 
-A head that is read by the pad id reads another token where the id is another, so a guess would be another reward.
+A head whose position depends on the pad id reads another token if the id is wrong, so a guess could change the reward.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from rewardrt.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Padding:
-    """What each side says of the pad token; ids that no token has are None.
+    """The pad ids in the config and the tokenizer; an id that no token has is None.
 
-    `borrowed`: the config is the base's of an adapter, and what training set in it was saved nowhere. `unread`: the
-    user chose a rule that needs no pad id.
+    `borrowed`: the config belongs to an adapter's base, and what training set in it was not saved. `given`: the id that
+    the user chose. `unread`: the user chose a pooling rule that needs no pad id.
     """
 
     tokenizer: Any
@@ -28,10 +28,10 @@ class Padding:
     unread: bool = False
 
     def choose(self, *, required: bool = False) -> tuple[int | None, str | None]:
-        """Return the id, and a line that says why it is that one where the two sides differ or somebody chose.
+        """Return the pad id, and a line with the reason if config and tokenizer differ or the user chose.
 
-        None is no id: transformers reads the last token then. With `required` the tokenizer's id stands in for it.
-        Raises CheckpointError where the files allow two readings and nobody chose.
+        None means that there is no pad id; transformers then reads the last token. With `required`, the tokenizer's id
+        is used instead of none. Raises CheckpointError if the files allow two readings and the user did not choose.
         """
         if self.unread:
             return None, None
@@ -58,9 +58,9 @@ class Padding:
         return found if isinstance(found, int) else None
 
     def _is_open(self) -> bool:
-        """Whether an adapter's two sides leave open what training padded with.
+        """Whether an adapter's files leave open what training padded with.
 
-        A base without a pad id cannot be trained in batches: then the tokenizer's was set. TRL takes EOS without one.
+        A base without a pad id cannot be trained in batches, so the tokenizer's was set. Without one, TRL uses EOS.
         """
         if self.pad is not None:
             return self.config not in (None, self.pad)
@@ -92,7 +92,7 @@ class Padding:
         return f"id {token_id}" if token is None else f"{token!r} (id {token_id})"
 
     def _text(self, token_id: int | None) -> str:
-        """What to give --pad-token for this id."""
+        """Return the value of --pad-token for this id."""
         token = None if token_id is None else self._token(token_id)
         return str(token_id) if token is None or token.strip() != token or not token else f"'{token}'"
 
@@ -105,12 +105,12 @@ class Padding:
 
 
 def read_padding(tokenizer: Any, config: PretrainedConfig, *, borrowed: bool, given: str | None) -> Padding:
-    """Read what config and tokenizer say, and the token or id that --pad-token gives. Raises CheckpointError."""
-    text = config.get_text_config()  # transformers' classifiers look there, which is the config itself for most
+    """Read the pad ids of config and tokenizer, and the token or id given by --pad-token. Raises CheckpointError."""
+    text = config.get_text_config()  # where transformers' classifiers look; for most models the config itself
     stated = getattr(text if isinstance(text, PretrainedConfig) else config, "pad_token_id", None)
     if stated is not None and (isinstance(stated, bool) or not isinstance(stated, int)):
         raise CheckpointError(f"config.json: pad_token_id {stated!r}; expected the id of a token")
-    # A negative id is no token's: transformers finds none, and reads the last token, as without an id.
+    # No token has a negative id: transformers finds none, and reads the last token, as without a pad id.
     own = stated if stated is not None and stated >= 0 else None
     return Padding(tokenizer, own, borrowed, None if given is None else _given_id(tokenizer, given))
 

@@ -1,6 +1,6 @@
-"""A checkpoint by its name: a folder that is here, or a repository of the Hub, of which what is read is downloaded.
+"""A checkpoint by its name: a local folder, or a repository on the Hub, of which only the needed files are downloaded.
 
-The rules for which files are read are those of a folder, applied to the repository's list of files.
+Which files are needed is decided by the rules for folders, applied to the repository's list of files.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from rewardrt_export.source.weights import (
 )
 
 _TEXT = (CONFIG_FILE, ADAPTER_CONFIG, *SETTINGS, *VOCABULARIES, JINJA, *PROCESSOR_FILES)
-_BELOW = (f"{FOLDER}/*.jinja", LOGIT_SCORE)  # in folders of the checkpoint's
+_BELOW = (f"{FOLDER}/*.jinja", LOGIT_SCORE)  # in subfolders of the checkpoint
 
 
 def find_checkpoint(name: str | Path, progress: Progress = silent) -> Path:
-    """Return the folder of a checkpoint: the one of this name, or where `ORG/NAME[@REVISION]` was downloaded to.
+    """Return the folder of a checkpoint: the local one, or the one to which `ORG/NAME[@REVISION]` was downloaded.
 
     Raises CheckpointError, HubError, or MissingExtraError.
     """
@@ -44,9 +44,10 @@ def find_checkpoint(name: str | Path, progress: Progress = silent) -> Path:
 
 
 def wanted_files(files: Collection[str]) -> list[str]:
-    """Return what an export reads of a repository's files, but for the shards that an index names.
+    """Return the files of a repository that an export reads, except the shards that an index lists.
 
-    Config, tokenizer and templates; of the weights safetensors, or else what `torch.save` wrote. Never code.
+    These are config, tokenizer, templates, and the weights: safetensors, or else files written by `torch.save`. Code is
+    never read.
     """
     wanted = [name for name in files if "/" not in name and any(fnmatchcase(name, each) for each in _TEXT)]
     wanted += [name for name in files if any(fnmatchcase(name, each) for each in _BELOW)]

@@ -1,4 +1,4 @@
-"""The text files of a checkpoint folder, read in whole: JSON, and the few lines that git-lfs leaves of a file."""
+"""Read the text files of a checkpoint folder; recognise the pointer files that git-lfs leaves in place of a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rewardrt.errors import CheckpointError
 
-LOGIT_SCORE = "1_LogitScore/config.json"  # of sentence-transformers' module for rewards that are logits
+LOGIT_SCORE = "1_LogitScore/config.json"  # written by sentence-transformers' module for scores that are logits
 _POINTER = b"version https://git-lfs"
 
 
@@ -35,11 +35,11 @@ def read_text(path: Path) -> str:
 
 
 def check_pointer(path: Path) -> None:
-    """Raise CheckpointError for the few lines that git-lfs leaves where a file was not fetched."""
+    """Raise CheckpointError for a pointer file, which git-lfs leaves if a file was not fetched."""
     try:
         with path.open("rb") as file:
             is_pointer = file.read(len(_POINTER)) == _POINTER
-    except OSError:  # whoever reads it says so
+    except OSError:  # reading the file will report it
         return
     if is_pointer:
         raise CheckpointError(f"{path}: a git-lfs pointer and not the file itself; run `git lfs pull` in its folder")

@@ -1,8 +1,8 @@
-"""The tokenizer that a model was trained with: the checkpoint's tokenizer.json as it was saved, or transformers' own.
+"""The tokenizer of training: the checkpoint's saved tokenizer.json, or the one that transformers builds.
 
-transformers 5 builds the tokenizers of many classes anew, from vocabulary and merges of tokenizer.json. It drops
-the normalizer and the pre-tokenizer that were saved beside them, and a model is then given other token ids than in
-training. So the two are compared, and where they differ the saved file is taken, with a word.
+transformers 5 rebuilds the tokenizers of many classes from the vocabulary and merges in tokenizer.json. It drops the
+saved normalizer and pre-tokenizer, so the model may get other token ids than in training. So the two are compared; if
+they differ, the saved file is used, and a note says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rewardrt_export.source.text_files import read_json
 TokenizerChoice = Literal["file", "transformers"]
 TOKENIZER_FILE = "tokenizer.json"
 
-# What tokenizers disagree about: spaces, forms of Unicode, case, digits, scripts, control characters.
+# Texts on which tokenizers may differ: spaces, Unicode forms, case, digits, scripts, control characters.
 TELLING_TEXTS = (
     " leading",
     "trailing  ",
@@ -46,10 +46,10 @@ TELLING_TEXTS = (
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """`tokenizer` is transformers' object with `backend` in it, which is what a bundle saves.
+    """`tokenizer` is transformers' object, with `backend` inside it; a bundle saves `backend`.
 
-    `reference(text, pair, add_special_tokens)` gives the ids that the bundle's are certified against; nothing of it
-    went through the bundle's own files. `choice` says what was taken where there was something to choose, else "".
+    `reference(text, pair, add_special_tokens)` returns the ids against which the bundle's are certified; it uses none
+    of the bundle's own files. `choice` says which tokenizer was taken if there was a choice, else "".
     """
 
     tokenizer: Any
@@ -59,10 +59,10 @@ class TrainedTokenizer:
 
 
 def settle(tokenizer: Any, folder: Path, wanted: TokenizerChoice | None = None) -> TrainedTokenizer:
-    """Compare what transformers made of a folder with the folder's tokenizer.json, and take one of them.
+    """Compare the tokenizer that transformers built with the folder's tokenizer.json, and choose one.
 
-    `wanted` None takes the file where there is one. Raises CheckpointError for a file that cannot be read, or that is
-    wanted and not there.
+    If `wanted` is None, the file is taken if there is one. Raises CheckpointError if the file cannot be read, or if it
+    is wanted and missing.
     """
     path = folder / TOKENIZER_FILE
     rebuilt = _by_transformers(tokenizer)
@@ -90,19 +90,19 @@ def settle(tokenizer: Any, folder: Path, wanted: TokenizerChoice | None = None) 
 
 
 def special_tokens(backend: Backend) -> list[str]:
-    """Return the tokens that a text may hold literally and that are one id each, in the order of their ids."""
+    """Return the tokens that a text may contain literally and that are one id each, in the order of their ids."""
     return [token.content for _, token in sorted(backend.get_added_tokens_decoder().items())]
 
 
 def _read(path: Path, tokenizer: Any, folder: Path) -> Backend:
-    """Read tokenizer.json, with the tokens that only tokenizer_config.json or added_tokens.json add to it."""
+    """Read tokenizer.json, and add the tokens that only tokenizer_config.json or added_tokens.json declare."""
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for every unreadable file
         raise CheckpointError(f"{path}: not a tokenizer that tokenizers can read ({error}); save it again") from error
     backend.no_padding()
     backend.no_truncation()
-    # Not a part of the file: the library forgets it when it saves.
+    # This setting is not part of the file: the library does not save it.
     backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
     declared = set(_declared_tokens(folder))
     added = sorted(tokenizer.added_tokens_decoder.items())
@@ -142,7 +142,7 @@ def _differences(
     theirs: Callable[[str, str | None, bool], list[int]],
     tokenizer: Any,
 ) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Yield the texts that two tokenizers give other ids for."""
+    """Yield the texts for which two tokenizers give different ids, with both."""
     literal = [
         text
         for token in special_tokens(tokenizer.backend_tokenizer)

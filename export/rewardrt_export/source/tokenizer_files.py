@@ -1,7 +1,7 @@
-"""The tokenizer's files of a checkpoint folder: which there are, and what keeps transformers from reading them.
+"""The tokenizer files of a checkpoint folder: which exist, and what keeps transformers from reading them.
 
-transformers makes a tokenizer of whatever it finds, and where it finds nothing that its class reads, an empty one. What
-cannot be read is said here by the name of its file.
+transformers makes a tokenizer from whatever it finds, and an empty one if it finds nothing that its class reads. The
+errors here name the file that cannot be read.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from rewardrt_export.source.text_files import check_pointer, read_json
 from rewardrt_export.source.tokenizer import TOKENIZER_FILE
 from rewardrt_export.source.weights import first_line
 
-# The names of transformers' classes (`vocab_files_names`) and of what it converts besides.
+# File names from transformers' classes (`vocab_files_names`), and of other formats that it converts.
 VOCABULARIES = (
     TOKENIZER_FILE, "*.model", "*.model.v[0-9]*", "*.spm", "*.tiktoken", "tekken.json", "vocab*.json", "vocab*.txt",
     "*_vocab.json", "*_vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "*.tokenizer",
 )  # fmt: skip
-# Read beside a vocabulary, and never enough alone.
+# Read together with a vocabulary; never enough alone.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-CONVERTED = ("tekken.json", "tokenizer.model", "tiktoken.model")  # by any class, instead of its own file
+CONVERTED = ("tekken.json", "tokenizer.model", "tiktoken.model")  # files that any class reads instead of its own
 SENTENCEPIECE_PROBES = ("the quick brown fox jumps over the lazy dog", "of 19 words, \u2603 is none!")
-NO_LIMIT = 10**30  # transformers' own sign for no limit
+NO_LIMIT = 10**30  # transformers' value for "no limit"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")
 
 
 def find_tokenizer_files(folder: Path) -> list[str]:
-    """Return the names of the files that hold a vocabulary."""
+    """Return the names of the files that contain a vocabulary."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in VOCABULARIES)]
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Read what can be read before transformers does. Raises CheckpointError naming the file that is damaged."""
+    """Check the files before transformers reads them. Raises CheckpointError naming a damaged file."""
     found = find_tokenizer_files(folder)
     if not found:
         raise CheckpointError(
@@ -63,7 +63,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> None:
-    """Check that the class which transformers chose reads the files that are here, or raise CheckpointError."""
+    """Check that the class chosen by transformers reads the files that exist, or raise CheckpointError."""
     found = find_tokenizer_files(folder)
     if TOKENIZER_FILE in found or any(name in found for name in CONVERTED):
         return
@@ -79,9 +79,9 @@ def check_vocabulary(folder: Path, tokenizer: Any) -> None:
 
 
 def differs_from_sentencepiece(folder: Path, tokenizer: Any) -> str | None:
-    """Say where a tokenizer that was made of a sentencepiece file gives other tokens than sentencepiece itself.
+    """Say where a tokenizer converted from a sentencepiece file differs from sentencepiece itself; None if nowhere.
 
-    transformers rebuilds such a tokenizer from parts, and without a class of its own leaves out the mark before a word.
+    transformers rebuilds such a tokenizer from parts, and without a class of its own it omits the mark before a word.
     """
     found = find_tokenizer_files(folder)
     models = [name for name in found if name.endswith(".model") and name != "tiktoken.model"]
@@ -93,7 +93,7 @@ def differs_from_sentencepiece(folder: Path, tokenizer: Any) -> str | None:
     unknown = processor.unk_id()
     for probe in SENTENCEPIECE_PROBES:
         ids, theirs, ours = processor.encode(probe), processor.encode(probe, out_type=str), tokenizer.tokenize(probe)
-        # Where pieces are unknown, converters differ in how many they make of them; they may not leave them out.
+        # Converters may make different numbers of unknown tokens, but they must not drop unknown pieces.
         known = unknown not in ids
         if (known and ours != theirs) or (not known and tokenizer.unk_token_id not in tokenizer(probe)["input_ids"]):
             return f"{' '.join(ours)} where {models[0]} says {' '.join(theirs)}"
@@ -119,9 +119,9 @@ def _check_sentencepiece(path: Path) -> None:
 
 
 def read_limit(path: Path, stated: Any) -> int:
-    """Return `model_max_length` as a number of tokens; a tokenizer that knows no limit has one like 1e30.
+    """Return `model_max_length` as a number of tokens; NO_LIMIT if the tokenizer has none.
 
-    Raises CheckpointError for what says no length.
+    Raises CheckpointError if the value is not a length.
     """
     try:
         number = float(stated) if not isinstance(stated, bool) else math.nan

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder, loaded by transformers' class and checked against the folder's own files."""
+"""Load the tokenizer of a folder by transformers' class, and check it against the folder's own files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from rewardrt_export.source.weights import first_line
 
 
 def read_tokenizer(folder: Path, config: PretrainedConfig | None, choice: TokenizerChoice | None) -> TrainedTokenizer:
-    """Read the tokenizer of a folder, whose config transformers is given where it was read already."""
+    """Read the tokenizer of a folder; `config` is passed to transformers if it was already read."""
     own_code = (folder / TOKENIZER_CONFIG).is_file() and "auto_map" in read_json(folder / TOKENIZER_CONFIG)
     if own_code and not (folder / "tokenizer.json").is_file():
-        # transformers would guess at a class for the other files, and so at the ids.
+        # transformers would guess a class for the other files, and so guess the ids.
         raise CheckpointError(
             f"{folder}: no tokenizer.json, and a tokenizer with code of its own, which is never run; make one with "
             "AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(folder)"
@@ -42,7 +42,7 @@ def read_tokenizer(folder: Path, config: PretrainedConfig | None, choice: Tokeni
         )
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # transformers', tokenizers' and sentencepiece's, and a panic is no Exception
+    except BaseException as error:  # any error of the three libraries; a panic in tokenizers is a BaseException
         found = find_tokenizer_files(folder)
         read = ", ".join([*found, *(name for name in SETTINGS if (folder / name).is_file())])
         why = (
@@ -61,9 +61,9 @@ def read_tokenizer(folder: Path, config: PretrainedConfig | None, choice: Tokeni
 
 
 def _read_sentencepiece(folder: Path, tokenizer: Any) -> PreTrainedTokenizerBase:
-    """Read tokenizer.model as Llama's class does, where no file names a class and the one that was taken errs."""
+    """Read tokenizer.model by Llama's class, if no file names a class and the one chosen by transformers is wrong."""
     said = differs_from_sentencepiece(folder, tokenizer)
-    with contextlib.suppress(Exception):  # it has another layout then
+    with contextlib.suppress(Exception):  # raised if the file has another layout
         found: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
         if differs_from_sentencepiece(folder, found) is None:
             return found

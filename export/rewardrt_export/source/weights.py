@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint folder, by name, each read from disk only when it is needed.
+"""The tensors of a checkpoint folder by name; each is read from disk only when it is needed.
 
-This module knows files, not models: nothing here knows what a tensor is for.
+This module knows files, not models: it does not know what a tensor is for.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from rewardrt.errors import CheckpointError
 from rewardrt_export.source.foreign import describe_foreign
 from rewardrt_export.source.text_files import check_pointer, read_json
 
-# The index first: where it stands, it names every shard, and a single file beside it is a stray.
+# The index comes first: if it exists, it lists every shard, and a single weights file next to it is left over.
 SAFETENSORS_INDEX, SAFETENSORS_FILE = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX, BIN_FILE = "pytorch_model.bin.index.json", "pytorch_model.bin"
-# Heads that their authors save beside the model, each a state dict of its own.
+# Heads that are saved in files of their own next to the model, each as a state dict.
 HEAD_LAYER_FILES = ("regression_layer.pt", "gating_layer.pt")
-# What torch.compile, FSDP and activation checkpointing put into names, and DataParallel before them: no model's own.
+# Parts of names added by torch.compile, FSDP and activation checkpointing, and the prefix added by DataParallel.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _FRONT = re.compile(r"(module\.)+(?=[^.]+\.)")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor on disk. `read()` gives it in its stored dtype; nothing is kept in memory between calls."""
+    """One tensor on disk. `read()` returns it in its stored dtype; nothing is kept in memory between calls."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,11 +40,11 @@ class StoredTensor:
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Find the weights of a checkpoint folder, and those of heads in files of their own.
+    """Find the tensors of a checkpoint folder, including those of heads in files of their own.
 
-    The names of the latter begin with the file's stem; what wrappers such as torch.compile put into names is left out.
-    Raises CheckpointError for no weights, a missing shard, a damaged file, an index that disagrees with its shards, or
-    a name that two files hold.
+    The names of the latter begin with the file's stem. Prefixes added by wrappers such as torch.compile are removed.
+    Raises CheckpointError if there are no weights, a shard is missing, a file is damaged, an index disagrees with its
+    shards, or two files contain the same name.
     """
     stored = _plain(_read_model(folder), folder)
     for path in (folder / name for name in HEAD_LAYER_FILES if (folder / name).is_file()):
@@ -71,18 +71,18 @@ def _read_model(folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise CheckpointError for a folder without weights, saying what it is instead."""
+    """Raise CheckpointError for a folder without weights, saying what it contains instead."""
     if not any((folder / name).is_file() for name in (SAFETENSORS_INDEX, SAFETENSORS_FILE, BIN_INDEX, BIN_FILE)):
         raise CheckpointError(describe_foreign(folder))
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of one file, safetensors or what `torch.save` wrote, by its name's ending."""
+    """Return the tensors of one file: safetensors if its name ends so, else a file written by `torch.save`."""
     return _plain(_read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path), path)
 
 
 def _plain(stored: dict[str, StoredTensor], place: Path) -> dict[str, StoredTensor]:
-    """Leave out what wrappers put into names. Raises CheckpointError for a save whose parts were not gathered."""
+    """Remove wrappers' parts from the names. Raises CheckpointError if the save lacks the other processes' parts."""
     empty = sorted(name for name, tensor in stored.items() if tensor.shape == (0,))
     if empty:
         raise CheckpointError(
@@ -153,7 +153,7 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 def _read_bin(path: Path) -> dict[str, StoredTensor]:
     check_pointer(path)
     try:
-        # weights_only: a pickle may run any code, and a checkpoint is somebody else's file.
+        # weights_only, because unpickling somebody else's file could run any code.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises pickle, zip, runtime and OS errors for damaged or unsafe files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -173,12 +173,12 @@ def _give(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error of another library says, on one line, or its kind."""
+    """Return another library's error message on one line, or the error's type if there is no message."""
     said = " ".join(str(error).split())
     return said[:300] if said else type(error).__name__
 
 
 def shorten(names: list[str], limit: int = 6) -> str:
-    """Join tensor names for a message, the first few of them when there are many."""
+    """Join tensor names for a message; of many names, only the first few."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

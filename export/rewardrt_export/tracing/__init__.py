@@ -1,1 +1,1 @@
-"""From torch modules to the float32 graph that is written."""
+"""From torch modules to the float32 graph."""

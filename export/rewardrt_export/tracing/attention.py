@@ -1,9 +1,9 @@
-"""Attention as it is traced: transformers' attention functions and masks are replaced by custom operators of ours.
+"""Attention for tracing: transformers' attention and mask functions are replaced by custom operators.
 
-Two of transformers' registered hooks make a backbone traceable: attention becomes one custom operator a layer (one
-standard ONNX `Attention` node), and the mask function returns nothing, because causality, the window, the prefix and
-the padding are the hooks' business. Hooks are called from deep inside transformers, so what they need of the forward
-pass is here, in `prefix`, and in `bidirectional.padding_masks`: it is said before the pass begins.
+Two hooks that transformers offers make a backbone traceable. Attention becomes one custom operator per layer, which is
+exported as one standard ONNX `Attention` node. The mask function returns nothing, because the hooks handle causality,
+window, prefix and padding. Hooks are called from deep inside transformers, so the data of the forward pass that they
+need is in globals, `prefix` and `bidirectional.padding_masks`, which are set before the pass.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def attention(
     past_value: torch.Tensor,  # [batch, kv_heads, past, value_dim]
     scale: float,
     softcap: float,  # 0: none
-    window: int,  # as of `Reach`, as is `chunk`
+    window: int,  # as in `Reach`, like `chunk`
     chunk: int,
-    sinks: int,  # keys at the beginning that every token looks at
+    sinks: int,  # number of keys at the beginning that every token looks at
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Causal attention over a past and new tokens; gives the output, and the keys and values of all of them."""
+    """Causal attention over past and new tokens; return the output, and the keys and values of all tokens."""
     raise NotImplementedError("this operator exists to be traced")
 
 
@@ -76,7 +76,7 @@ def onnx_attention(
     chunk: int,
     sinks: int,
 ) -> tuple[FLOAT, FLOAT, FLOAT]:
-    """Write one `attention` call as ONNX: a single node, with a mask only where a window or chunks need one."""
+    """Translate one `attention` call to ONNX: a single node, with a mask only for a window or chunks."""
     op: Any = opset23
     if window or chunk:
         mask = _mask(query, past_key, window, chunk, sinks)
@@ -85,7 +85,7 @@ def onnx_attention(
 
 
 def _mask(query: FLOAT, past_key: FLOAT, window: int, chunk: int, sinks: int) -> BOOL:
-    """Make the mask [tokens, past + tokens]: true where a token may look, 0 <= distance < window in its own chunk."""
+    """Return the mask [tokens, past + tokens]: true where 0 <= distance < window, within the token's own chunk."""
     op: Any = opset23
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     past = op.Squeeze(op.Shape(past_key, start=2, end=3))
@@ -104,23 +104,23 @@ def _mask(query: FLOAT, past_key: FLOAT, window: int, chunk: int, sinks: int) ->
 
 
 class Prefix:
-    """The past of a decoder's forward pass, handed to the attention hook layer by layer, and what comes out of it."""
+    """A decoder's past during a forward pass: given to the attention hook layer by layer, with what each layer adds."""
 
     def __init__(self) -> None:
         self._past: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.reaches: list[Reach] = []  # of each layer, as the pass with watched masks found them
+        self.reaches: list[Reach] = []  # for each layer, found in the pass that records masks
 
     def begin(self, past: list[tuple[torch.Tensor, torch.Tensor]] | None) -> None:
-        """Begin a pass with these keys and values of each layer; None: with none, of whichever shapes."""
+        """Begin a pass with these keys and values of each layer; None: an empty past of any shape."""
         self._past, self.present = past, {}
 
     def past(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the past of the layer that comes next, which has computed these keys and values."""
+        """Return the past of the next layer, whose new keys and values are given."""
         return (key[:, :, :0], value[:, :, :0]) if self._past is None else self._past[len(self.present)]
 
     def add(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Take in the keys and values of all tokens, past and new, of the layer that comes next."""
+        """Record the next layer's keys and values of all tokens, past and new."""
         self.present[len(self.present)] = (key, value)
 
 
@@ -139,7 +139,7 @@ def _attention_hook(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Stand in for transformers' attention functions; returns [batch, tokens, heads, value_dim] as they do."""
+    """Replace transformers' attention functions; return [batch, tokens, heads, value_dim] as they do."""
     sinks = others.pop("s_aux", None)
     refuse_unknown(module, attention_mask, others, causal=True)
     if (watch := watched_masks()) is not None:
@@ -163,9 +163,10 @@ def _attention_hook(
 def _with_sink(
     query: torch.Tensor, key: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, scores: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Let each head's softmax be over one more key, whose score is the same for every token and whose value is 0.
+    """Add one key to each head's softmax, with the same score for every token and the value 0.
 
-    (Attention sinks, as of GPT-OSS.) The key is (0, ..., 0, 1), other keys have 0 there, and queries the score.
+    These are attention sinks, as in GPT-OSS. The added key is (0, ..., 0, 1); all other keys get a 0 in that last
+    place, and the queries get the score.
     """
     batch, heads, tokens, _ = query.shape
     column = scores.to(query.dtype).view(1, heads, 1, 1).expand(batch, heads, tokens, 1)
@@ -181,17 +182,17 @@ for _name, _hook in ((ATTENTION, _attention_hook), (BIDIRECTIONAL, bidirectional
 
 
 def attention_name(config: PretrainedConfig, causal: bool) -> str:
-    """Return the attention implementation to trace a backbone with.
+    """Return the attention implementation with which to trace a backbone.
 
-    One that does not go through transformers' hook (DeBERTa's attention is its own, and BLOOM's) is traced as it is: it
-    masks what is not to be seen by itself, and takes no past.
+    A class that does not use transformers' hook (DeBERTa and BLOOM have their own attention) is traced as it is: it
+    computes its own masks, and takes no past.
     """
     if not hasattr(sys.modules[backbone_class(config).__module__], "ALL_ATTENTION_FUNCTIONS"):
         return "eager"
     return ATTENTION if causal else BIDIRECTIONAL
 
 
-# How the exporter writes the custom operators.
+# Translations of the custom operators to ONNX.
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.rewardrt.attention.default: onnx_attention,
     torch.ops.rewardrt.bidirectional_attention.default: onnx_bidirectional_attention,

@@ -1,8 +1,9 @@
-"""What each attention layer may look at: read off its mask, the function of two positions that transformers makes.
+"""Which tokens each attention layer may look at, determined from its mask function.
 
-A class of transformers may put a window into the mask, into the arguments of its attention, or into both. torch's own
-attention goes by the mask, and so does the graph: of each layer's mask it is found out which of the reaches that the
-config names it has, by its values where windows and chunks begin and end. A mask that is none of them is refused.
+A class in transformers may put a sliding window into the mask, into the arguments of its attention, or into both.
+torch's own attention follows the mask, and so does the graph. Each layer's mask function is evaluated at positions
+around the ends of windows and chunks, and compared with the windows and chunks whose lengths the config names. A mask
+that is none of these is refused.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from transformers import PretrainedConfig
 
 from rewardrt.errors import TraceError
 
-# Of a config's fields, those that say over how many tokens something holds.
+# Parts of the names of config fields that are lengths in tokens.
 _LENGTHS = ("window", "chunk", "local", "original_max_position")
 
 
 @dataclass(frozen=True)
 class Reach:
-    """Which tokens a token may look at, of those up to itself; in an encoder, of those on either side.
+    """Which tokens a token may look at, among itself and earlier ones (in an encoder, on either side).
 
-    `window`: itself and the `window - 1` next to it; `chunk`: those of its own chunk, of which the first begins with
-    the text. 0: all of them.
+    `window`: itself and the `window - 1` nearest ones. `chunk`: those in its own chunk, where the first chunk begins
+    with the text. 0: no such limit.
     """
 
     window: int = 0
     chunk: int = 0
 
     def sees(self, asking: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """Return whether one position may look at another, leaving aside which comes first."""
+        """Return whether one position may look at another, apart from causality."""
         near = (asking - asked).abs() < self.window if self.window else torch.ones_like(asking - asked) > 0
         return near & (asking // self.chunk == asked // self.chunk) if self.chunk else near
 
@@ -48,13 +49,14 @@ class Reach:
 
 
 class _NoPadding(TorchDispatchMode):
-    """Lets a mask function be evaluated whose text is a fake: what it knows of it is how many tokens of padding it has.
+    """Evaluates a mask function that refers to fake tensors: each is replaced by zeros.
 
-    Those are none, and all tokens are of one text: 0 for every number.
+    The fake tensors hold the number of padding tokens and the index of each token's text. Zeros mean no padding, and
+    one text.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call an operator with zeros in the place of fakes."""
+        """Call an operator with fake tensors replaced by zeros."""
 
         def real(value: Any) -> Any:
             return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, FakeTensor) else value
@@ -66,7 +68,7 @@ MaskFunction = Callable[[Any, Any, Any, Any], torch.Tensor]
 
 
 def named_lengths(config: PretrainedConfig) -> dict[str, int]:
-    """Return the windows, chunks and original lengths that a config names, in tokens, by the name of the field."""
+    """Return the windows, chunks and original lengths that a config names, in tokens, by the field's name."""
     found: dict[str, int] = {}
 
     def collect(values: dict[str, Any]) -> None:
@@ -81,22 +83,22 @@ def named_lengths(config: PretrainedConfig) -> dict[str, int]:
 
 
 class WatchedMasks:
-    """The masks that a forward pass asked for. Each is a tensor that stands for its function."""
+    """The masks that a forward pass requested, each represented by a placeholder tensor."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         self._lengths = set(named_lengths(config).values())
         self._asked: list[tuple[torch.Tensor, MaskFunction]] = []
 
     def note(self, function: MaskFunction) -> torch.Tensor:
-        """Keep a mask that was asked for, and return what stands for it."""
+        """Record a requested mask; return its placeholder."""
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         self._asked.append((mask, function))
         return mask
 
     def reach(self, module: nn.Module, mask: torch.Tensor | None, told: int, *, bidirectional: bool) -> Reach:
-        """Return what a layer's mask lets its tokens look at; `told` is the window that its attention is told of, or 0.
+        """Return which tokens a layer's mask lets it look at; `told` is the window that its attention was given, or 0.
 
-        Raises TraceError where it is none of the windows and chunks of the config.
+        Raises TraceError if the mask is none of the windows and chunks that the config names.
         """
         name = type(module).__name__
         function = next((function for asked, function in self._asked if asked is mask), None)
@@ -115,12 +117,12 @@ class WatchedMasks:
             asking, asked = places.unsqueeze(1), places.unsqueeze(0)
             try:
                 sees = function(torch.tensor(0), torch.tensor(0), asking, asked).expand(len(places), len(places))
-            except Exception as error:  # it looks at more than two positions: at the padding, at groups of tokens
+            except Exception as error:  # it depends on more than two positions: on padding, or on groups of tokens
                 raise TraceError(
                     f"{name} asks for a mask that is more than a window ({str(error).splitlines()[0][:120]}); "
                     "this backbone cannot be exported yet"
                 ) from error
-            # What it is told first: of reaches that these positions cannot tell apart, that one is meant.
+            # The window that the attention was given comes first: it wins where these positions cannot distinguish two.
             windows = [told, 0, *lengths, *(length // 2 + 1 for length in lengths), *(length + 1 for length in lengths)]
             reaches = [*map(Reach, windows), *(Reach(chunk=length) for length in lengths)]
             causal = (asking >= asked) | bidirectional
@@ -136,17 +138,17 @@ class WatchedMasks:
         )
 
 
-_watched: list[WatchedMasks] = []  # of the pass that runs: the hooks are called from deep inside transformers
+_watched: list[WatchedMasks] = []  # for the current pass; a global, as hooks are called from deep inside transformers
 
 
 def watched_masks() -> WatchedMasks | None:
-    """Return the masks that are watched now, if any."""
+    """Return the masks that are being recorded now, or None."""
     return _watched[-1] if _watched else None
 
 
 @contextlib.contextmanager
 def watch_masks(config: PretrainedConfig) -> Iterator[WatchedMasks]:
-    """Watch the masks of one forward pass of a backbone with this config."""
+    """Record the masks of one forward pass of a backbone with this config."""
     _watched.append(WatchedMasks(config))
     try:
         yield _watched[-1]
@@ -155,6 +157,6 @@ def watch_masks(config: PretrainedConfig) -> Iterator[WatchedMasks]:
 
 
 def mask_hook(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Stand in for transformers' mask functions: nothing, or where masks are watched what stands for the mask."""
+    """Replace transformers' mask functions: return None, or while masks are recorded a placeholder."""
     watch = watched_masks()
     return None if watch is None else watch.note(kwargs["mask_function"])

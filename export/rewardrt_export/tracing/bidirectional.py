@@ -1,4 +1,4 @@
-"""Attention of encoders as it is traced: one custom operator a layer, over a mask of the padding and the window."""
+"""Attention of encoders for tracing: one custom operator per layer, with a mask for padding and window."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from rewardrt.errors import TraceError
 from rewardrt_export.tracing.attention_masks import Reach, watched_masks
 
-# What transformers may pass to an attention function without changing its maths.
+# Arguments that transformers may pass to an attention function without changing its result.
 _HARMLESS = {
     "cache_position", "deterministic", "is_causal", "layer_type", "num_items_in_batch", "output_attentions",
     "output_hidden_states", "past_key_values", "position_embeddings", "position_ids", "return_dict", "use_cache",
@@ -19,9 +19,10 @@ _HARMLESS = {
 
 
 def refuse_unknown(module: nn.Module, mask: torch.Tensor | None, others: dict[str, Any], *, causal: bool) -> None:
-    """Raise TraceError where a layer asks its hook for more than plain attention of a decoder, or of an encoder.
+    """Raise TraceError if a layer asks for more than a decoder's, or an encoder's, plain attention.
 
-    `mask` is what it was given, which only a pass with watched masks has, and `others` the arguments without a name.
+    `mask` is the layer's mask, which exists only in the pass that records masks. `others` are arguments that the hook
+    does not name.
     """
     odd = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
     masked = mask is not None and watched_masks() is None
@@ -42,7 +43,7 @@ def bidirectional_attention(
     scale: float,
     softcap: float,  # 0: none
 ) -> torch.Tensor:
-    """Attention of each token to those before and after it."""
+    """Attention of each token to those before and after it, within the mask."""
     raise NotImplementedError("this operator exists to be traced")
 
 
@@ -61,15 +62,15 @@ def _(
 def onnx_bidirectional_attention(
     query: FLOAT, key: FLOAT, value: FLOAT, mask: BOOL, scale: float, softcap: float
 ) -> FLOAT:
-    """Write one `bidirectional_attention` call as ONNX: a single node."""
+    """Translate one `bidirectional_attention` call to ONNX: a single node."""
     op: Any = opset23
     return op.Attention(query, key, value, mask, scale=scale, softcap=softcap)[0]
 
 
 class PaddingMasks:
-    """The masks of an encoder's forward pass, one for each window, and how many layers asked for them."""
+    """The masks of an encoder's forward pass, one for each window, and the number of layers that used one."""
 
-    reaches: list[Reach]  # of each layer, as the pass with watched masks found them
+    reaches: list[Reach]  # for each layer, found in the pass that records masks
 
     def begin(self, tokens: int, lengths: torch.Tensor) -> None:
         """Begin a pass over texts [batch, tokens] of these lengths [batch]."""
@@ -80,9 +81,10 @@ class PaddingMasks:
         self.layers = 0
 
     def mask(self) -> torch.Tensor:
-        """Return the mask [batch, 1, tokens, tokens] of the layer that comes next.
+        """Return the next layer's mask, [batch, 1, tokens, tokens] bool.
 
-        Padding sees itself too: it may be far from every token of the text, and a softmax must not be over nothing.
+        Padding tokens see themselves too: they may be far from every token of the text, and a softmax needs at least
+        one key.
         """
         window = self.reaches[self.layers].window
         self.layers += 1
@@ -107,7 +109,7 @@ def bidirectional_hook(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Stand in for transformers' attention functions in an encoder, as the decoder's hook does."""
+    """Replace transformers' attention functions in an encoder, as `attention`'s hook does in a decoder."""
     refuse_unknown(module, attention_mask, others, causal=False)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if (watch := watched_masks()) is not None:

@@ -1,7 +1,7 @@
-"""Complex numbers as pairs of real ones, while a backbone is traced: ONNX has none.
+"""Complex numbers as pairs of real ones while a backbone is traced, because ONNX has no complex numbers.
 
-Some classes turn queries and keys by a product of complex numbers. torch's functions that make and read these are
-replaced for the time of a trace, so that the graph has the same products in real numbers.
+Some classes rotate queries and keys by a product of complex numbers. During a trace, torch's functions that make and
+read complex numbers are replaced, so that the graph has the same products in real numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class Complex:
-    """Stands for a complex tensor: what rotations do with one."""
+    """Replaces a complex tensor, with the operations that rotations use."""
 
     def __init__(self, real: torch.Tensor, imaginary: torch.Tensor) -> None:
         self.real = real
@@ -22,11 +22,11 @@ class Complex:
 
     @property
     def device(self) -> torch.device:
-        """Where both parts are."""
+        """The device of both parts."""
         return self.real.device
 
     def __mul__(self, other: Any) -> Complex:
-        """Multiply with another, or with a real number or tensor."""
+        """Multiply by a Complex, or by a real number or tensor."""
         if isinstance(other, Complex):
             real = self.real * other.real - self.imag * other.imag
             return Complex(real, self.real * other.imag + self.imag * other.real)
@@ -35,11 +35,11 @@ class Complex:
     __rmul__ = __mul__
 
     def __getitem__(self, index: Any) -> Complex:
-        """Take a part of both."""
+        """Index both parts."""
         return Complex(self.real[index], self.imag[index])
 
     def __getattr__(self, name: str) -> Callable[..., Complex]:
-        """Do to both parts what leaves their numbers as they are: `unsqueeze`, `to`, `transpose` and others."""
+        """Apply operations that do not change values, such as `unsqueeze`, `to` and `transpose`, to both parts."""
         if name not in ("unsqueeze", "squeeze", "to", "transpose", "view", "reshape", "expand", "contiguous"):
             raise AttributeError(f"complex numbers are traced without {name}")
         return lambda *args, **kwargs: Complex(
@@ -61,7 +61,7 @@ def _view_as_real(value: Complex) -> torch.Tensor:
 
 @contextlib.contextmanager
 def complex_as_real() -> Iterator[None]:
-    """Let torch's functions of complex numbers give and take pairs of real tensors."""
+    """Make torch's functions for complex numbers use pairs of real tensors inside the block."""
     replaced: dict[str, Any] = {
         "polar": _polar,
         "view_as_complex": _view_as_complex,

@@ -1,11 +1,12 @@
-"""Mixtures of experts: tokens grouped by expert, and each expert's products over its own tokens alone.
+"""Mixtures of experts: tokens are grouped by expert, and each expert multiplies only its own tokens.
 
-transformers' own way that can be traced gathers an expert's weights for every token, which takes a copy of a matrix a
-token. Here the rows of tokens are put in the order of their experts and split, and every expert multiplies its rows
-with weights that are constants of the graph, as those of any layer: so precisions store, round and multiply them as
-they do others, and a row has the same bits alone at its expert and in company.
+transformers' traceable implementation gathers an expert's weights for every token, a copy of a matrix per token. Here
+the tokens' rows are sorted by expert and split, and every expert multiplies its rows by weights that are constants of
+the graph, as in any other layer. So precisions store, round and multiply them in the usual way, and a row gets the same
+bits however many others its expert has.
 
-A layer is traced with one expert, between two marks. `copy_experts` then writes the nodes between them once for each.
+A layer is traced with one expert, between two marks. `copy_experts` then copies the nodes between the marks for each
+expert.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 EXPERTS = "rewardrt"  # the name under which the hook is registered with transformers
-MARKS = "rewardrt.marks"  # the domain of nodes that stand in a graph only until `copy_experts`
+MARKS = "rewardrt.marks"  # the domain of nodes that `copy_experts` removes
 
 
 @torch.library.custom_op("rewardrt::order_of", mutates_args=())
 def order_of(values: torch.Tensor) -> torch.Tensor:
-    """Return the indices [n] int64 that put values [n] int64 in order, equal ones in the order in which they stand."""
+    """Return the indices [n] int64 that sort values [n] int64; equal values keep their order."""
     raise NotImplementedError("this operator exists to be traced")
 
 
@@ -46,18 +47,18 @@ def _onnx_order_of(values: INT64) -> INT64:
 
 @torch.library.custom_op("rewardrt::to_experts", mutates_args=())
 def to_experts(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mark where rows [1, rows, width], ordered by expert, go to their experts: `counts` [experts] to each."""
+    """Mark where rows [1, rows, width], sorted by expert, are split among the experts; `counts` [experts] int64."""
     raise NotImplementedError("this operator exists to be traced")
 
 
 @to_experts.register_fake
 def _(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(rows)  # one expert stands for all, and all rows for its own
+    return torch.empty_like(rows)  # in the trace, one expert gets all rows
 
 
 @torch.library.custom_op("rewardrt::one_expert", mutates_args=())
 def one_expert(stacked: torch.Tensor) -> torch.Tensor:
-    """Mark the weight or bias of one expert, of those of all [experts, ...]."""
+    """Mark the use of one expert's weight or bias out of the stacked ones [experts, ...]."""
     raise NotImplementedError("this operator exists to be traced")
 
 
@@ -68,7 +69,7 @@ def _(stacked: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("rewardrt::from_experts", mutates_args=())
 def from_experts(rows: torch.Tensor) -> torch.Tensor:
-    """Mark where the rows of all experts come together again."""
+    """Mark where the rows of all experts are joined again."""
     raise NotImplementedError("this operator exists to be traced")
 
 
@@ -78,7 +79,7 @@ def _(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _mark(name: str, *inputs: str) -> Op:
-    """Return a mark of this name, whose one output has the type of its first input."""
+    """Return a mark operator of this name, whose output has the type of its first input."""
     schema = OpSchema(
         name,
         MARKS,
@@ -109,7 +110,7 @@ def _onnx_from_experts(rows: FLOAT) -> FLOAT:
     return _FROM_EXPERTS(rows)
 
 
-# How the exporter writes the custom operators.
+# Translations of the custom operators to ONNX.
 EXPERT_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.rewardrt.order_of.default: _onnx_order_of,
     torch.ops.rewardrt.to_experts.default: _onnx_to_experts,
@@ -124,25 +125,25 @@ def _experts_hook(
     chosen: torch.Tensor,  # [tokens, top] int64: the experts of each token
     weights: torch.Tensor,  # [tokens, top]
 ) -> torch.Tensor:
-    """Stand in for transformers' functions of experts; returns [tokens, hidden]."""
+    """Replace transformers' functions for experts; return [tokens, hidden]."""
     top, width = chosen.shape[1], hidden.shape[1]
     flat = chosen.reshape(-1)
     order = torch.ops.rewardrt.order_of(flat)
     counts = (flat.unsqueeze(1) == torch.arange(module.num_experts)).to(torch.int64).sum(0)
     given = hidden.index_select(0, torch.div(order, top, rounding_mode="trunc"))
-    # [1, rows, width]: of two axes, the exporter makes a Gemm, which no precision knows.
+    # [1, rows, width], because with two axes the exporter would make a Gemm, which no precision handles.
     rows = torch.ops.rewardrt.to_experts(given.unsqueeze(0), counts)
     rows = through_expert(module, rows, partial(_product, module))
     rows = torch.ops.rewardrt.from_experts(rows).squeeze(0)
     place = torch.ops.rewardrt.order_of(order)
-    # A product, not a sum over experts: onnxruntime adds those in another order when there are other tokens.
+    # A product, not a sum over experts, which onnxruntime would add in an order that depends on the other tokens.
     return torch.bmm(weights.to(rows.dtype).unsqueeze(1), rows.index_select(0, place).view(-1, top, width)).squeeze(1)
 
 
 def through_expert(
     module: Any, rows: torch.Tensor, multiply: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Compute one expert over its rows; `multiply` takes a product with one of its weights, by the weight's name."""
+    """Compute one expert over its rows; `multiply(name, rows)` is the product with the weight of that name."""
     if module.has_gate:
         rows = module._apply_gate(multiply("gate_up_proj", rows))
     else:
@@ -161,18 +162,18 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts_hook)
 
 
 def weight_of_expert(stack: str, expert: int, *, turned: bool) -> str:
-    """Return the name of one expert's weight; `turned` where the graph has the transpose of what the model holds."""
+    """Return the name of one expert's weight; `turned` if the graph stores the transpose of the model's weight."""
     return f"{stack}.{expert}{'.T' if turned else ''}"
 
 
 def copy_experts(model: ir.Model) -> None:
-    """Write what lies between the marks of a layer once for each expert.
+    """Copy the nodes between the marks of each layer, once for each expert.
 
-    Before: one expert's nodes stand between `ToExperts` and `FromExperts`, and `OneExpert` reads stacked weights.
-    After: no mark is left; each expert's weights are initializers named by those of all and its number.
+    Before: one expert's nodes are between `ToExperts` and `FromExperts`, and `OneExpert` reads stacked weights. After:
+    there are no marks; each expert's weights are initializers named after the stacked weight, with the expert's number.
     """
     nodes = list(model.graph)
-    inside: set[ir.Value] = set()  # what depends on a mark
+    inside: set[ir.Value] = set()  # values that depend on a mark
     begin: ir.Node | None = None
     body: list[ir.Node] = []
     for node in nodes:
@@ -202,7 +203,7 @@ def _copy(graph: ir.Graph, begin: ir.Node, body: list[ir.Node], end: ir.Node) ->
     marks = {node.outputs[0]: _Stack(node) for node in body if node.domain == MARKS}
     results = []
     for expert, piece in enumerate(split.outputs):
-        own = f"{end.outputs[0].name}.{expert}"  # onnxruntime takes axes of one name to be of one size
+        own = f"{end.outputs[0].name}.{expert}"  # an axis name of its own: equal names mean equal sizes
         copies: dict[ir.Value, ir.Value] = {begin.outputs[0]: piece}
         _take_type(piece, begin.outputs[0], own)
 
@@ -239,20 +240,20 @@ def _copy(graph: ir.Graph, begin: ir.Node, body: list[ir.Node], end: ir.Node) ->
 
 
 def _turned(node: ir.Node, marks: dict[ir.Value, _Stack]) -> _Stack | None:
-    """Return the weights of which a node transposes one."""
+    """Return the stacked weights if the node transposes one of them, else None."""
     read = node.inputs[0] if node.op_type == "Transpose" else None
     return marks.get(read) if read is not None else None
 
 
 def _take_type(value: ir.Value, of: ir.Value, rows: str) -> None:
-    """Give an expert's value the type of the traced one's, and a number of rows of its own."""
+    """Give an expert's value the type and shape of the traced one, with an own name for its number of rows."""
     value.type = of.type
     if of.shape is not None:
         value.shape = ir.Shape([1, rows, *of.shape[2:]]) if len(of.shape) > 2 else of.shape
 
 
 class _Stack:
-    """The weights of all experts of a layer, of which each is read by itself; they are held until the last is read."""
+    """The stacked weights of a layer's experts. They are read one by one, and kept in memory until the last is read."""
 
     def __init__(self, mark: ir.Node) -> None:
         stack = mark.inputs[0]
@@ -262,7 +263,7 @@ class _Stack:
         self._held: npt.NDArray[Any] | None = None
 
     def weight(self, graph: ir.Graph, expert: int, *, turned: bool) -> ir.Value:
-        """Return the initializer of one expert's weight, `turned`: transposed."""
+        """Return the initializer of one expert's weight; `turned` means transposed."""
         name = weight_of_expert(self._name, expert, turned=turned)
         if name not in graph.initializers:
             shape = list(self._stored.shape.numpy()[1:])

@@ -1,4 +1,4 @@
-"""The modules that are traced: backbone, states at the taps, heads; of a decoder, with a prefix in and out."""
+"""The modules that are traced: backbone, states at the taps and heads. A decoder's also take and return a prefix."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rewardrt_export.tracing.state_layers import layer_states
 
 
 class CausalGraph(nn.Module):
-    """What is traced of a decoder: backbone over a past and new tokens, states at the taps, heads.
+    """The traced module of a decoder: backbone over past and new tokens, states at the taps, heads.
 
-    With `every_token`, the heads over the state of every token too.
+    With `every_token`, the heads are also applied to the state of every token.
     """
 
     def __init__(self, backbone: PreTrainedModel, head: RewardHead, every_token: bool) -> None:
@@ -34,15 +34,15 @@ class CausalGraph(nn.Module):
         self,
         input_ids: torch.Tensor,  # [batch, tokens] int64, right-padded
         lengths: torch.Tensor,  # [batch] int64
-        past_keys: Sequence[torch.Tensor] = (),  # of each layer with attention
+        past_keys: Sequence[torch.Tensor] = (),  # one for each layer with attention
         past_values: Sequence[torch.Tensor] = (),
-        past_states: Sequence[torch.Tensor] = (),  # of each function that keeps one
+        past_states: Sequence[torch.Tensor] = (),  # one for each function with a state
         positions: torch.Tensor | None = None,  # [batch, taps] int64
     ) -> tuple[torch.Tensor, ...]:
         prefix.begin(list(zip(past_keys, past_values, strict=True)))
         layer_states.begin(list(past_states))
         batch, tokens = input_ids.shape
-        past = past_keys[0].shape[2] if past_keys else 0  # without attention nothing asks where a token stands
+        past = past_keys[0].shape[2] if past_keys else 0  # without attention, positions are not used
         place = (torch.arange(tokens) + past).unsqueeze(0).expand(batch, tokens)
         hidden = self.backbone(input_ids=input_ids, position_ids=place, use_cache=False).last_hidden_state
         rewards = rewards_of(self.head, hidden, lengths, positions, self.every_token)
@@ -51,9 +51,9 @@ class CausalGraph(nn.Module):
 
 
 class WholeTextGraph(nn.Module):
-    """What is traced of an encoder, and of a decoder that takes no past: backbone over whole texts, states, heads.
+    """The traced module of an encoder, or of a decoder without a past: backbone over whole texts, states, heads.
 
-    What is padding goes by `lengths` alone, never by an id. So do positions, unless the class counts them by the ids.
+    Padding is determined by `lengths` alone, never by an id. So are positions, unless the class counts them by the ids.
     """
 
     def __init__(self, backbone: PreTrainedModel, head: RewardHead, every_token: bool) -> None:
@@ -62,7 +62,7 @@ class WholeTextGraph(nn.Module):
         self.head = head
         self.every_token = every_token
         takes = inspect.signature(backbone.forward).parameters
-        # RoBERTa and its kin count positions over the ids that are not the padding id, wherever that stands in a text.
+        # RoBERTa and similar models count positions over ids other than the padding id, which may occur in a text.
         self.takes_positions = "position_ids" in takes and not first_position(backbone)
         kinds: int | None = getattr(backbone.config, "type_vocab_size", None)
         self.takes_type_ids = "token_type_ids" in takes and bool(kinds) and not head.spec.causal
@@ -101,13 +101,13 @@ class WholeTextGraph(nn.Module):
 def rewards_of(
     head: RewardHead, hidden: torch.Tensor, lengths: torch.Tensor, positions: torch.Tensor | None, every_token: bool
 ) -> tuple[torch.Tensor, ...]:
-    """Return the rewards of hidden states [batch, tokens, hidden] and, with `every_token`, those of every token."""
+    """Return the rewards for hidden states [batch, tokens, hidden] and, with `every_token`, those of every token."""
     spec = head.spec
     # [batch, tokens, outputs]
     every: tuple[torch.Tensor, ...] = (head({spec.taps[0].name: hidden}),) if every_token else ()
     if spec.input == "steps":
         return (every[0][torch.arange(hidden.shape[0]), lengths - 1], *every)
-    # Not taken from `every`: a reward has the same bits in a graph without it.
+    # Not taken from `every`, so that a reward has the same bits in a graph without token rewards.
     return (head(tap_states(spec, hidden, lengths, positions)), *every)
 
 
@@ -116,7 +116,7 @@ def tap_states(
 ) -> dict[str, torch.Tensor]:
     """Return the state [batch, hidden] of every tap, from hidden states [batch, tokens, hidden].
 
-    The one position tap of a causal model is the text's last token: the host leaves out what follows.
+    The single tap of a causal model is the text's last token, because the runtime cuts the text there.
     """
     rows = torch.arange(hidden.shape[0])
     states = {}
@@ -127,7 +127,7 @@ def tap_states(
             if tap.count:
                 inside = inside & (place >= lengths.unsqueeze(1) - tap.count)
             weights = inside.to(hidden.dtype)
-            # A product, not a sum over tokens: onnxruntime adds those in another order when the batch is another.
+            # A product, not a sum over tokens, which onnxruntime would add in an order that depends on the batch.
             total = torch.bmm(weights.unsqueeze(1), hidden).squeeze(1)
             states[tap.name] = total / weights.sum(1, keepdim=True)
         elif tap.rule == "first":

@@ -1,6 +1,6 @@
-"""From the traced graph to the one that is written: weights bound, transposes gone, standard fusions applied.
+"""From the traced graph to the float32 graph to write: bind weights, remove transposes, apply standard fusions.
 
-Each pass takes an `onnx_ir.Model` and changes it in place; `lower` is their order.
+Each pass changes an `onnx_ir.Model` in place; `lower` calls them in order.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rewardrt_export.tracing.whole_vectors import pad_rows, write_softplus
 
 
 def lower(model: ir.Model, weights: dict[str, Reader]) -> ir.Model:
-    """Bind `weights` (by initializer name) and optimize.
+    """Bind `weights` (readers by initializer name) and optimize the graph.
 
-    Before: a graph as the exporter traced it. After: no weight is read through a Transpose alone, no two nodes compute
-    the same, none is read by nothing, and no node names a file of this machine. Nothing is read here except small
-    tensors: data stays lazy until the model is saved.
+    Before: a graph as the exporter traced it. After: no weight is only read through a Transpose, no two nodes compute
+    the same, no node is unused, and no node names a file of this machine. Only small tensors are read here; data stays
+    lazy until the model is saved.
     """
     bind_weights(model, weights)
     open_products(model)
@@ -35,26 +35,26 @@ def lower(model: ir.Model, weights: dict[str, Reader]) -> ir.Model:
     try:
         onnxscript.optimizer.optimize_ir(model)
         onnxscript.rewriter.onnx_fusions.fuse(model)
-    except ir.passes.PassError as error:  # folding reads small weights: what is wrong with one is wrapped in its own
+    except ir.passes.PassError as error:  # folding reads small weights, and wraps the error about a bad one
         raise root_cause(error) from error
     write_softplus(model)
     pad_rows(model)
-    copy_experts(model)  # after what is slow in graphs of many nodes
-    # The rotary fusion takes cosines and sines per layer, and each window layer makes its own mask: once is enough.
+    copy_experts(model)  # after the passes that are slow in graphs with many nodes
+    # The rotary fusion computes cosines and sines for each layer, and each window layer makes its own mask; merge them.
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.RemoveUnusedOpsetsPass()(model)
     for value in model.graph.all_nodes():
-        value.metadata_props.clear()  # the exporter's stack traces: they name files of the machine that traced
+        value.metadata_props.clear()  # the exporter's stack traces, which contain paths of this machine
     return model
 
 
 def bind_weights(model: ir.Model, weights: dict[str, Reader]) -> None:
     """Give each parameter's initializer its data, as float32, read when it is written.
 
-    Before: initializers without a reader are real already (buffers computed from the config). After: every initializer
-    can be written. Raises TraceError for one that cannot; CheckpointError, when it is read, for a tensor of another
-    shape or with numbers that are not finite.
+    Before: initializers without a reader already have data (buffers computed from the config). After: every initializer
+    can be written. Raises TraceError for one that cannot, and, when the data is read, CheckpointError for a tensor with
+    another shape or with values that are not finite.
     """
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -70,7 +70,7 @@ def _lazy(name: str, read: Reader, shape: tuple[int, ...]) -> ir.LazyTensor:
         tensor = read().detach().to(torch.float32)
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{name}: shape {list(tensor.shape)} in the checkpoint, {list(shape)} expected")
-        # isfinite of all values would make copies as large as the tensor, and the largest may only just fit.
+        # isfinite on all values would make copies as large as the tensor, which may barely fit into memory.
         if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             raise CheckpointError(f"{name}: holds values that are not finite (NaN or infinity); the training diverged")
         return ir.tensor(tensor.numpy(), name=name)
@@ -79,10 +79,10 @@ def _lazy(name: str, read: Reader, shape: tuple[int, ...]) -> ir.LazyTensor:
 
 
 def open_products(model: ir.Model) -> None:
-    """Write a product with a weight of the backbone as MatMul, whatever the number of its axes.
+    """Write every product with a weight of the backbone as MatMul, whatever its number of axes.
 
-    Before: the exporter makes a Gemm of one of two axes, as where a mixture has flattened batch and tokens. After: it
-    is a MatMul, and an Add of its bias, as of three axes: precisions know products by that.
+    Before: the exporter makes a Gemm of a product of two axes, for example where a mixture has flattened batch and
+    tokens. After: it is a MatMul and an Add of its bias, as for three axes; precisions recognise products by that.
     """
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type == "Gemm" and not node.domain else None
@@ -104,15 +104,15 @@ def open_products(model: ir.Model) -> None:
 
 
 def store_transposed(model: ir.Model) -> None:
-    """Write a weight that is only ever used transposed in its transposed layout.
+    """Store a weight that is only used transposed in its transposed layout.
 
-    torch stores Linear weights [out, in] and ONNX MatMul wants [in, out]. Left alone, the Transpose is folded into a
-    second copy of the weight, by the optimizer or by every onnxruntime session that loads the file.
+    torch stores Linear weights as [out, in], and ONNX MatMul takes [in, out]. Left alone, the Transpose would be folded
+    into a second copy of the weight, by the optimizer or by every onnxruntime session that loads the file.
 
-    1. All uses of the weight are the same 2-D Transpose: the initializer itself is replaced.
-    2. Otherwise (a tied embedding that is also looked up): left as it is.
+    1. If all uses of the weight are the same 2-D Transpose, the initializer itself is replaced.
+    2. Otherwise (a tied embedding that is also looked up) it is left unchanged.
 
-    Before: weights are bound. After: what is computed is the same to the bit, and each weight is stored once.
+    Before: weights are bound. After: the results are the same to the bit, and each weight is stored once.
     """
     for name, value in list(model.graph.initializers.items()):
         uses = [usage.node for usage in value.uses()]

@@ -1,4 +1,4 @@
-"""What a graph is traced with: sample inputs, their dynamic axes, and the names of the bundle's contract."""
+"""The inputs a graph is traced with: samples, their dynamic axes, and the names of the bundle's graph contract."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rewardrt.bundle.spec import Spec
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Of one attention layer of a decoder: key/value heads, and the size of a head's keys and of its values."""
+    """One attention layer of a decoder: the number of key/value heads, and the size of a head's keys and values."""
 
     kv_heads: int
     key_size: int
@@ -23,9 +23,9 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class PastShape:
-    """What a decoder's graph takes of a past: of each attention layer, and the sizes of each state without the batch.
+    """What a decoder's graph takes from a past: its attention layers, and the sizes of each state without the batch.
 
-    A graph that takes none has no layers and no states.
+    A graph that takes no past has neither.
     """
 
     layers: Sequence[AttentionShape] = ()
@@ -34,7 +34,7 @@ class PastShape:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a graph is traced with: sample inputs, which of their axes are dynamic, and the names of the contract."""
+    """Sample inputs to trace a graph with, which of their axes are dynamic, and the names of inputs and outputs."""
 
     inputs: dict[str, Any]
     axes: dict[str, Any]
@@ -43,14 +43,14 @@ class Signature:
 
 
 def signature_of(spec: Spec, taken: PastShape, every_token: bool) -> Signature:
-    """Make the signature of a spec's graph, which takes such a past. To be called where fakes are made."""
+    """Return the signature of a spec's graph with this past; call it where tensors are made as fakes."""
     layers = taken.layers
     batch, tokens, past = (torch.export.Dim(name) for name in ("batch", "tokens", "past"))
     inputs: dict[str, Any] = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "lengths": torch.full((2,), 5)}
     axes: dict[str, Any] = {"input_ids": {0: batch, 1: tokens}, "lengths": {0: batch}}
     names, outputs = ["input_ids", "lengths"], ["rewards", *(["token_rewards"] if every_token else [])]
     if layers:
-        # A tensor of its own for each: the exporter would wire one that stands for both to one of the two inputs.
+        # Each input needs its own tensor: the exporter would connect a shared one to only one of its inputs.
         inputs["past_keys"] = [torch.zeros(2, layer.kv_heads, 3, layer.key_size) for layer in layers]
         inputs["past_values"] = [torch.zeros(2, layer.kv_heads, 3, layer.value_size) for layer in layers]
         axes |= {name: [{0: batch, 2: past} for _ in layers] for name in ("past_keys", "past_values")}
@@ -73,7 +73,7 @@ def signature_of(spec: Spec, taken: PastShape, every_token: bool) -> Signature:
 
 
 def name_axes(model: ir.Model) -> None:
-    """Give every input and output the axis names of the bundle's contract."""
+    """Give every input and output the axis names of the bundle's graph contract."""
     names = {
         "input_ids": ("batch", "tokens"),
         "lengths": ("batch",),

@@ -1,15 +1,16 @@
-"""Layers that keep a state from token to token, as they are traced: linear attention and Mamba.
+"""Layers with a recurrent state for tracing: linear attention and Mamba.
 
-transformers writes them as functions of a module, which optional kernels may replace. For the time of a trace ours do.
-The recurrences are all of one kind, over tokens t, with a state S [keys, values] for each head:
+transformers implements them as functions in a model's module, which optional kernels may replace. During a trace they
+are replaced by the functions below. All are recurrences over tokens t with a state S [keys, values] for each head:
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T                                  gated: Mamba (arXiv 2312.00752), Mamba-2
     S_t = exp(g_t) S_{t-1} + b_t k_t (v_t - exp(g_t) S_{t-1}^T k_t)^T   the gated delta rule (arXiv 2412.06464)
     o_t = S_t^T q_t
 
-onnxruntime has one operator for them, `LinearAttention`, which goes from token to token: a text has the same bits
-however it is cut. The convolutions before them are sums of shifted products, element by element; their state is the
-last tokens that they were given. States of a past go in and come out like keys and values: see `layer_states`.
+onnxruntime has one operator for these, `LinearAttention`, which computes one token after the other, so a text gets the
+same bits however it is split into calls. The convolutions before them are sums of shifted products, element by element;
+their state is the last tokens of their input. States of a past are inputs and outputs, like keys and values: see
+`layer_states`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 DOMAIN = "com.microsoft"
-OLDEST_ONNXRUNTIME = "1.26"  # that has the operator; models of its time and of today pass their certificates there
-NORM_EPS = 1e-6  # of the lengths that queries and keys are divided by, in transformers' functions
+OLDEST_ONNXRUNTIME = "1.26"  # the oldest version with the operator; models pass their certificates with it
+NORM_EPS = 1e-6  # added to the squared norms of queries and keys, as in transformers' functions
 
 
 @torch.library.custom_op("rewardrt::linear_attention", mutates_args=())
@@ -43,7 +44,7 @@ def linear_attention(
     beta: torch.Tensor | None,  # [batch, tokens, heads]: b; None: the gated rule
     heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute a recurrence over the tokens of each text; gives o [batch, tokens, heads * values] and the last S."""
+    """Compute a recurrence over the tokens of each text; return o [batch, tokens, heads * values] and the last S."""
     raise NotImplementedError("this operator exists to be traced")
 
 
@@ -90,31 +91,31 @@ def _onnx_linear_attention(
     return found
 
 
-# How the exporter writes the custom operator.
+# Translation of the custom operator to ONNX.
 STATE_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.rewardrt.linear_attention.default: _onnx_linear_attention,
 }
 
 
 class LayerStates:
-    """The states of a forward pass, handed to the functions that keep one in the order in which they are called."""
+    """The states of a forward pass, given to the functions that have one in the order of their calls."""
 
     def __init__(self) -> None:
         self._past: list[torch.Tensor] | None = None
         self.present: list[torch.Tensor] = []
 
     def begin(self, past: list[torch.Tensor] | None) -> None:
-        """Begin a pass with these states; None: with those of no tokens, of whichever shapes."""
+        """Begin a pass with these states; None: the states after no tokens, of any shape."""
         self._past, self.present = past, []
 
     def past(self, like: torch.Tensor, *sizes: int) -> torch.Tensor:
-        """Return the state [batch, *sizes] that the next function goes on from: zeros, where there is no past."""
+        """Return the next function's past state, [batch, *sizes] float32; zeros if there is no past."""
         if self._past is not None:
             return self._past[len(self.present)]
         return like.new_zeros((like.shape[0], *sizes), dtype=torch.float32)
 
     def add(self, state: torch.Tensor) -> None:
-        """Take in the state after all tokens of the function that comes next."""
+        """Record the next function's state after all tokens."""
         self.present.append(state)
 
 
@@ -129,7 +130,7 @@ def _recurrence(
     beta: torch.Tensor | None,
     heads: int,
 ) -> torch.Tensor:
-    """Compute a recurrence that goes on from the pass's states; returns o [batch, tokens, heads * values]."""
+    """Compute a recurrence that continues from the pass's states; return o [batch, tokens, heads * values]."""
     past = layer_states.past(value, heads, key.shape[2] // heads, value.shape[2] // heads)
     found, present = torch.ops.rewardrt.linear_attention(query, key, value, decay, past, beta, heads)
     layer_states.add(present)
@@ -143,7 +144,7 @@ def _causal_conv1d(
     activation: str | None = None,
     **others: Any,
 ) -> torch.Tensor:
-    """Convolve each channel with its own kernel, over a token and those before it."""
+    """Convolve each channel with its own kernel, over a token and the ones before it."""
     tokens, size = hidden_states.shape[2], weight.shape[1]
     padded = torch.cat([layer_states.past(hidden_states, hidden_states.shape[1], size - 1), hidden_states], dim=2)
     layer_states.add(padded[:, :, tokens:])
@@ -156,7 +157,7 @@ def _causal_conv1d(
 
 
 def _flat(values: torch.Tensor) -> torch.Tensor:
-    """Return [batch, tokens, heads * size] of [batch, tokens, heads, size]."""
+    """Reshape [batch, tokens, heads, size] to [batch, tokens, heads * size], in float32."""
     return values.float().flatten(2)
 
 
@@ -169,7 +170,7 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Stand in for `torch_chunk_gated_delta_rule`."""
+    """Replace `torch_chunk_gated_delta_rule`."""
     heads, shared = value.shape[2], value.shape[2] // key.shape[2]
     query, key = query.float(), key.float()
     if use_qk_l2norm_in_kernel:
@@ -193,7 +194,7 @@ def _mamba2(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     **others: Any,
 ) -> torch.Tensor:
-    """Stand in for `mamba2_chunk_scan`: q = C, k = B, v = dt x, g = A dt, and D x beside it."""
+    """Replace `mamba2_chunk_scan`: q = C, k = B, v = dt x, g = A dt, and D x is added."""
     heads, shared = hidden_states.shape[2], hidden_states.shape[2] // B.shape[2]
     dt = dt if dt_bias is None else dt + dt_bias
     dt = torch.clamp(nn.functional.softplus(dt) if dt_softplus else dt, dt_limit[0], dt_limit[1])
@@ -216,7 +217,7 @@ def _mamba(
     delta_softplus: bool = False,
     **others: Any,
 ) -> torch.Tensor:
-    """Stand in for `mamba_selective_scan`: every channel is a head with one value, whose keys decay each by itself."""
+    """Replace `mamba_selective_scan`: every channel is a head with one value, and each key decays on its own."""
     batch, channels, tokens = hidden_states.shape
     keys = A.shape[1]
     dt = dt if delta_bias is None else dt + delta_bias.unsqueeze(-1)
@@ -234,7 +235,7 @@ def _mamba(
     return found if z is None else found * nn.functional.silu(z)
 
 
-# transformers' functions by their names, in whichever module of a model they are.
+# Replacements for transformers' functions of these names, in the module of a model.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _causal_conv1d,
     "mamba2_chunk_scan": _mamba2,
@@ -244,19 +245,19 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def oldest_onnxruntime(graph: ir.Graph) -> str:
-    """Return the oldest onnxruntime that has the graph's operators, "" where the package's own floor has them."""
+    """Return the oldest onnxruntime with the graph's operators, or "" if the package's own minimum has them."""
     ours = any(node.domain == DOMAIN and node.op_type == "LinearAttention" for node in graph)
     return OLDEST_ONNXRUNTIME if ours else ""
 
 
 def has_state(backbone: PreTrainedModel) -> bool:
-    """Whether a backbone's layers keep a state from token to token, as far as they are written by these functions."""
+    """Whether a backbone's layers keep a state from token to token by one of these functions."""
     return not _FUNCTIONS.keys().isdisjoint(vars(sys.modules[type(backbone).__module__]))
 
 
 @contextlib.contextmanager
 def state_functions(backbone: PreTrainedModel) -> Iterator[None]:
-    """Let a backbone's layers with state call ours."""
+    """Make a backbone's layers with state call the replacements inside the block."""
     home = vars(sys.modules[type(backbone).__module__])
     kept = {name: home[name] for name in _FUNCTIONS if name in home}
     try:

@@ -1,8 +1,8 @@
-"""The graph: one traced forward pass, a decoder's with a shared prefix going in and coming out.
+"""Trace one forward pass into a graph; a decoder's takes a shared prefix as input and returns it as output.
 
-The backbone is transformers' own code, untouched, with its attention replaced by ours (`attention`). A pass before the
-trace compares what each layer's mask would have hidden with what its attention is told (`attention_masks`). Tracing
-runs on fake tensors: no weight is read.
+The backbone is transformers' own code, unchanged, with its attention replaced (`attention`). A pass before the trace
+determines from each layer's mask which tokens it may look at (`attention_masks`). Tracing runs on fake tensors: no
+weights are read.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from rewardrt_export.tracing.graphs import CausalGraph, WholeTextGraph
 from rewardrt_export.tracing.signature import AttentionShape, PastShape, Signature, name_axes, signature_of
 from rewardrt_export.tracing.state_layers import STATE_TRANSLATIONS, has_state, layer_states, state_functions
 
-# What torch raises where code looks at a number that is not there while it is traced.
+# Exceptions that torch raises if code depends on a tensor's values, which do not exist during a trace.
 _BY_VALUE = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
 OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
 
 
 def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = False) -> ir.Model:
-    """Trace backbone and heads into one graph with dynamic batch, tokens and, of a decoder, past.
+    """Trace backbone and heads into one graph with dynamic batch, tokens and, for a decoder, past.
 
-    The graph of a model that rewards steps has the output `token_rewards`; `every_token` asks for it of any decoder
-    that reads one answer at one token.
+    The graph of a model that rewards steps has the output `token_rewards`. `every_token` adds it for any decoder that
+    reads one answer at one token.
 
-    `backbone` comes from `meta_backbone(config, attention_name(...))`; both lose their meta tensors to fake ones. The
-    initializers of the result are named `backbone.*` and `head.*` and have no data yet. Raises TraceError.
+    `backbone` comes from `meta_backbone(config, attention_name(...))`; the meta tensors of both modules are replaced by
+    fakes. The result's initializers are named `backbone.*` and `head.*`, and have no data yet. Raises TraceError.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     spec = head.spec
@@ -67,7 +67,7 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
                 _capture(graph, signature),
                 dynamo=True,
                 opset_version=OPSET,
-                optimize=False,  # lower.py does, once the weights are bound
+                optimize=False,  # lower.py optimizes, after the weights are bound
                 verbose=False,
                 custom_translation_table=TRANSLATIONS | EXPERT_TRANSLATIONS | STATE_TRANSLATIONS,
                 input_names=signature.input_names,
@@ -90,13 +90,13 @@ def trace(backbone: PreTrainedModel, head: RewardHead, *, every_token: bool = Fa
 
 
 def _capture(graph: CausalGraph | WholeTextGraph, signature: Signature) -> torch.export.ExportedProgram:
-    """Capture the pass for every batch and every length.
+    """Capture the pass for every batch size and every length. Raises TraceError if the code only allows one.
 
-    Not left to the ONNX exporter: where code allows one length only, it captures a graph for that length, which is
-    found out when a text of another is scored. Raises TraceError there.
+    This is not left to the ONNX exporter: if the code only allows one length, the exporter captures a graph for that
+    length, and the error would appear when a text of another length is scored.
     """
     with torch.fx.experimental._config.patch(  # type: ignore[attr-defined]
-        backed_size_oblivious=True  # an axis may be of 0 or 1
+        backed_size_oblivious=True  # an axis may have size 0 or 1
     ):
         try:
             return torch.export.export(
@@ -105,7 +105,7 @@ def _capture(graph: CausalGraph | WholeTextGraph, signature: Signature) -> torch
                 signature.inputs,
                 dynamic_shapes=signature.axes,
                 strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,  # of memory layouts, which the operators do not know
+                prefer_deferred_runtime_asserts_over_guards=True,  # about memory layouts, which do not matter in ONNX
             )
         except torch._dynamo.exc.UserError as error:
             if error.error_type is not torch._dynamo.exc.UserErrorType.CONSTRAINT_VIOLATION:
@@ -118,9 +118,9 @@ def _capture(graph: CausalGraph | WholeTextGraph, signature: Signature) -> torch
 
 
 def _look_through(graph: CausalGraph | WholeTextGraph) -> PastShape:
-    """Run the backbone once with its masks watched, and return what each layer of a decoder keeps of a text.
+    """Run the backbone once while its masks are recorded; return what each layer of a decoder keeps of a text.
 
-    Raises TraceError for a mask that is no window.
+    Raises TraceError for a mask that is not supported.
     """
     backbone = graph.backbone
     if backbone.config._attn_implementation not in (ATTENTION, BIDIRECTIONAL) and not isinstance(graph, CausalGraph):
@@ -132,7 +132,7 @@ def _look_through(graph: CausalGraph | WholeTextGraph) -> PastShape:
     layer_states.begin(None)
     prefix.reaches, padding_masks.reaches = [], []
     with watch_masks(backbone.config), _watch_convolutions(backbone, isinstance(graph, CausalGraph)):
-        # With a mask of the padding transformers does not look for several texts in one row, by their positions.
+        # Given a padding mask, transformers does not look for several texts packed into one row.
         backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), **({"use_cache": False} if causal else {}))
     if not isinstance(graph, CausalGraph):
         return PastShape()
@@ -148,9 +148,9 @@ def _look_through(graph: CausalGraph | WholeTextGraph) -> PastShape:
 
 @contextlib.contextmanager
 def _watch_convolutions(backbone: PreTrainedModel, takes_past: bool) -> Iterator[None]:
-    """Refuse convolutions over tokens outside of the functions that keep a state, where a graph takes a past.
+    """If the graph takes a past, refuse convolutions over tokens outside of the functions that keep a state.
 
-    A graph that goes on after a prefix would begin each anew.
+    Such a convolution would start anew after a prefix.
     """
 
     def refuse(module: Any, inputs: object) -> None:
@@ -173,7 +173,7 @@ def _watch_convolutions(backbone: PreTrainedModel, takes_past: bool) -> Iterator
 
 
 def _say_cause(backbone: PreTrainedModel, cause: BaseException) -> str:
-    """Say of a backbone that could not be traced which of its lines stood in the way, and how."""
+    """Say which line of a backbone's code prevented the trace, and why."""
     name = type(backbone).__name__
     frames = traceback.extract_tb(cause.__traceback__)
     own = [frame for frame in frames if "transformers/models/" in frame.filename.replace(os.sep, "/")]
@@ -184,7 +184,7 @@ def _say_cause(backbone: PreTrainedModel, cause: BaseException) -> str:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Return the exception at the bottom: the exporters wrap ours in several of their own."""
+    """Return the innermost exception: the exporters wrap ours in several of their own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -192,7 +192,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the exporter's chatter about its own internals; our errors say what matters."""
+    """Suppress the exporter's messages about its internals; our own errors are enough."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.onnx._internal.exporter")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

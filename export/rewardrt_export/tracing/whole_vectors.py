@@ -1,8 +1,9 @@
-"""A token's values have the same bits wherever its row lies: functions whose kernels compute in vectors get whole ones.
+"""Pad rows for functions whose kernels work on vectors, so that a token's bits do not depend on where its row is.
 
-onnxruntime computes cosines, exponentials and the like for as many numbers at once as a vector of the processor holds,
-and those that are left over at the end one by one, by other instructions and with other last bits. Where rows are no
-whole number of vectors, which numbers these are depends on how many rows there are. So such rows are made longer.
+onnxruntime computes cosines, exponentials and similar functions for as many numbers at once as fit into a vector
+register. It computes the remaining numbers at the end one by one, with other instructions and other last bits. If the
+row length is not a multiple of the vector length, which numbers these are depends on the number of rows. So such rows
+are padded.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-VECTOR = 16  # float32 numbers in the longest vectors of x86-64; a multiple of those of other processors
+VECTOR = 16  # float32 numbers in the longest vector registers of x86-64; a multiple of those of other processors
 FUNCTIONS = ("Atanh", "Cos", "Erf", "Exp", "Gelu", "Log", "Sigmoid", "Sin", "Tanh")
 
 
 def write_softplus(model: ir.Model) -> None:
-    """Write log(1 + e^x) as max(x, 0) + 2 artanh(u / (2 + u)), u = e^-|x|.
+    """Replace log(1 + e^x) by max(x, 0) + 2 artanh(u / (2 + u)) with u = e^-|x|.
 
-    onnxruntime's Softplus shares its numbers out among threads wherever they come to lie, and so has other last bits
-    where there are more of them; its Exp and Atanh do not. The form is exact in small results too.
+    onnxruntime's Softplus divides its numbers among threads without regard to vectors, so its last bits change with the
+    number of rows; its Exp and Atanh do not. The new form is also exact for small results.
 
-    Before: any graph. After: none of its nodes is a Softplus.
+    Before: any graph. After: it has no Softplus node.
     """
     for node in list(model.graph):
         value = node.inputs[0] if node.inputs else None
@@ -40,10 +41,10 @@ def write_softplus(model: ir.Model) -> None:
 
 
 def pad_rows(model: ir.Model) -> None:
-    """Let FUNCTIONS be taken of rows of whole vectors.
+    """Apply FUNCTIONS to rows of whole vectors.
 
-    Before: their last axis has any length. After: where it is known and no multiple of VECTOR, what they are taken of
-    is padded with zeros, and what they give is cut again.
+    Before: their last axis has any length. After: if that length is known and not a multiple of VECTOR, the input is
+    padded with zeros, and the output is cut again.
     """
     for node in list(model.graph):
         value = node.inputs[0] if node.inputs else None
@@ -65,7 +66,7 @@ def pad_rows(model: ir.Model) -> None:
 
 
 def _put(graph: ir.Graph, node: ir.Node, tape: Tape, found: ir.Value) -> None:
-    """Put the tape's nodes in the place of a node; what it gave keeps its name, which may be that of an output."""
+    """Replace a node by the tape's nodes; the result keeps the old name, which may be that of a graph output."""
     graph.insert_before(node, tape.nodes)
     old = node.outputs[0]
     name, old.name = old.name, None
