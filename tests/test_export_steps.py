@@ -10,7 +10,7 @@ import pytest
 
 from checkpoints import write_openrlhf
 from rewardrt.steps import Step
-from rewardrt_export import pipeline
+from rewardrt_export import pipeline, workplace
 
 
 def test_every_part_of_a_step_is_counted_from_the_first_to_the_last(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_an_export_that_cannot_remove_what_it_wrote_says_where_it_is(
         raise KeyboardInterrupt  # a second one
 
     write_openrlhf(tmp_path / "rm")
-    monkeypatch.setattr(pipeline.shutil, "rmtree", again)
+    monkeypatch.setattr(workplace.shutil, "rmtree", again)
     with pytest.raises(KeyboardInterrupt) as caught:
         pipeline.export(tmp_path / "rm", tmp_path / "bundle", certified=False, progress=interrupts_at("tracing", 0))
     (left,) = set(tmp_path.iterdir()) - {tmp_path / "rm"}

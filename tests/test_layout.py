@@ -38,7 +38,7 @@ ORDER = {
         cli: fault toplevel output progress engine_options options table warm bench doctor inspect normalize push score_files score evaluate serve trainer verify app
     """,
     "rewardrt_export": """
-        places
+        places workplace
         source: foreign text_files weights adapter_config adapters chat_template directions layouts config multimodal padding tokenizer tokenizer_files
           tokenizer_loader folder repository
         token_options

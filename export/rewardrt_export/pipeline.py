@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import errno
 import importlib.metadata
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -25,7 +21,6 @@ from rewardrt.bundle.manifest import (
     Manifest,
     Provenance,
     Variant,
-    read_bundle,
     record_file,
     write_manifest,
 )
@@ -52,8 +47,8 @@ from rewardrt_export.tracing.attention import attention_name
 from rewardrt_export.tracing.experts import EXPERTS
 from rewardrt_export.tracing.lower import lower
 from rewardrt_export.tracing.trace import trace
+from rewardrt_export.workplace import move, workplace
 
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 VERSIONED = ("torch", "transformers", "tokenizers", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -147,7 +142,7 @@ def export(
         progress(Step(f"{name}: {choice}", note=True))
     own_texts = calibrated and calibrate is not None
     by_layer = (certified or own_texts) and not check_memory(checkpoint, precisions if certified else ())
-    with _workplace(target, force) as folder:
+    with workplace(target, force=force) as folder:
         progress(Step(f"tracing {checkpoint.source.architecture} ({checkpoint.spec.backbone})"))
         graph = _make_graph(checkpoint, token_rewards)
         _write_text_files(checkpoint, folder)
@@ -190,7 +185,7 @@ def export(
             count = begin(progress, f"certifying the {precision} graph against torch", "text")
             certificates.append(certify(checkpoint, folder, precision, fidelity, by_layer=by_layer, count=count))
         write_manifest(folder, dataclasses.replace(manifest, certificates=tuple(certificates)))
-        return _move(folder, target)
+        return move(folder, target)
 
 
 def _begin_calibration(bundle: Path) -> Calibration:
@@ -249,58 +244,3 @@ def _provenance(checkpoint: Checkpoint) -> Provenance:
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         choices=checkpoint.source.choices,
     )
-
-
-@contextlib.contextmanager
-def _workplace(target: Path, force: bool) -> Iterator[Path]:
-    """Yield a new folder next to the target, which is removed at the end unless it was renamed to the target.
-
-    It is inside a temporary folder of its own. A bundle that it replaces is moved there too, and the temporary folder
-    is always removed at the end.
-    """
-    check_target(target, force=force)
-    made = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ExportError(f"{target}: cannot be written ({error.strerror})") from error
-    try:
-        try:
-            folder = place / "bundle"  # mkdtemp's folder is private; other users should be able to read a bundle
-            folder.mkdir()
-            yield folder
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-            for parent in made:
-                with contextlib.suppress(OSError):  # not empty if the bundle is in it
-                    parent.rmdir()
-    except OSError as error:
-        raise ExportError(_say_os_error(error, target)) from error
-    except KeyboardInterrupt as end:  # possibly a second one, during the removal of the folder
-        left = f"{place} was left behind: delete it" if place.exists() else "nothing was left behind"
-        raise type(end)(left) from None
-
-
-def _say_os_error(error: OSError, target: Path) -> str:
-    """Describe an error of the operating system; for a full disk, say where."""
-    reason = error.strerror or str(error) or type(error).__name__
-    if error.errno in FULL or error.errno is None:  # numpy's errors have no errno
-        return (
-            f"{target}: cannot be written whole ({reason}); nothing was left behind: make room, or choose another disk"
-        )
-    return f"the export was stopped by the system: {reason}{f' ({error.filename})' if error.filename else ''}"
-
-
-def _move(folder: Path, target: Path) -> Bundle:
-    """Move the new bundle into place; if that fails or is interrupted, restore the old one."""
-    replaced = folder.with_name("replaced")
-    try:
-        if target.exists():
-            target.rename(replaced)
-        folder.rename(target)
-    except BaseException:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        raise
-    return read_bundle(target, check_hashes=False)
