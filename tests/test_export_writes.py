@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import traced_graphs
 from checkpoints import write_sequence_classification
 from rewardrt import RewardRTError
 from rewardrt_export.pipeline import export
 
 COMMAND = """
-import resource, signal, sys, tempfile
+import pathlib, resource, signal, sys, tempfile
 limit, temporary = int(sys.argv.pop(1)), sys.argv.pop(1)
 if limit:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -24,6 +25,8 @@ if temporary == "none":
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp', '/usr/tmp']")
     tempfile.tempdir = None
     tempfile._get_default_tempdir = none
+import traced_graphs
+traced_graphs.share(True, pathlib.Path(sys.argv.pop(1)), writes=False)
 from rewardrt.cli.app import main
 sys.argv[0] = "rewardrt"
 main()
@@ -31,16 +34,20 @@ main()
 
 
 def run(*arguments: object, limit: int = 0, temporary: str = "some") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", COMMAND, str(limit), temporary, *map(str, arguments)]
+    command = [sys.executable, "-c", COMMAND, str(limit), temporary, str(traced_graphs.folder()), *map(str, arguments)]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=240, env=os.environ | {"PYTHONUTF8": "1"}
-    )
+        command, capture_output=True, text=True, check=False, timeout=240,
+        env=os.environ | {"PYTHONUTF8": "1", "PYTHONPATH": path},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose traced graph is there, so that the processes below need not trace it each."""
     folder = tmp_path_factory.mktemp("writes") / "rm"
     write_sequence_classification(folder)
+    export(folder, folder.parent / "bundle", certified=False)
     return folder
 
 

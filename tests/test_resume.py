@@ -53,6 +53,16 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("few"), 700)
 
 
+@pytest.fixture(scope="module")
+def whole(rows: Path) -> dict[str, bytes]:
+    """What the command makes of `rows` when nothing ends it, by the output's name."""
+    found = {}
+    for name in ("whole.jsonl", "whole.jsonl.gz"):
+        assert run("score", BUNDLE, rows, "-o", rows.parent / name).returncode == 0
+        found[name] = (rows.parent / name).read_bytes()
+    return found
+
+
 @pytest.fixture
 def windows_of_200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rewardrt.data.jobs.WINDOW_ROWS", 200)
@@ -205,16 +215,15 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("name", "moments"), [("SIGKILL", 6), ("SIGINT", 3), ("SIGTERM", 3)], ids=["kill -9", "Ctrl+C", "SIGTERM"]
 )
-def test_signals_at_random_moments_lose_nothing(name: str, moments: int, rows: Path, tmp_path: Path) -> None:
+def test_signals_at_random_moments_lose_nothing(
+    name: str, moments: int, rows: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     """A signal that can be answered comes when the bundle is loaded: before, Python alone would answer."""
-    source = tmp_path / "rows.jsonl"
-    source.write_bytes(rows.read_bytes())
-    assert run("score", BUNDLE, source, "-o", tmp_path / "whole.jsonl.gz").returncode == 0
     chance, number, target = random.Random(name), getattr(signal, name), tmp_path / "out.jsonl.gz"
     statuses = {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143}
     ended = 0
     for _ in range(moments):
-        process = start("score", BUNDLE, source, "-o", target, "--resume")
+        process = start("score", BUNDLE, rows, "-o", target, "--resume")
         assert process.stderr is not None
         if number == signal.SIGKILL:
             time.sleep(chance.uniform(0.3, 1.6))
@@ -230,21 +239,19 @@ def test_signals_at_random_moments_lose_nothing(name: str, moments: int, rows: P
         assert process.returncode == statuses[name], said
         if number != signal.SIGKILL:
             last = said.splitlines()[-1]
-            safe = f" rows are safe in {target}.part; go on with: rewardrt score {BUNDLE} {source} -o {target} --resume"
+            safe = f" rows are safe in {target}.part; go on with: rewardrt score {BUNDLE} {rows} -o {target} --resume"
             nothing = ("error: interrupted: no row is safe yet; nothing was written", "error: interrupted")
             assert safe in last or last in nothing
     assert ended
-    done = run("score", BUNDLE, source, "-o", target, "--resume")
+    done = run("score", BUNDLE, rows, "-o", target, "--resume")
     assert done.returncode == 0, done.stderr
-    assert target.read_bytes() == (tmp_path / "whole.jsonl.gz").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl.gz", "rows.jsonl", "whole.jsonl.gz"]
+    assert target.read_bytes() == whole["whole.jsonl.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl.gz"]
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_keeps_what_is_safe(rows: Path, tmp_path: Path) -> None:
-    whole = run("score", BUNDLE, rows, "-o", tmp_path / "whole.jsonl")
-    assert whole.returncode == 0
-    limit = (tmp_path / "whole.jsonl").stat().st_size // 2
+def test_a_disk_that_fills_up_keeps_what_is_safe(rows: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    limit = len(whole["whole.jsonl"]) // 2
     process = start(
         "score", BUNDLE, rows, "-o", tmp_path / "out.jsonl",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
@@ -256,7 +263,7 @@ def test_a_disk_that_fills_up_keeps_what_is_safe(rows: Path, tmp_path: Path) -> 
     )
     done = run("score", "--resume", BUNDLE, rows, "-o", tmp_path / "out.jsonl")
     assert f"{tmp_path}/out.jsonl.part: going on after 4196 rows" in done.stderr
-    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert (tmp_path / "out.jsonl").read_bytes() == whole["whole.jsonl"]
 
 
 def ending_after(count: int, scorer: PieceScorer) -> Any:

@@ -52,11 +52,17 @@ _folder: Path | None = None
 _writes = True
 
 
-def share(shared: bool, folder: Path, *, writes: bool = True) -> None:
+def share(shared: bool, place: Path, *, writes: bool = True) -> None:
     """Let exports of this process share traced graphs, or not; those of tests that may have changed code are not kept."""
     global _folder, _writes
     pipeline.trace = _shared if shared else _trace
-    _folder, _writes = folder, writes
+    _folder, _writes = place, writes
+
+
+def folder() -> Path:
+    """Return the folder of the run's traced graphs."""
+    assert _folder is not None
+    return _folder
 
 
 def _whether(name: str | None) -> str | None:
@@ -103,8 +109,7 @@ def _shared(backbone: Any, head: Any, *, every_token: bool = False) -> Any:
             every_token,
         )
     )
-    assert _folder is not None
-    file = _folder / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+    file = folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
     if not file.exists():
         model = _trace(backbone, head, every_token=every_token)
         # A class that a test made may be another one under the same name elsewhere.
