@@ -47,9 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_fixture_setup(request: pytest.FixtureRequest) -> None:
-    """Let a fixture draw the same numbers whichever tests ran before, in this worker or in another."""
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> None:
+    """Let a fixture draw the same numbers whichever tests ran before, in this worker or in another.
+
+    From where a test can change code on, after the fixtures that several tests share, it leaves no traced graphs.
+    """
     _draw_anew(getattr(request, "module", None))
+    if fixturedef.argname == "monkeypatch":
+        _share_graphs(request.node, writes=False)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -61,14 +66,15 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let the exports of a run share traced graphs, unless the test is about tracing."""
+    _share_graphs(item)
+
+
+def _share_graphs(node: pytest.Item | pytest.Session, writes: bool = True) -> None:
     if "rewardrt_export.pipeline" in sys.modules:
-        _share_graphs(item.config, not item.get_closest_marker("traces"), "monkeypatch" not in item.fixturenames)
+        from traced_graphs import share
 
-
-def _share_graphs(config: pytest.Config, shared: bool = True, writes: bool = True) -> None:
-    from traced_graphs import share
-
-    share(shared, Path(os.environ.get(TRACED) or _run_folder(config) / "traced"), writes=writes)
+        folder = Path(os.environ.get(TRACED) or _run_folder(node.config) / "traced")
+        share(not node.get_closest_marker("traces"), folder, writes=writes)
 
 
 def _run_folder(config: pytest.Config) -> Path:
@@ -96,15 +102,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(pytestconfig: pytest.Config) -> Path:
+def tiny_bundle(request: pytest.FixtureRequest) -> Path:
     """models/tiny, exported once for all tests of a run; copy it before changing anything in it."""
-    shared = _run_folder(pytestconfig)
+    shared = _run_folder(request.config)
     target = shared / "tiny"
     with (shared / "tiny.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker exports, the others wait for it
         if not (target / "reward.json").exists():
             from rewardrt_export.pipeline import export
 
-            _share_graphs(pytestconfig)
+            _share_graphs(request.node)
             export(TINY, target)
     return target
