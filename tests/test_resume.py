@@ -389,7 +389,7 @@ def test_resume_without_a_file_is_one_line() -> None:
 
 def test_parts_of_lines_do_not_guess_each_a_schema_of_their_own(few: Path, tmp_path: Path) -> None:
     for format_name, message in (
-        ("parquet", "lines of JSON become columns when all rows are known"),
+        ("parquet", "the columns of JSON rows are known only after all rows were read"),
         ("datasets", "is a folder by itself"),
     ):
         done = run("score", BUNDLE, few, "-o", f"{tmp_path}/out/", "--format", format_name)
