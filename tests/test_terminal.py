@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -163,6 +164,8 @@ def test_a_refusal_says_what_to_type_instead(name: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoint" / "config.json").write_text("{}")
     names = {"checkpoint": str(tmp_path / "checkpoint"), "bundle": str(BUNDLE)}
     arguments, said = REFUSALS[name]
+    if arguments[0] == "export" and importlib.util.find_spec("torch") is None:
+        pytest.skip("without the extra export, its command says that this is missing")
     result = run(*(each.format(**names) for each in arguments))
     assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
     assert said.format(**names) in result.stderr
